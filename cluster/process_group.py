@@ -1,0 +1,109 @@
+"""Process groups for one router and its shards, without torch.distributed's global state.
+
+Rank 0 is the router, which also hosts the TCPStore: when the router dies, its groups die with it and nobody
+else's do. Every epoch's group has a prefix of its own in that store.
+
+Seen with gloo in torch 2.13 and relied upon here: a killed peer makes pending operations raise within tens of
+milliseconds; a stopped peer only at the deadline; an operation that times out closes the whole group; sockets
+close when the last Python reference to the group (and to its pending works) is dropped. So: a failed group is
+dropped, never reused and never waited for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
+
+from cluster.errors import FormationError
+
+
+@dataclass(slots=True)
+class MeshGroup:
+    """One epoch's group as one member sees it.
+
+    control: gloo, host memory: headers, always. data: rows; the same group on CPU, NCCL on CUDA.
+    operation_s: how long one operation may wait unless the caller gives a deadline of its own.
+    """
+
+    name: str
+    rank: int
+    world_size: int
+    device: torch.device
+    operation_s: float
+    control: ProcessGroup
+    data: ProcessGroup
+
+    @property
+    def operation_timeout(self) -> timedelta:
+        return timedelta(seconds=self.operation_s)
+
+
+def host_store(host: str, port: int = 0, *, timeout_s: float) -> TCPStore:
+    """Start the router's store on `host`; `.port` says where it listens."""
+    return TCPStore(host, port, None, True, timedelta(seconds=timeout_s), wait_for_workers=False)
+
+
+def connect_store(host: str, port: int, *, timeout_s: float) -> TCPStore:
+    """A shard's connection to a router's store."""
+    return TCPStore(host, port, None, False, timedelta(seconds=timeout_s))
+
+
+def form_group(
+    store: TCPStore,
+    name: str,
+    *,
+    rank: int,
+    world_size: int,
+    host: str,
+    device: torch.device,
+    formation_s: float,
+    operation_s: float,
+) -> MeshGroup:
+    """Join the group `name`. Collective: every rank must call it with the same name and world size.
+
+    host is this member's own address on the cluster network. Raises FormationError when not all of them came
+    within formation_s. Afterwards each operation may take operation_s.
+    """
+    prefixed = PrefixStore(name, store)
+    try:
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = timedelta(seconds=formation_s)
+        options._devices = [ProcessGroupGloo.create_device(hostname=host)]
+        options._threads = 1
+        control = cast(ProcessGroup, ProcessGroupGloo(prefixed, rank, world_size, options))
+        data = control if device.type != "cuda" else _nccl_group(prefixed, rank, world_size, device, operation_s)
+    except RuntimeError as error:
+        raise FormationError(f"group {name} (rank {rank} of {world_size}): {first_line(error)}") from None
+    return MeshGroup(
+        name=name, rank=rank, world_size=world_size, device=device, operation_s=operation_s, control=control, data=data
+    )
+
+
+def _nccl_group(
+    store: PrefixStore, rank: int, world_size: int, device: torch.device, operation_s: float
+) -> ProcessGroup:
+    """Read, not run: no GPU was at hand. The communicator is made eagerly, so a member that is missing shows in
+    formation and not in the first step."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=operation_s)
+    group = dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, world_size, options)
+    group.eager_connect_single_device(device)
+    return cast(ProcessGroup, group)
+
+
+def forget_group(store: TCPStore, name: str) -> None:
+    """Delete what a formed group left in the store (its members no longer need the addresses)."""
+    for key in store.list_keys():
+        if key.startswith(f"{name}/"):
+            store.delete_key(key)
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """torch's errors run over many lines; the first says it."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:limit]
