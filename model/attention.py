@@ -1,0 +1,128 @@
+"""Self-attention over the paged KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from model.forward_batch import BlockTable, ForwardBatch
+from model.kv_cache import KVCache
+from model.layers import rotate
+from model.linear import Weight, linear
+
+if TYPE_CHECKING:
+    from model.kernels import PagedAttention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionInputs:
+    """What all layers of one KV group share in a step."""
+
+    cos_T1D: Tensor
+    sin_T1D: Tensor
+    query_starts: Tensor
+    context_lens_S: Tensor
+    block_ids_SB: Tensor
+    write_blocks_T: Tensor
+    write_offsets_T: Tensor
+
+    @classmethod
+    def of_group(
+        cls, batch: ForwardBatch, table: BlockTable, block_size: int, cos_sin: tuple[Tensor, Tensor]
+    ) -> AttentionInputs:
+        return cls(
+            cos_T1D=cos_sin[0],
+            sin_T1D=cos_sin[1],
+            query_starts=batch.query_starts,
+            context_lens_S=batch.context_lens_S,
+            block_ids_SB=table.block_ids_SB,
+            write_blocks_T=table.slots_T // block_size,
+            write_offsets_T=table.slots_T % block_size,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """Grouped-query attention of one layer."""
+
+    layer_idx: int
+    qkv: Weight
+    """[(A + 2G) D, H]: the rows of q_proj, k_proj and v_proj."""
+    qkv_bias: Tensor | None
+    """float32 [(A + 2G) D]."""
+    o: Weight
+    """[H, A D]."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None
+
+    def forward(
+        self, x_TH: Tensor, inputs: AttentionInputs, kv_cache: KVCache, paged_attention: PagedAttention
+    ) -> Tensor:
+        """Writes this step's keys and values into the cache, then attends. -> [T, H]."""
+        num_rotated = self.num_heads + self.num_kv_heads
+        qkv_THD = linear(x_TH, self.qkv, self.qkv_bias).view(-1, num_rotated + self.num_kv_heads, self.head_dim)
+        qk_THD = rotate(qkv_THD[:, :num_rotated], inputs.cos_T1D, inputs.sin_T1D)
+        q_TAD, k_TGD = qk_THD[:, : self.num_heads], qk_THD[:, self.num_heads :]
+        kv_cache.write(self.layer_idx, inputs.write_blocks_T, inputs.write_offsets_T, k_TGD, qkv_THD[:, num_rotated:])
+        out_TAD = paged_attention(
+            q_TAD.contiguous(),
+            kv_cache.keys[self.layer_idx],
+            kv_cache.values[self.layer_idx],
+            inputs.block_ids_SB,
+            inputs.query_starts,
+            inputs.context_lens_S,
+            self.window,
+            self.head_dim**-0.5,
+        )
+        return linear(out_TAD.flatten(1), self.o)
+
+
+def paged_attention_reference(
+    q_TAD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_ids_SB: Tensor,
+    query_starts: Tensor,
+    context_lens_S: Tensor,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """Causal attention of each sequence's new tokens over all its keys. -> [T, A, D] float32.
+
+    q_TAD float32; k_cache and v_cache [num_blocks, G, block_size, D] float32 or bfloat16, already holding this step's
+    keys and values; block_ids_SB int32; query_starts int32 [S + 1]; context_lens_S int32, this step's tokens included:
+    the n new tokens of a sequence are its last n. A token sees the last `window` keys up to its own (None: all). Query
+    heads a * A/G ... (a + 1) * A/G - 1 share key-value head a. Blocks wholly outside the window are never read.
+    """
+    num_heads, head_dim = q_TAD.shape[1:]
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    out_TAD = torch.empty_like(q_TAD)
+    starts, context_lens = query_starts.tolist(), context_lens_S.tolist()
+    for seq, context_len in enumerate(context_lens):
+        begin, end = starts[seq], starts[seq + 1]
+        num_queries = end - begin
+        first_query = context_len - num_queries
+        first_key = 0 if window is None else max(0, first_query - window + 1)
+        first_block = first_key // block_size
+        blocks = block_ids_SB[seq, first_block : -(-context_len // block_size)].long()
+        keys = slice(first_key - first_block * block_size, context_len - first_block * block_size)
+        k_GKD = k_cache[blocks].transpose(0, 1).flatten(1, 2)[:, keys].float()
+        v_GKD = v_cache[blocks].transpose(0, 1).flatten(1, 2)[:, keys].float()
+        q_GMD = q_TAD[begin:end].view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3).flatten(1, 2)
+        scores_GMK = (q_GMD @ k_GKD.transpose(1, 2)).mul_(scale)
+        if num_queries > 1:
+            query_pos = torch.arange(first_query, context_len, device=q_TAD.device)[:, None]
+            key_pos = torch.arange(first_key, context_len, device=q_TAD.device)
+            hidden = key_pos > query_pos
+            if window is not None:
+                hidden |= key_pos <= query_pos - window
+            scores_GMK.masked_fill_(hidden.repeat(num_heads // num_kv_heads, 1), float("-inf"))
+        out_GMD = scores_GMK.softmax(dim=-1) @ v_GKD
+        out_GRTD = out_GMD.view(num_kv_heads, -1, num_queries, head_dim)
+        out_TAD[begin:end] = out_GRTD.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
+    return out_TAD

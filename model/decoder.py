@@ -1,0 +1,59 @@
+"""The decoder: everything of the model that runs on a router, which is all but the routed experts and the head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.attention import Attention, AttentionInputs
+from model.config import ModelConfig
+from model.forward_batch import ForwardBatch
+from model.kernels import Kernels
+from model.kv_cache import KVCache
+from model.layers import MLP, Rope, rms_norm
+from model.moe import Exchange, MoeBlock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderLayer:
+    input_norm_H: Tensor
+    attention: Attention
+    post_attention_norm_H: Tensor
+    mlp: MLP | MoeBlock
+    kv_group: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """Built by `load_decoder`. Holds no state between steps; the KV cache comes in with each."""
+
+    config: ModelConfig
+    embedding_VH: Tensor
+    """In its storage dtype; the LM head shares it when they are tied."""
+    layers: tuple[DecoderLayer, ...]
+    norm_H: Tensor
+    rope: Rope
+    kernels: Kernels
+
+    def forward(self, batch: ForwardBatch, kv_cache: KVCache, exchange: Exchange) -> Tensor:
+        """One step. -> hidden_TH float32, after the final norm.
+
+        Running the same batch again gives the same result: keys and values go to the same slots.
+        """
+        eps = self.config.rms_norm_eps
+        cos_sin = self.rope.cos_sin(batch.positions_T, batch.rope_lens_T)
+        groups = [AttentionInputs.of_group(batch, table, kv_cache.block_size, cos_sin) for table in batch.tables]
+        x_TH = F.embedding(batch.token_ids_T, self.embedding_VH).float()
+        for layer in self.layers:
+            normed_TH = rms_norm(x_TH, layer.input_norm_H, eps)
+            x_TH = x_TH + layer.attention.forward(
+                normed_TH, groups[layer.kv_group], kv_cache, self.kernels.paged_attention
+            )
+            normed_TH = rms_norm(x_TH, layer.post_attention_norm_H, eps)
+            if isinstance(layer.mlp, MoeBlock):
+                x_TH = x_TH + layer.mlp.forward(normed_TH, exchange)
+            else:
+                x_TH = x_TH + layer.mlp.forward(normed_TH)
+        return rms_norm(x_TH, self.norm_H, eps)

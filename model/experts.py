@@ -1,0 +1,59 @@
+"""One expert's weights, and running many experts over the rows routed to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.layers import swiglu
+from model.linear import Weight, linear
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One SwiGLU expert."""
+
+    gate_up: Weight
+    """[2I, H], gate first."""
+    down: Weight
+    """[H, I]."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.gate_up.num_bytes + self.down.num_bytes
+
+
+def run_experts(
+    x_NH: Tensor,
+    pair_rows_P: Tensor,
+    pair_experts_P: Tensor,
+    pair_weights_P: Tensor,
+    experts: Mapping[int, ExpertWeights],
+) -> Tensor:
+    """For each pair, `y[row] += weight * expert(x[row])`. -> y_NH float64, zero where a row has no pair.
+
+    x_NH and pair_weights_P are float32, pair_rows_P and pair_experts_P int64, pairs in any order. The sum is in float64
+    so that after the one rounding at the combine neither the order of the pairs nor their split over shards shows.
+    Raises KeyError when a pair names an expert that isn't in `experts`.
+
+    Plain torch, one pass for each expert that has pairs: the reference for the native kernel, and the path on CUDA,
+    where the loop costs one device-to-host sync for the counts.
+    """
+    y_NH = torch.zeros(x_NH.shape, dtype=torch.float64, device=x_NH.device)
+    order_P = pair_experts_P.argsort(stable=True)
+    rows_P = pair_rows_P[order_P]
+    weights_P1 = pair_weights_P[order_P].double()[:, None]
+    start = 0
+    for expert_id, count in enumerate(pair_experts_P.bincount().tolist()):
+        if not count:
+            continue
+        stop = start + count
+        expert = experts[expert_id]
+        rows_n = rows_P[start:stop]
+        out_nH = linear(swiglu(linear(x_NH[rows_n], expert.gate_up)), expert.down)
+        y_NH.index_add_(0, rows_n, out_nH.double().mul_(weights_P1[start:stop]))
+        start = stop
+    return y_NH

@@ -1,0 +1,66 @@
+"""The paged KV cache: tensors only. Which block belongs to whom is the scheduler's business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Keys and values of every layer, in blocks of `block_size` tokens.
+
+    Layers of one KV group (`ModelConfig.kv_groups`) share block ids: a block of a group is one slice in each of its layers.
+    A slot is `block_id * block_size + offset`.
+
+        keys[layer_idx], values[layer_idx]: [num_blocks of the layer's group, G, block_size, D], float32 or bfloat16
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    block_size: int
+
+    @classmethod
+    def allocate(
+        cls,
+        config: ModelConfig,
+        *,
+        num_blocks: Sequence[int],
+        block_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> KVCache:
+        """Zeroed blocks, `num_blocks[i]` for group i of `config.kv_groups`. Raises ValueError."""
+        if len(num_blocks) != len(config.kv_groups):
+            raise ValueError(f"num_blocks {list(num_blocks)} must have one entry for each KV group {config.kv_groups}")
+        if dtype not in KV_DTYPES.values():
+            raise ValueError(f"KV cache dtype {dtype} is not implemented: expected one of {', '.join(KV_DTYPES)}")
+        shapes = [
+            (num_blocks[config.layer_kv_group(i)], config.num_key_value_heads, block_size, config.head_dim)
+            for i in range(config.num_hidden_layers)
+        ]
+        return cls(
+            keys=tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes),
+            values=tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes),
+            block_size=block_size,
+        )
+
+    def write(self, layer_idx: int, block_ids_T: Tensor, offsets_T: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> None:
+        """Put one step's keys and values into their slots, rounding to the cache's dtype."""
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys[block_ids_T, :, offsets_T] = k_TGD.to(keys.dtype)
+        values[block_ids_T, :, offsets_T] = v_TGD.to(values.dtype)
+
+
+def kv_block_bytes(config: ModelConfig, *, block_size: int, dtype: torch.dtype = torch.float32) -> tuple[int, ...]:
+    """Bytes of one block in all layers of its group, keys and values together, for each of `config.kv_groups`."""
+    layer_bytes = 2 * config.num_key_value_heads * config.head_dim * block_size * dtype.itemsize
+    groups = [config.layer_kv_group(i) for i in range(config.num_hidden_layers)]
+    return tuple(groups.count(group) * layer_bytes for group in range(len(config.kv_groups)))

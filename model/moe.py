@@ -1,0 +1,73 @@
+"""The mixture-of-experts block, and the exchange through which it reaches its experts, wherever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from model.experts import ExpertWeights
+from model.gate import Gate
+from model.kernels import REFERENCE_KERNELS, Kernels
+from model.layers import MLP
+from model.linear import Weight, linear
+
+Receipt = Any
+"""What `dispatch` returns and `combine` needs; each exchange has its own."""
+
+
+class Exchange(Protocol):
+    """Sends tokens to their experts and brings the weighted sums back."""
+
+    def dispatch(self, layer_idx: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Receipt:
+        """Start the experts on these rows; returns without waiting for them where it can.
+
+        x_TH float32, topk_ids_TK int64, topk_weights_TK float32. x_TH stays unchanged until `combine`.
+        """
+
+    def combine(self, receipt: Receipt) -> Tensor:
+        """Each token's weighted sum of its experts' outputs, float32 [T, H], summed in float64 and rounded once."""
+
+
+class LocalExchange:
+    """All experts in this process: the reference for every other exchange."""
+
+    def __init__(self, experts: Mapping[tuple[int, int], ExpertWeights], kernels: Kernels = REFERENCE_KERNELS) -> None:
+        """`experts` by (layer_idx, expert_id)."""
+        self._layers: dict[int, dict[int, ExpertWeights]] = {}
+        for (layer_idx, expert_id), weights in experts.items():
+            self._layers.setdefault(layer_idx, {})[expert_id] = weights
+        self._run_experts = kernels.run_experts
+
+    def dispatch(self, layer_idx: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Receipt:
+        num_tokens, num_picks = topk_ids_TK.shape
+        rows_P = torch.arange(num_tokens, device=x_TH.device).repeat_interleave(num_picks)
+        return self._run_experts(
+            x_TH, rows_P, topk_ids_TK.flatten(), topk_weights_TK.flatten(), self._layers[layer_idx]
+        ).float()
+
+    def combine(self, receipt: Receipt) -> Tensor:
+        assert isinstance(receipt, Tensor)
+        return receipt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeBlock:
+    """Routed experts through the exchange, plus a shared expert scaled by its own sigmoid gate."""
+
+    layer_idx: int
+    gate: Gate
+    shared_expert: MLP
+    shared_expert_gate: Weight
+    """[1, H]."""
+
+    def forward(self, x_TH: Tensor, exchange: Exchange) -> Tensor:
+        topk_ids_TK, topk_weights_TK = self.gate.forward(x_TH)
+        receipt = exchange.dispatch(self.layer_idx, x_TH, topk_ids_TK, topk_weights_TK)
+        # The shared expert runs while the tokens are away, and hides the exchange.
+        shared_TH = self.shared_expert.forward(x_TH)
+        shared_TH *= linear(x_TH, self.shared_expert_gate).sigmoid()
+        return exchange.combine(receipt).add_(shared_TH)
