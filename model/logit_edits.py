@@ -1,0 +1,99 @@
+"""What is done to a step's logits before the draw: masks, bans, biases and penalties, batched over the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.sampler_state import SamplingRow
+
+_NEG_INF = float("-inf")
+# One row of eight addends for each byte of a bitmask: 0 where the bit is set, -inf where it isn't.
+_ADDENDS = torch.where((torch.arange(256)[:, None] >> torch.arange(8)) & 1 == 1, 0.0, _NEG_INF)
+
+
+def edit_logits(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Apply, in place, every row's masks, bad words, min_tokens, logit_bias and penalties, in this order."""
+    edited = [idx for idx, row in enumerate(rows) if row.edits_logits]
+    if not edited:
+        return
+    vocab_size = logits_RV.shape[1]
+    masks = {idx: mask for idx in edited if (mask := _mask_words(rows[idx], vocab_size)) is not None}
+    if masks:
+        _apply_masks(logits_RV, masks)
+    _ban(logits_RV, {idx: _banned_ids(rows[idx], masks.get(idx)) for idx in edited})
+    _add_biases(logits_RV, {idx: rows[idx] for idx in edited if rows[idx].state.params.logit_bias})
+    _penalize(logits_RV, {idx: rows[idx] for idx in edited if rows[idx].state.params.has_penalties})
+
+
+def _mask_words(row: SamplingRow, vocab_size: int) -> NDArray[np.int32] | None:
+    num_words = (vocab_size + 31) // 32
+    words = row.state.allowed_words(num_words)
+    if row.bitmask is None:
+        return words
+    grammar: NDArray[np.int32] = row.bitmask.numpy()
+    if len(grammar) != num_words:
+        raise ValueError(f"bitmask must have {num_words} words for a vocabulary of {vocab_size}, got {len(grammar)}.")
+    return grammar if words is None else grammar & words
+
+
+def _banned_ids(row: SamplingRow, mask: NDArray[np.int32] | None) -> list[int]:
+    banned = row.state.bad_token_ids()
+    early = row.state.early_stop_ids()
+    if early and mask is not None:
+        left = mask.view(np.uint32).copy()  # a grammar that can only end now wins over min_tokens
+        for token in early:
+            if token < 32 * len(left):
+                left[token // 32] &= ~np.uint32(1 << (token % 32))
+        if not left.any():
+            early = ()
+    return [*banned, *early]
+
+
+def _apply_masks(logits_RV: Tensor, masks: dict[int, NDArray[np.int32]]) -> None:
+    device = logits_RV.device
+    words = torch.from_numpy(np.stack(list(masks.values())))
+    addends = _ADDENDS.index_select(0, words.view(torch.uint8).flatten().int()).view(len(masks), -1)
+    addends_MV = addends[:, : logits_RV.shape[1]].to(device)
+    if len(masks) == len(logits_RV):
+        logits_RV.add_(addends_MV)
+    else:
+        logits_RV.index_add_(0, torch.tensor(list(masks), device=device), addends_MV)
+
+
+def _ban(logits_RV: Tensor, banned: dict[int, list[int]]) -> None:
+    vocab_size = logits_RV.shape[1]
+    flat = [idx * vocab_size + token for idx, tokens in banned.items() for token in tokens if token < vocab_size]
+    if flat:
+        logits_RV.view(-1)[torch.tensor(flat, device=logits_RV.device)] = _NEG_INF
+
+
+def _add_biases(logits_RV: Tensor, rows: dict[int, SamplingRow]) -> None:
+    if not rows:
+        return
+    device, vocab_size = logits_RV.device, logits_RV.shape[1]
+    flat = torch.from_numpy(np.concatenate([row.state.bias_ids + idx * vocab_size for idx, row in rows.items()]))
+    values = torch.from_numpy(np.concatenate([row.state.bias_values for row in rows.values()]))
+    logits_RV.view(-1)[flat.to(device)] += values.to(device)
+
+
+def _penalize(logits_RV: Tensor, rows: dict[int, SamplingRow]) -> None:
+    """Touch only the tokens of each row's history: [N] over all rows, no tensor of the vocabulary's size."""
+    if not rows:
+        return
+    device, vocab_size = logits_RV.device, logits_RV.shape[1]
+    histories = {idx: row.state.history() for idx, row in rows.items()}
+    params = [row.state.params for row in rows.values()]
+    lengths = [len(ids) for ids, _ in histories.values()]
+    flat = torch.from_numpy(np.concatenate([ids + idx * vocab_size for idx, (ids, _) in histories.items()])).to(device)
+    counts = torch.from_numpy(np.concatenate([counts for _, counts in histories.values()])).to(device)
+    per_row = np.array([(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params], np.float32)
+    repetition, frequency, presence = torch.from_numpy(np.repeat(per_row, lengths, axis=0)).to(device).unbind(1)
+    logits = logits_RV.view(-1)
+    old = logits[flat]
+    new = torch.where(old > 0, old / repetition, old * repetition)
+    logits[flat] = new - frequency * counts - presence * (counts > 0)
