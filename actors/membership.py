@@ -1,0 +1,161 @@
+"""A router's side of membership: follow the supervisor's views and have each one's process group ready.
+
+One thread waits for views; each new view is connected by a thread of its own, so that a member which never comes
+holds up nothing but its own epoch. The engine picks up the newest connection between steps.
+
+    supervisor --view--> watcher --join--> shards        rank 0 forms the group with them
+                                 --form--> connection --> engine
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from actors.remote_exchange import Connection
+from cluster.dispatch import routing_tables
+from cluster.errors import FormationError, MeshUnavailable
+from cluster.process_group import forget_group, form_group, host_store
+from cluster.settings import Timeouts
+from cluster.transport import TRANSPORTS, choose_transport
+from cluster.view import MeshView
+
+log = logging.getLogger("expertmesh.membership")
+
+
+class MeshClient(Protocol):
+    """The calls a router makes across the cluster. The real one goes through Ray; tests use their own."""
+
+    def next_view(self, router_id: str, seen_epoch: int, live_epoch: int) -> MeshView | None:
+        """Wait (some seconds at most) for a view above seen_epoch; None when none came. Raises on trouble."""
+
+    def join(
+        self, view: MeshView, *, router_id: str, store_host: str, store_port: int, group: str, transport: str
+    ) -> Callable[[], tuple[str, ...]]:
+        """Ask every shard of the view to join the group. The returned function waits and names who failed."""
+
+    def report(self, router_id: str, epoch: int, suspects: tuple[str, ...], reason: str) -> None:
+        """Returns at once."""
+
+
+class RouterMembership:
+    """Implements actors.remote_exchange.Membership. start() begins watching; close() ends it."""
+
+    def __init__(
+        self,
+        client: MeshClient,
+        *,
+        router_id: str,
+        host: str,
+        transport: str,
+        device: torch.device,
+        timeouts: Timeouts,
+        num_routers: Callable[[], int] = lambda: 1,
+    ) -> None:
+        self._client = client
+        self._router_id = router_id
+        self._host = host
+        self._transport = transport
+        self._device = device
+        self._timeouts = timeouts
+        self._num_routers = num_routers
+        self._store: TCPStore = host_store(host, timeout_s=timeouts.formation_s)
+        self._changed = threading.Condition()
+        self._newest: Connection | None = None
+        self._latest_epoch = 0
+        self._closed = False
+        self.view: MeshView | None = None
+
+    def start(self) -> None:
+        threading.Thread(target=self._watch, name="mesh-watch", daemon=True).start()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._newest = None
+            self._changed.notify_all()
+
+    def newest(self) -> Connection | None:
+        return self._newest
+
+    def report(self, epoch: int, suspects: tuple[str, ...], reason: str) -> None:
+        with self._changed:
+            if self._newest is not None and self._newest.view.epoch <= epoch:
+                self._newest = None
+        self._client.report(self._router_id, epoch, suspects, reason)
+
+    def wait_newer(self, epoch: int, deadline_s: float) -> Connection:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closed or (self._newest is not None and self._newest.view.epoch > epoch), deadline_s
+            )
+            if self._newest is None or self._newest.view.epoch <= epoch:
+                raise MeshUnavailable(
+                    f"no complete mesh after epoch {epoch} within {deadline_s:.1f} s; see GET /mesh for what is missing"
+                )
+            return self._newest
+
+    def _watch(self) -> None:
+        pause_s = 0.05
+        while not self._closed:
+            live = self._newest.view.epoch if self._newest else 0
+            try:
+                view = self._client.next_view(self._router_id, self._latest_epoch, live)
+                pause_s = 0.05
+            except Exception as error:  # the supervisor is away: serving goes on, ask again soon
+                log.warning("supervisor unreachable: %s", str(error)[:200])
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed, pause_s)
+                pause_s = min(2 * pause_s, 1.0)
+                continue
+            if view is not None and view.epoch > self._latest_epoch:
+                self._latest_epoch = view.epoch
+                self.view = view
+                name = f"connect-{view.epoch}"
+                threading.Thread(target=self._connect, args=(view,), name=name, daemon=True).start()
+
+    def _connect(self, view: MeshView) -> None:
+        try:
+            connection = self._form(view)
+        except (FormationError, ValueError) as error:
+            suspects = error.suspects if isinstance(error, FormationError) else ()
+            if view.epoch == self._latest_epoch and not self._closed:
+                self._client.report(self._router_id, view.epoch, suspects, str(error))
+            return
+        with self._changed:
+            if not self._closed and view.epoch == self._latest_epoch:
+                self._newest = connection
+                self._changed.notify_all()
+
+    def _form(self, view: MeshView) -> Connection:
+        transport = choose_transport(self._transport, self._device, self._num_routers())
+        name = f"{self._router_id}/{view.epoch}"
+        failures = self._client.join(
+            view,
+            router_id=self._router_id,
+            store_host=self._host,
+            store_port=self._store.port,
+            group=name,
+            transport=transport,
+        )
+        try:
+            group = form_group(
+                self._store,
+                name,
+                rank=0,
+                world_size=len(view.shards) + 1,
+                host=self._host,
+                device=self._device,
+                formation_s=self._timeouts.formation_s,
+                operation_s=self._timeouts.exchange_max_s,
+            )
+        except FormationError as error:
+            raise FormationError(str(error), failures()) from None
+        forget_group(self._store, name)
+        router_transport = TRANSPORTS[transport][0](group, view.shard_ids)
+        return Connection(view, router_transport, routing_tables(view.placement, view.shard_ids))

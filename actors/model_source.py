@@ -1,0 +1,40 @@
+"""Where a model's files are: a local directory, or a Hugging Face hub id that is fetched into the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+HUB_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+]
+
+
+def locate_model(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+    """The directory that holds the model's files; fetches from the hub, with its progress bars, what isn't cached.
+
+    Raises ValueError, with what to do, when there is neither such a directory nor such a repository.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise ValueError(f"model {model!r} is no directory here and no hub id (owner/name); check the path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=HUB_FILES)
+        ).resolve()
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ValueError(
+            f"model {model!r} is no directory here and could not be fetched from the hub: {reason}. "
+            "Give a local directory, or check the name, the network and HF_TOKEN"
+        ) from None

@@ -1,0 +1,284 @@
+"""The exchange over the mesh: plan, send, wait, add up; and when a shard is lost, again on the next epoch.
+
+A layer's input stays with its receipt until all partial sums are back. So when an exchange fails, only that layer's
+exchange is repeated, on the new epoch's group; the step goes on as if nothing had happened. Nothing is ever
+committed with a contribution missing.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.dispatch import RoutingTable, ShardPlan, plan_dispatch
+from cluster.errors import ExchangeError, MeshUnavailable
+from cluster.settings import Timeouts
+from cluster.transport import Flight, RouterTransport
+from cluster.view import MeshView
+from cluster.wire import Header, Message, Opcode, new_message
+
+log = logging.getLogger("expertmesh.exchange")
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One epoch's formed group, ready for use."""
+
+    view: MeshView
+    transport: RouterTransport
+    tables: Mapping[int, RoutingTable]
+
+
+class Membership(Protocol):
+    """What the exchange asks of the mesh. See actors.membership for the real one."""
+
+    def newest(self) -> Connection | None:
+        """The newest formed connection."""
+
+    def report(self, epoch: int, suspects: tuple[str, ...], reason: str) -> None:
+        """Tell the supervisor that `epoch` failed. Returns at once."""
+
+    def wait_newer(self, epoch: int, deadline_s: float) -> Connection:
+        """The first formed connection above `epoch`. Raises MeshUnavailable after deadline_s."""
+
+
+@dataclass(slots=True)
+class _Receipt:
+    layer_idx: int
+    x_TH: Tensor
+    topk_ids_TK: Tensor
+    topk_weights_TK: Tensor
+    plans: list[ShardPlan | None]
+    flight: Flight | None
+    failure: tuple[tuple[str, ...], str] | None
+    started: float
+
+
+class DeadlineEstimate:
+    """How long an exchange may take: a few times what the slow ones among recent ones took, by their rows."""
+
+    def __init__(self, timeouts: Timeouts) -> None:
+        self._timeouts = timeouts
+        self._slowest_s = timeouts.exchange_max_s
+        self._slowest_row_s = 0.0
+        self._num_seen = 0
+
+    def observe(self, duration_s: float, num_rows: int) -> None:
+        """Old maxima fade by 1 % an exchange; those of the first few (cold caches) are not held against anybody."""
+        self._num_seen += 1
+        if self._num_seen == 8:
+            self._slowest_s = self._slowest_row_s = 0.0
+        self._slowest_s = max(duration_s, self._slowest_s * 0.99)
+        self._slowest_row_s = max(duration_s / max(num_rows, 1), self._slowest_row_s * 0.99)
+
+    def deadline_s(self, num_rows: int) -> float:
+        expected_s = max(self._slowest_s, self._slowest_row_s * num_rows)
+        limits = self._timeouts
+        return min(max(limits.exchange_factor * expected_s, limits.exchange_min_s), limits.exchange_max_s)
+
+
+class RemoteExchange:
+    """The router's Exchange. Used by the engine's thread only.
+
+    expert_tokens[layer_idx][expert_id] counts the pairs sent since the start.
+    """
+
+    def __init__(
+        self,
+        membership: Membership,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        timeouts: Timeouts,
+        device: torch.device,
+        clock: Callable[[], float],
+    ) -> None:
+        self._membership = membership
+        self._num_experts = num_experts
+        self._hidden_size = hidden_size
+        self._timeouts = timeouts
+        self._device = device
+        self._clock = clock
+        self._connection: Connection | None = None
+        self._estimate = DeadlineEstimate(timeouts)
+        self._step = 0
+        self._last_sent = 0.0
+        self.expert_tokens: dict[int, np.ndarray] = {}
+        self.num_recoveries = 0
+        self.recovery_s = 0.0
+        self.last_recovery_s = 0.0
+
+    @property
+    def epoch(self) -> int:
+        return self._connection.view.epoch if self._connection else 0
+
+    def begin_step(self) -> None:
+        """Move to the newest epoch between steps. Raises MeshUnavailable when there has never been one."""
+        self._step += 1
+        newest = self._membership.newest()
+        if newest is None:
+            if self._connection is None:
+                self._connection = self._membership.wait_newer(0, self._timeouts.recovery_s)
+        elif newest.view.epoch > self.epoch:
+            self._switch(newest)
+
+    def idle(self) -> None:
+        """Between steps with nothing to do: keep the group alive, follow epoch changes, notice the dead."""
+        newest = self._membership.newest()
+        if newest is not None and newest.view.epoch > self.epoch:
+            self._switch(newest)
+        if self._connection is None or self._clock() - self._last_sent < self._timeouts.heartbeat_s:
+            return
+        try:
+            self._connection.transport.announce(Header(opcode=Opcode.IDLE, epoch=self.epoch))
+            self._last_sent = self._clock()
+        except ExchangeError as error:
+            self._abandon(error.suspects, str(error))
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._say_goodbye(self._connection)
+            self._connection = None
+
+    def dispatch(self, layer_idx: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> _Receipt:
+        ids = topk_ids_TK.cpu().numpy()  # on CUDA: one device-to-host sync a layer
+        counts = self.expert_tokens.get(layer_idx)
+        hits = np.bincount(ids.reshape(-1), minlength=self._num_experts)
+        self.expert_tokens[layer_idx] = hits if counts is None else counts + hits
+        receipt = _Receipt(layer_idx, x_TH, topk_ids_TK, topk_weights_TK, [], None, None, self._clock())
+        self._send(receipt, ids)
+        return receipt
+
+    def combine(self, receipt: _Receipt) -> Tensor:
+        """Raises MeshUnavailable when no complete mesh came back within recovery_s."""
+        give_up = self._clock() + self._timeouts.recovery_s
+        failed_at: float | None = None
+        while True:
+            summed = self._collect(receipt)
+            if summed is not None:
+                if failed_at is not None:
+                    self._note_recovery(self._clock() - failed_at)
+                return summed
+            assert receipt.failure is not None
+            suspects, reason = receipt.failure
+            receipt.flight, receipt.failure = None, None
+            if failed_at is None:
+                failed_at = self._clock()
+            failed_epoch = self._abandon(suspects, reason)
+            left_s = give_up - self._clock()
+            if left_s <= 0:
+                raise MeshUnavailable(f"epoch {failed_epoch} failed and none followed in time: {reason}")
+            self._connection = self._membership.wait_newer(failed_epoch, left_s)
+            receipt.started = self._clock()
+            self._send(receipt, receipt.topk_ids_TK.cpu().numpy())
+
+    def _send(self, receipt: _Receipt, ids: np.ndarray) -> None:
+        """Start the exchange; a failure is kept in the receipt for combine() to mend."""
+        connection = self._connection
+        if connection is None:
+            receipt.failure = ((), "no connection to the shards")
+            return
+        num_shards = len(connection.view.shards)
+        table = connection.tables[receipt.layer_idx]
+        receipt.plans = plan_dispatch(ids, table, num_shards, turn=self._step)
+        headers, messages = [], []
+        for plan in receipt.plans:
+            header, message = self._pack(receipt, plan)
+            headers.append(header)
+            messages.append(message)
+        try:
+            receipt.flight = connection.transport.send(headers, messages)
+        except ExchangeError as error:
+            receipt.failure = (error.suspects, str(error))
+        self._last_sent = self._clock()
+
+    def _pack(self, receipt: _Receipt, plan: ShardPlan | None) -> tuple[Header, Message | None]:
+        num_rows = 0 if plan is None else len(plan.token_of_row_N)
+        num_pairs = 0 if plan is None else len(plan.pair_rows_P)
+        header = Header(
+            opcode=Opcode.STEP,
+            epoch=self.epoch,
+            step=self._step,
+            layer=receipt.layer_idx,
+            num_rows=num_rows,
+            num_pairs=num_pairs,
+            hidden_size=self._hidden_size,
+        )
+        if plan is None:
+            return header, None
+        message = new_message(num_rows, num_pairs, self._hidden_size, self._device)
+        torch.index_select(receipt.x_TH, 0, self._to_device(plan.token_of_row_N), out=message.rows_NH)
+        message.pair_rows_P.copy_(self._to_device(plan.pair_rows_P))
+        message.pair_experts_P.copy_(self._to_device(plan.pair_experts_P))
+        weights = receipt.topk_weights_TK.reshape(-1)
+        torch.index_select(weights, 0, self._to_device(plan.pair_index_P), out=message.pair_weights_P)
+        return header, message
+
+    def _collect(self, receipt: _Receipt) -> Tensor | None:
+        """The combined rows, or None with receipt.failure set."""
+        if receipt.flight is None or self._connection is None:
+            if receipt.failure is None:
+                receipt.failure = ((), "no connection to the shards")
+            return None
+        num_tokens = len(receipt.x_TH)
+        try:
+            replies = self._connection.transport.receive(receipt.flight, self._estimate.deadline_s(num_tokens))
+        except ExchangeError as error:
+            receipt.failure = (error.suspects, str(error))
+            return None
+        self._estimate.observe(self._clock() - receipt.started, num_tokens)
+        total_TH: Tensor | None = None
+        for plan, reply in zip(receipt.plans, replies, strict=True):
+            if plan is None or reply is None:
+                continue
+            if total_TH is None:
+                if len(plan.token_of_row_N) == num_tokens:  # rows are all tokens, in order
+                    total_TH = reply
+                    continue
+                total_TH = torch.zeros(receipt.x_TH.shape, dtype=reply.dtype, device=reply.device)
+            total_TH.index_add_(0, self._to_device(plan.token_of_row_N), reply)
+        assert total_TH is not None, "a step without tokens was dispatched"
+        return total_TH.float()
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+    def _switch(self, newest: Connection) -> None:
+        old, self._connection = self._connection, newest
+        if old is not None:
+            self._say_goodbye(old)
+
+    def _abandon(self, suspects: tuple[str, ...], reason: str) -> int:
+        """Give the current connection up and report it; returns its epoch."""
+        epoch = self.epoch
+        if self._connection is not None:
+            log.warning("epoch %d failed: %s", epoch, reason)
+            self._membership.report(epoch, suspects, reason)
+            self._connection = None
+            gc.collect()  # the group's sockets close with the last reference, and its peers wake up
+        return epoch
+
+    def _say_goodbye(self, connection: Connection) -> None:
+        try:
+            connection.transport.announce(Header(opcode=Opcode.CLOSE, epoch=connection.view.epoch))
+        except ExchangeError as error:
+            log.info("closing epoch %d: %s", connection.view.epoch, error)
+
+    def _note_recovery(self, duration_s: float) -> None:
+        self.num_recoveries += 1
+        self.recovery_s += duration_s
+        self.last_recovery_s = duration_s
+        view = self._connection.view if self._connection else None
+        log.warning(
+            "recovered: epoch %d (%s), %.0f ms from detection to the resumed step",
+            self.epoch,
+            view.reason if view else "",
+            duration_s * 1e3,
+        )

@@ -1,0 +1,112 @@
+"""What travels between ingress and router: one JSON object a line, over TCP.
+
+    ingress -> router   hello, generate, pool, abort, command
+    router -> ingress   hello, load, chunks: one line per step with all that is new for that ingress
+
+The first line each way is `hello`; the ingress' must carry the mesh token. A chunk with a finish_reason is the last
+one of its request. When the connection is lost the router is taken for dead: the ingress sends what is unfinished
+to another router, with the tokens it has in `output_ids` and the same seed, and the stream goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from model.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+MAX_LINE_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """Continue prompt_ids + output_ids (tokens that an earlier router has delivered already)."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    output_ids: tuple[int, ...] = ()
+    priority: int = 0
+    cache_salt: str | None = None
+    deadline_s: float = 600.0
+    return_routed_experts: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolRequest:
+    """Run the prompt through the model and a head. tokens: "last" gives one row, "all" one row per token."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    head: str
+    tokens: Literal["last", "all"] = "last"
+    priority: int = 0
+    cache_salt: str | None = None
+    deadline_s: float = 600.0
+
+
+Request = GenerateRequest | PoolRequest
+
+
+@dataclass(slots=True, kw_only=True)
+class Chunk:
+    """What one step brought for one request.
+
+    logprobs: per new token a list of [token_id, logprob, rank], the chosen one first. prompt_logprobs: the same per
+    prompt token, None for the first. values: rows of a pool result. error: {"status", "code", "message"}.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[list[list[float]]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[list[list[float]] | None] | None = None
+    routed_experts: list[list[list[int]]] | None = None
+    values: list[list[float]] | None = None
+    error: dict[str, Any] | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        """Only what is set; request_id and token_ids always."""
+        wire: dict[str, Any] = {"request_id": self.request_id, "token_ids": self.token_ids}
+        for name in ("logprobs", "finish_reason", "stop_reason", "prompt_logprobs", "routed_experts", "values", "error"):
+            value = getattr(self, name)
+            if value is not None:
+                wire[name] = value
+        if self.num_cached_tokens:
+            wire["num_cached_tokens"] = self.num_cached_tokens
+        return wire
+
+
+def error_chunk(request_id: str, status: int, code: str, message: str) -> Chunk:
+    return Chunk(
+        request_id=request_id,
+        token_ids=[],
+        finish_reason="error",
+        error={"status": status, "code": code, "message": message},
+    )
+
+
+def request_from_wire(data: Mapping[str, Any]) -> Request:
+    """Parse a generate or pool line. Raises ValueError or KeyError where it is malformed."""
+    common: dict[str, Any] = {
+        "request_id": str(data["request_id"]),
+        "prompt_ids": tuple(int(token) for token in data["prompt_ids"]),
+        "priority": int(data.get("priority") or 0),
+        "cache_salt": data.get("cache_salt"),
+        "deadline_s": float(data.get("deadline_s") or 600.0),
+    }
+    if data["op"] == "pool":
+        tokens = data.get("tokens", "last")
+        if tokens not in ("last", "all"):
+            raise ValueError(f"tokens={tokens!r} must be 'last' or 'all'")
+        return PoolRequest(head=str(data["head"]), tokens=tokens, **common)
+    return GenerateRequest(
+        sampling=SamplingParams.from_dict(data["sampling"]),
+        output_ids=tuple(int(token) for token in data.get("output_ids") or ()),
+        return_routed_experts=bool(data.get("return_routed_experts")),
+        **common,
+    )

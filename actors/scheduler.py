@@ -1,0 +1,159 @@
+"""Who gets how many tokens in the next step.
+
+Each step serves, in this order and within one token budget: running sequences (a decode is one token, a prefill the
+next chunk of its prompt), then waiting ones while there are seats and blocks. Decodes are never kept waiting by a
+prefill: they come first and the prefill gets what is left. When blocks run out, the last sequence in order loses
+its blocks and waits again with its tokens; it is computed anew later (and, sampling being keyed by position, goes
+on with the same tokens).
+
+Order: lower `priority` value first, then first come first served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from actors.blocks import BlockManager
+from actors.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """max_queue: requests that may wait; more are refused with 503."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_queue: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                f"max_num_seqs={self.max_num_seqs}, or decodes would not fit in one step; raise it"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """Tokens [begin, end) of one sequence go through this step. `samples`: its last known token is among them."""
+
+    sequence: Sequence
+    begin: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        return self.end == len(self.sequence.token_ids)
+
+
+class Scheduler:
+    """Owns the waiting and the running sequences and their block tables. Not thread-safe: the engine's thread."""
+
+    def __init__(self, limits: SchedulerLimits, blocks: BlockManager) -> None:
+        self.limits = limits
+        self.blocks = blocks
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self.running
+        yield from self.waiting
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.waiting) >= self.limits.max_queue
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+        self.waiting.sort(key=lambda s: s.order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a finished or aborted sequence out and give its blocks back."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self.blocks.release(sequence.table)
+
+    def schedule(self, prefill_budget: int | None = None) -> list[Scheduled]:
+        """Pick this step's work. prefill_budget: at most so many prompt tokens while decodes are running."""
+        budget = self.limits.max_num_batched_tokens
+        work: list[Scheduled] = []
+        decodes = [s for s in self.running if s.num_to_compute == 1]
+        prefills = [s for s in self.running if s.num_to_compute > 1]
+        for sequence in decodes:
+            if sequence in self.running and self._make_room(sequence, len(sequence.token_ids), work):
+                work.append(Scheduled(sequence, sequence.num_computed, len(sequence.token_ids)))
+        budget -= len(work)
+        if prefill_budget is not None and work:
+            budget = min(budget, prefill_budget)
+        for sequence in prefills:
+            if budget > 0 and sequence in self.running:
+                budget -= self._schedule_chunk(sequence, budget, work)
+        while budget > 0 and self.waiting and len(self.running) < self.limits.max_num_seqs:
+            taken = self._admit(self.waiting[0], budget, work)
+            if taken == 0:
+                break
+            budget -= taken
+        return work
+
+    def commit(self, work: list[Scheduled]) -> None:
+        """The step's keys and values are written. Call before new tokens are appended."""
+        for item in work:
+            sequence = item.sequence
+            sequence.num_computed = item.end
+            self.blocks.commit(sequence.table, sequence.token_ids, item.end, sequence.request.cache_salt)
+
+    def check_integrity(self) -> None:
+        """AssertionError where blocks and tables don't agree. Cheap enough for idle moments only."""
+        self.blocks.check_integrity([s.table for s in self])
+
+    def _schedule_chunk(self, sequence: Sequence, budget: int, work: list[Scheduled]) -> int:
+        end = min(len(sequence.token_ids), sequence.num_computed + budget)
+        if not self._make_room(sequence, end, work):
+            return 0
+        work.append(Scheduled(sequence, sequence.num_computed, end))
+        return end - sequence.num_computed
+
+    def _admit(self, sequence: Sequence, budget: int, work: list[Scheduled]) -> int:
+        """Seat the first waiting sequence if all its known tokens fit in the free blocks; tokens taken or 0."""
+        blocks, table, num_tokens = self.blocks, sequence.table, len(sequence.token_ids)
+        if sequence.may_use_prefix_cache:
+            sequence.num_computed = blocks.match_prefix(table, sequence.token_ids, sequence.request.cache_salt)
+        end = min(num_tokens, sequence.num_computed + budget)
+        if not blocks.fits(table, num_tokens + 1) or not blocks.reserve(table, end):
+            blocks.release(table)
+            sequence.num_computed = 0
+            return 0
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = sequence.num_computed
+        self.waiting.pop(0)
+        self.running.append(sequence)
+        self.running.sort(key=lambda s: s.order)
+        work.append(Scheduled(sequence, sequence.num_computed, end))
+        return end - sequence.num_computed
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, work: list[Scheduled]) -> bool:
+        """Reserve blocks, preempting from the end of the order; False when the sequence itself had to go."""
+        while not self.blocks.reserve(sequence.table, num_tokens):
+            scheduled = {item.sequence.request.request_id for item in work}
+            victim = next(s for s in reversed(self.running) if s.request.request_id not in scheduled)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        self.running.remove(sequence)
+        self.blocks.release(sequence.table)
+        sequence.num_computed = 0
+        self.add(sequence)
+
+

@@ -1,0 +1,196 @@
+"""An expert shard: holds experts, answers every router's exchanges, and knows nothing else.
+
+One listener thread per router group waits for headers; computing is one at a time under a lock, so two routers'
+rows never fight for the cores. A group ends when its router says CLOSE, dies, or is silent for too long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from actors.model_source import locate_model
+from cluster.errors import ExchangeError, FormationError
+from cluster.placement import ExpertKey
+from cluster.process_group import MeshGroup, connect_store, form_group
+from cluster.settings import Timeouts
+from cluster.transport import TRANSPORTS, ShardTransport
+from cluster.wire import Header, Message, Opcode, reply_dtype
+from model.checkpoint import Checkpoint
+from model.config import ModelConfig
+from model.experts import ExpertWeights
+from model.kernels import select_kernels
+from model.load import load_expert
+
+log = logging.getLogger("expertmesh.shard")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSpec:
+    """What every shard of a mesh is told at its start. model: a directory or a hub id."""
+
+    model: str
+    revision: str | None = None
+    quantization: str | None = None
+    timeouts: Timeouts = Timeouts()
+    num_threads: int = 1
+
+
+class ExpertShard:
+    """Plain class; Ray wraps it. Methods may be called from several threads."""
+
+    def __init__(self, shard_id: str, spec: ShardSpec, *, host: str, node_id: str, device: torch.device) -> None:
+        torch.set_num_threads(spec.num_threads)
+        self.shard_id = shard_id
+        self._spec = spec
+        self._host = host
+        self._node_id = node_id
+        self._device = device
+        directory = locate_model(spec.model, spec.revision)
+        self._config = ModelConfig.from_directory(directory)
+        self._checkpoint = Checkpoint(directory)
+        self._kernels = select_kernels(device)
+        self._layers: dict[int, dict[int, ExpertWeights]] = {i: {} for i in self._config.moe_layers}
+        self._load_lock = threading.Lock()
+        self._compute_lock = threading.Lock()
+        self._issue_order: contextlib.AbstractContextManager[Any] = (
+            threading.Lock() if device.type == "cuda" else contextlib.nullcontext()
+        )
+        self._groups: dict[str, int] = {}
+        self._newest_epoch = 0
+        self._num_rows = 0
+        self._num_pairs = 0
+        self._busy_s = 0.0
+        self._started = time.monotonic()
+
+    def info(self) -> dict[str, Any]:
+        """Identity, what it holds, and what it has done since its start."""
+        held = self.held()
+        return {
+            "shard_id": self.shard_id,
+            "pid": os.getpid(),
+            "node_id": self._node_id,
+            "host": self._host,
+            "device": str(self._device),
+            "epoch": self._newest_epoch,
+            "num_groups": len(self._groups),
+            "num_experts": len(held),
+            "weight_bytes": sum(e.num_bytes for layer in list(self._layers.values()) for e in list(layer.values())),
+            "bytes_read": self._checkpoint.bytes_read,
+            "tokens": self._num_rows,
+            "pairs": self._num_pairs,
+            "busy_s": round(self._busy_s, 4),
+            "uptime_s": round(time.monotonic() - self._started, 1),
+        }
+
+    def ping(self) -> int:
+        """The newest epoch this shard has joined a group of."""
+        return self._newest_epoch
+
+    def held(self) -> list[ExpertKey]:
+        return [(i, e) for i, layer in list(self._layers.items()) for e in list(layer)]
+
+    def load(self, keys: Iterable[ExpertKey]) -> int:
+        """Load what is not there yet; returns the bytes of weights now held. Raises ValueError for a bad checkpoint."""
+        with self._load_lock:
+            for layer_idx, expert_id in keys:
+                layer = self._layers[layer_idx]
+                if expert_id not in layer:
+                    layer[expert_id] = load_expert(
+                        self._checkpoint, self._config, layer_idx, expert_id, self._spec.quantization, self._device
+                    )
+        return int(self.info()["weight_bytes"])
+
+    def keep_only(self, keys: Iterable[ExpertKey]) -> None:
+        """Forget every other expert. A router that still asks for one gets its group closed, and comes again."""
+        wanted = set(keys)
+        with self._load_lock:
+            for layer_idx, layer in self._layers.items():
+                for expert_id in [e for e in layer if (layer_idx, e) not in wanted]:
+                    del layer[expert_id]
+        gc.collect()
+
+    def join(
+        self,
+        *,
+        router_id: str,
+        store_host: str,
+        store_port: int,
+        group: str,
+        epoch: int,
+        rank: int,
+        world_size: int,
+        transport: str,
+    ) -> None:
+        """Form the router's group of this epoch and serve it from now on. Collective with the router's side.
+
+        Raises FormationError when the others did not come, or when this shard has seen a newer epoch already.
+        """
+        if epoch < self._newest_epoch:
+            raise FormationError(f"{self.shard_id} is at epoch {self._newest_epoch}; epoch {epoch} is over")
+        self._newest_epoch = epoch
+        timeouts = self._spec.timeouts
+        formed = form_group(
+            connect_store(store_host, store_port, timeout_s=timeouts.formation_s),
+            group,
+            rank=rank,
+            world_size=world_size,
+            host=self._host,
+            device=self._device,
+            formation_s=timeouts.formation_s,
+            operation_s=timeouts.idle_s,
+        )
+        self._groups[group] = epoch
+        name = f"serve-{router_id}-{epoch}"
+        threading.Thread(target=self._serve, args=(formed, transport, epoch), name=name, daemon=True).start()
+
+    def _serve(self, group: MeshGroup, transport: str, epoch: int) -> None:
+        try:
+            self._answer_until_closed(TRANSPORTS[transport][1](group), epoch)
+        except ExchangeError as error:
+            log.info("%s leaves group %s: %s", self.shard_id, group.name, error)
+        except Exception:
+            log.exception("%s closes group %s after an error", self.shard_id, group.name)
+        finally:
+            self._groups.pop(group.name, None)
+            del group
+            gc.collect()  # sockets close with the last reference
+
+    @torch.inference_mode()
+    def _answer_until_closed(self, transport: ShardTransport, epoch: int) -> None:
+        while True:
+            header = transport.next_header()
+            if header.epoch != epoch:
+                raise ExchangeError(f"header of epoch {header.epoch} in a group of epoch {epoch}")
+            if header.opcode == Opcode.CLOSE:
+                return
+            if header.opcode == Opcode.STEP:
+                with self._issue_order:
+                    message = transport.receive(header)
+                    transport.reply(header, self._compute(header, message))
+
+    def _compute(self, header: Header, message: Message) -> torch.Tensor:
+        if header.num_rows == 0:
+            return message.rows_NH.to(reply_dtype(self._device))
+        with self._compute_lock:
+            started = time.perf_counter()
+            partial = self._kernels.run_experts(
+                message.rows_NH,
+                message.pair_rows_P.long(),
+                message.pair_experts_P.long(),
+                message.pair_weights_P,
+                self._layers[header.layer],
+            )
+            self._busy_s += time.perf_counter() - started
+            self._num_rows += header.num_rows
+            self._num_pairs += header.num_pairs
+        return partial.to(reply_dtype(self._device))
