@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.candidates import chunk_maxima, top_candidates
+from model.candidates import Candidates, chunk_maxima, top_candidates
 
 TokenLogprob = tuple[int, float, int]  # token id, log-probability, rank (1 is the likeliest; ties by token id)
 _BLOCK_ROWS = 8
 _CHUNK = 128
+_HEAD = 256  # drawn tokens are nearly always among so many, and then their rank is known
 
 
 def row_mass(logits_RV: Tensor, maxima_R: Tensor, inverse_temperatures_R: Tensor) -> Tensor:
@@ -34,25 +35,41 @@ def row_mass(logits_RV: Tensor, maxima_R: Tensor, inverse_temperatures_R: Tensor
 
 
 def token_logprobs(logits_RV: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[list[TokenLogprob]]:
-    """For each row the given token first, then the row's num_top[r] likeliest. Logits must be finite or -inf."""
-    device = logits_RV.device
+    """For each row the given token first, then the row's num_top[r] likeliest. A row with NaN or +inf gives []."""
     maxima_RC = chunk_maxima(logits_RV)
-    top_R = maxima_RC.amax(1)
-    mass_R = row_mass(logits_RV, top_R, torch.ones_like(top_R))
-    norm_R = top_R.double() + mass_R.log()
-    tokens_R1 = torch.tensor(token_ids, dtype=torch.int64, device=device)[:, None]
-    logits_R1 = logits_RV.gather(1, tokens_R1)
-    ids_RV = torch.arange(logits_RV.shape[1], device=device)
-    is_before = (logits_RV > logits_R1) | ((logits_RV == logits_R1) & (ids_RV < tokens_R1))
-    ranks = (is_before.sum(1) + 1).tolist()
-    chosen = (logits_R1.squeeze(1).double() - norm_R).tolist()
-    result = [[entry] for entry in zip(token_ids, chosen, ranks, strict=True)]
-    most = max(num_top)
-    if most > 0:
-        top = top_candidates(logits_RV, maxima_RC, most)
-        ids, counts = top.ids_RW[:, :most].tolist(), top.counts_R.tolist()
-        values = (top.logits_RW[:, :most].double() - norm_R[:, None]).tolist()
-        for row, count, row_ids, row_values, wanted in zip(result, counts, ids, values, num_top, strict=True):
-            shown = min(wanted, count)
-            row.extend(zip(row_ids[:shown], row_values[:shown], range(1, shown + 1), strict=True))
-    return result
+    largest_R = maxima_RC.amax(1)
+    is_sound = largest_R.isfinite().tolist()
+    if not all(is_sound):
+        sound = [idx for idx, holds in enumerate(is_sound) if holds]
+        some = iter(token_logprobs(logits_RV[sound], [token_ids[i] for i in sound], [num_top[i] for i in sound]))
+        return [next(some) if holds else [] for holds in is_sound]
+    if not token_ids:
+        return []
+    norm_R1 = (largest_R.double() + row_mass(logits_RV, largest_R, torch.ones_like(largest_R)).log())[:, None]
+    tokens_R1 = torch.tensor(token_ids, dtype=torch.int64, device=logits_RV.device)[:, None]
+    top = top_candidates(logits_RV, maxima_RC, max(_HEAD, *num_top))
+    chosen = (logits_RV.gather(1, tokens_R1).double() - norm_R1).flatten().tolist()
+    ranks = _ranks(logits_RV, token_ids, top)
+    shown = [min(wanted, count) for wanted, count in zip(num_top, top.counts_R.tolist(), strict=True)]
+    ids = top.ids_RW[:, : max(shown)].tolist()
+    logprobs = (top.logits_RW[:, : max(shown)].double() - norm_R1).tolist()
+    return [
+        [
+            (token_ids[r], chosen[r], ranks[r]),
+            *zip(ids[r][: shown[r]], logprobs[r][: shown[r]], range(1, shown[r] + 1), strict=True),
+        ]
+        for r in range(len(token_ids))
+    ]
+
+
+def _ranks(logits_RV: Tensor, token_ids: Sequence[int], top: Candidates) -> list[int]:
+    """1 + the number of tokens ordered before each row's token; a pass over the row only where it isn't a candidate."""
+    in_head_RW = torch.arange(top.ids_RW.shape[1], device=logits_RV.device) < top.counts_R[:, None]
+    tokens_R1 = torch.tensor(token_ids, dtype=torch.int64, device=logits_RV.device)[:, None]
+    found_RW = (top.ids_RW == tokens_R1) & in_head_RW
+    ranks: list[int] = (found_RW.int().argmax(1) + 1).tolist()
+    for idx in (~found_RW.any(1)).nonzero().flatten().tolist():
+        row_V, token = logits_RV[idx], token_ids[idx]
+        num_before = (row_V[:token] >= row_V[token]).count_nonzero() + (row_V[token:] > row_V[token]).count_nonzero()
+        ranks[idx] = int(num_before) + 1
+    return ranks

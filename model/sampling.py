@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.candidates import Candidates, chunk_maxima, first_argmax, top_candidates
+from model.candidates import chunk_maxima, first_argmax, top_candidates
 from model.logit_edits import edit_logits
 from model.logprobs import TokenLogprob, row_mass, token_logprobs
 from model.random_bits import gumbels, row_streams
@@ -28,6 +28,8 @@ from model.sampling_params import SamplingParams
 from model.tail import TAIL_ID, HeadRow, draw_with_tail
 
 _HEAD = 256  # a head holds at least so many tokens, if so many are allowed
+_EVERY_TOKEN = 2**31
+_BROKEN = "logits must be finite, got {}: the model's arithmetic failed for this request."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,8 @@ def sample(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> SampleOutput:
         lists = token_logprobs(raw_rows, [token_ids[idx] for _, idx in scored], tops)
         for (_, idx), entries in zip(scored, lists, strict=True):
             logprobs[idx] = entries
+            if not entries:  # broken only where the edits put something else
+                errors[idx] = _BROKEN.format("NaN or infinity")
     return SampleOutput(token_ids=token_ids, logprobs=logprobs, errors=errors)
 
 
@@ -86,77 +90,86 @@ def _error(largest_logit: float) -> str | None:
     if largest_logit == float("-inf"):
         return "no token is allowed: grammar, allowed_token_ids, bad_words and min_tokens together forbid all of them."
     if not math.isfinite(largest_logit):
-        return f"logits must be finite, got {largest_logit}: the model's arithmetic failed for this request."
+        return _BROKEN.format(largest_logit)
     return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rules:
+    """The truncation rules of the rows, as columns [R, 1]."""
+
+    top_k: Tensor  # int64; without a rule, more than any vocabulary
+    top_p: Tensor  # float64; without a rule, infinite
+    min_p: Tensor  # float64
+
+    @classmethod
+    def of(cls, params: list[SamplingParams], device: torch.device) -> _Rules:
+        return cls(
+            top_k=torch.tensor([[p.top_k or _EVERY_TOKEN] for p in params], device=device),
+            top_p=_column([p.top_p if p.top_p < 1 else math.inf for p in params], device),
+            min_p=_column([p.min_p for p in params], device),
+        )
 
 
 def _draw(logits_RV: Tensor, maxima_RC: Tensor, rows: list[SamplingRow]) -> list[int]:
     """Tokens for rows that are not greedy and whose logits are sound."""
     device, params = logits_RV.device, [row.state.params for row in rows]
+    rules = _Rules.of(params, device)
     head = top_candidates(logits_RV, maxima_RC, _HEAD)
-    top_R = head.logits_RW[:, 0]
-    inverse_R = 1 / _column([p.temperature for p in params], device)
-    stream = row_streams([p.seed for p in params], [row.state.position for row in rows], device)
-    z_RW = (head.logits_RW.double() - top_R.double()[:, None]) * inverse_R[:, None]
+    largest_R1 = head.logits_RW[:, :1]
+    inverse_R1 = 1 / _column([p.temperature for p in params], device)
+    z_RW = (head.logits_RW.double() - largest_R1.double()) * inverse_R1
     weights_RW = z_RW.exp()
-    has_tail_R = _tail_allowed(head, weights_RW, params)
-    with_tail = has_tail_R.nonzero().flatten().tolist()
-    mass_R = weights_RW.new_zeros(len(rows))
+    counts_R1 = head.counts_R[:, None]
+    last_R1 = weights_RW.gather(1, counts_R1 - 1)
+    has_tail_R1 = head.has_rest_R[:, None] & (rules.top_k > counts_R1) & (last_R1 >= rules.min_p)
+    mass_R1 = weights_RW.new_zeros(len(rows), 1)
+    with_tail: list[int] = has_tail_R1.flatten().nonzero().flatten().tolist()
     if with_tail:
-        inverse = inverse_R.float()
-        mass_R[with_tail] = row_mass(_take(logits_RV, with_tail), top_R[with_tail], inverse[with_tail])
-    kept_RW, tail_bound_R = _keep(head, weights_RW, mass_R, has_tail_R, params)
-    scores_RW = (z_RW + gumbels(stream, head.ids_RW)).masked_fill_(~kept_RW, float("-inf"))
-    best_R, best_at_R = scores_RW.max(1)
-    tail_ids = torch.full((len(rows), 1), TAIL_ID, dtype=torch.int64, device=device)
-    tail_scores_R = tail_bound_R.log() + gumbels(stream, tail_ids).squeeze(1)
-    tokens: list[int] = head.ids_RW.gather(1, best_at_R[:, None]).squeeze(1).tolist()
-    for idx in (tail_scores_R >= best_R).nonzero().flatten().tolist():
+        inverse = inverse_R1[with_tail, 0].float()
+        mass_R1[with_tail, 0] = row_mass(_take(logits_RV, with_tail), largest_R1[with_tail, 0], inverse)
+    kept_RW, tail_bound_R1 = _keep(weights_RW, last_R1, counts_R1, mass_R1, rules)
+    streams = row_streams([p.seed for p in params], [row.state.position for row in rows], device)
+    noise = gumbels(streams, torch.cat([head.ids_RW, torch.full_like(counts_R1, TAIL_ID)], dim=1))
+    scores_RW = (z_RW + noise[:, :-1]).masked_fill_(~kept_RW, float("-inf"))
+    best_R1, best_at_R1 = scores_RW.max(1, keepdim=True)
+    tokens: list[int] = head.ids_RW.gather(1, best_at_R1).flatten().tolist()
+    needs_tail_R1 = has_tail_R1 & (tail_bound_R1.log() + noise[:, -1:] >= best_R1)
+    for idx in needs_tail_R1.flatten().nonzero().flatten().tolist():
         count = int(head.counts_R[idx])
-        ids_W = head.ids_RW[idx, :count]
-        row_stream = (stream[0][idx : idx + 1], stream[1][idx : idx + 1])
         tokens[idx] = draw_with_tail(
-            logits_RV[idx], HeadRow(ids_W=ids_W, z_W=z_RW[idx, :count]), params[idx], row_stream
+            logits_RV[idx],
+            HeadRow(ids_W=head.ids_RW[idx, :count], scores_W=(z_RW + noise[:, :-1])[idx, :count]),
+            params[idx],
+            (streams[0][idx : idx + 1], streams[1][idx : idx + 1]),
         )
     return tokens
 
 
-def _tail_allowed(head: Candidates, weights_RW: Tensor, params: list[SamplingParams]) -> Tensor:
-    """Whether min_p and top_k may keep anything beyond the head, bool [R]."""
-    device = weights_RW.device
-    last_R = weights_RW.gather(1, (head.counts_R - 1)[:, None]).squeeze(1)
-    top_k_R = torch.tensor([p.top_k or 2**31 for p in params], device=device)
-    min_p_R = _column([p.min_p for p in params], device)
-    return head.has_rest_R & (top_k_R > head.counts_R) & (last_R >= min_p_R)
-
-
 def _keep(
-    head: Candidates, weights_RW: Tensor, mass_R: Tensor, has_tail_R: Tensor, params: list[SamplingParams]
+    weights_RW: Tensor, last_R1: Tensor, counts_R1: Tensor, mass_R1: Tensor, rules: _Rules
 ) -> tuple[Tensor, Tensor]:
-    """Which of the head's tokens are kept, and an upper bound on the kept mass beyond it (0 where none is).
+    """Which of the head's tokens are kept, and an upper bound of the kept mass beyond it.
 
-    An infinite bound says that the head can't tell: top_p's share is of a total that min_p or top_k cut in the tail.
+    weights are exp((logit - largest) / temperature), last_R1 the head's last; mass_R1 is their sum over all tokens, or
+    0 where min_p and top_k keep nothing beyond the head. An infinite bound says that the head can't tell: top_p is a
+    share of what min_p or top_k leave, and they cut beyond the head.
     """
-    device = weights_RW.device
-    ranks_W = torch.arange(weights_RW.shape[1], device=device)
-    top_k_R = torch.tensor([p.top_k or 2**31 for p in params], device=device)
-    min_p_R, top_p_R = _column([p.min_p for p in params], device), _column([p.top_p for p in params], device)
-    in_head_RW = ranks_W < head.counts_R[:, None]
-    kept_RW = in_head_RW & (ranks_W < top_k_R[:, None]) & (weights_RW >= min_p_R[:, None])
+    ranks_W = torch.arange(weights_RW.shape[1], device=weights_RW.device)
+    kept_RW = (ranks_W < torch.minimum(rules.top_k, counts_R1)) & (weights_RW >= rules.min_p)
     kept_weights_RW = torch.where(kept_RW, weights_RW, 0.0)
     cumulated_RW = kept_weights_RW.cumsum(1)
-    head_mass_R = cumulated_RW[:, -1]
-    total_R = torch.where(has_tail_R, torch.maximum(mass_R, head_mass_R), head_mass_R)
-    uses_top_p_R = top_p_R < 1
-    nucleus_R = torch.where(uses_top_p_R, top_p_R * total_R, float("inf"))
-    kept_RW &= (cumulated_RW - kept_weights_RW) < nucleus_R[:, None]
-    last_R = weights_RW.gather(1, (head.counts_R - 1)[:, None]).squeeze(1)
-    bound_R = torch.minimum(total_R - head_mass_R, (nucleus_R - head_mass_R).clamp(min=0) + last_R)
-    bound_R = torch.where(head_mass_R >= nucleus_R, 0.0, bound_R)
-    is_cut_R = (min_p_R > 0) | (top_k_R < 2**31)
-    bound_R = torch.where(uses_top_p_R & is_cut_R, float("inf"), bound_R)
-    return kept_RW, torch.where(has_tail_R, bound_R, 0.0)
+    head_mass_R1 = cumulated_RW[:, -1:]
+    total_R1 = torch.maximum(mass_R1, head_mass_R1)
+    nucleus_R1 = rules.top_p * total_R1
+    kept_RW &= (cumulated_RW - kept_weights_RW) < nucleus_R1
+    by_top_k_R1 = (rules.top_k - counts_R1) * last_R1
+    by_top_p_R1 = nucleus_R1 - head_mass_R1 + last_R1  # the token that reaches top_p is kept as well
+    bound_R1 = torch.minimum(torch.minimum(total_R1 - head_mass_R1, by_top_k_R1), by_top_p_R1)
+    bound_R1 = torch.where(head_mass_R1 < nucleus_R1, bound_R1, 0.0)
+    is_cut_R1 = (rules.min_p > 0) | (rules.top_k < _EVERY_TOKEN)
+    return kept_RW, torch.where(is_cut_R1 & rules.top_p.isfinite(), math.inf, bound_R1)
 
 
 def _column(values: list[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)
+    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]

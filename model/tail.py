@@ -18,40 +18,42 @@ _PICK_ID = 0xFFFFFFFE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadRow:
-    """The first tokens in order, and (logit - largest logit) / temperature of each."""
+    """The first tokens in order, and each one's (logit - largest logit) / temperature + noise."""
 
     ids_W: Tensor  # int64
-    z_W: Tensor  # float64
+    scores_W: Tensor  # float64
 
 
 def draw_with_tail(logits_V: Tensor, head: HeadRow, params: SamplingParams, stream: tuple[Tensor, Tensor]) -> int:
     """The exact draw: Gumbel-max over the head's kept tokens and the tail as one, then one uniform inside the tail."""
-    ordered = params.top_k is not None or params.top_p < 1
-    if ordered:
-        keys_V = order_keys(logits_V, torch.arange(len(logits_V), device=logits_V.device))
-        ids_V = ids_of_keys(keys_V.sort(descending=True).values)
-        logits_V = logits_V[ids_V]
-    top = logits_V[head.ids_W[0]] if not ordered else logits_V[0]
-    weights_V = ((logits_V.double() - top.double()) / params.temperature).exp_()
+    weights_V = ((logits_V.double() - logits_V[head.ids_W[0]].double()) / params.temperature).exp_()
     weights_V[weights_V < params.min_p] = 0
-    num_head = len(head.ids_W)
-    if ordered:
-        weights_V[params.top_k or len(logits_V) :] = 0
-        if params.top_p < 1:
-            cumulated_V = weights_V.cumsum(0)
-            weights_V[(cumulated_V - weights_V) >= params.top_p * cumulated_V[-1]] = 0
-        is_kept_W = weights_V[:num_head] > 0
-        weights_V[:num_head] = 0
+    ids_V = torch.arange(len(logits_V), device=logits_V.device)
+    if params.top_k is not None or params.top_p < 1:
+        ids_V = ids_of_keys(order_keys(logits_V, ids_V).sort(descending=True).values)
+        weights_V = _cut(weights_V[ids_V], params)
+        head_at_W = torch.arange(len(head.ids_W), device=logits_V.device)
     else:
-        is_kept_W = weights_V[head.ids_W] > 0
-        weights_V[head.ids_W] = 0
+        head_at_W = head.ids_W  # no rule needs the order: the tail is walked by token id
+    is_kept_W = weights_V[head_at_W] > 0
+    weights_V[head_at_W] = 0
     cumulated_V = weights_V.cumsum(0)
-    tail_mass = cumulated_V[-1]
-    scores_W = (head.z_W + gumbels(stream, head.ids_W[None]).squeeze(0)).masked_fill_(~is_kept_W, float("-inf"))
-    tail_id = torch.tensor([[TAIL_ID]], device=logits_V.device)
-    best, best_at = scores_W.max(0)
-    if best >= tail_mass.log() + gumbels(stream, tail_id)[0, 0]:
-        return int(head.ids_W[best_at])
-    share = uniforms(stream, torch.tensor([[_PICK_ID]], device=logits_V.device))[0, 0]
-    at = torch.searchsorted(cumulated_V, share * tail_mass, right=True)
-    return int(ids_V[at] if ordered else at)
+    tail_mass = cumulated_V[-1:]
+    scores_W = head.scores_W.masked_fill(~is_kept_W, float("-inf"))
+    counters = torch.tensor([[TAIL_ID, _PICK_ID]], device=logits_V.device)
+    if scores_W.max() >= tail_mass.log() + gumbels(stream, counters)[0, 0]:
+        return int(head.ids_W[scores_W.argmax()])
+    share = uniforms(stream, counters)[0, 1]
+    last = torch.searchsorted(cumulated_V, tail_mass)  # share * mass may round up to the mass itself
+    at = torch.minimum(torch.searchsorted(cumulated_V, share * tail_mass, right=True), last)
+    return int(ids_V[at])
+
+
+def _cut(weights_V: Tensor, params: SamplingParams) -> Tensor:
+    """Weights in falling order, with those that top_k and then top_p exclude set to 0."""
+    weights_V[params.top_k or len(weights_V) :] = 0
+    if params.top_p < 1:
+        before_V = weights_V.cumsum(0)
+        nucleus = params.top_p * before_V[-1]
+        weights_V[before_V - weights_V >= nucleus] = 0
+    return weights_V
