@@ -1,0 +1,139 @@
+"""Structured output: grammars compiled with llguidance, and a matcher for each request.
+
+A matcher says which tokens may come next. The request thread compiles (milliseconds, up to about half a second for a
+giant schema); the step thread only fills bitmasks and accepts tokens, tens of microseconds each. Both release the GIL.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import llguidance
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from torch import Tensor
+
+from model.sampling_params import StructuredSpec
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+MAX_PAYLOAD_CHARS = 128 * 1024
+_MAX_MESSAGE_CHARS = 400
+_CACHED_GRAMMARS = 64
+# JSON allows whitespace without end, and a small model may never stop writing it.
+_JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
+
+
+class Matcher:
+    """Where one request stands in its grammar. Used by one thread at a time."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._num_words = (vocab_size + 31) // 32
+
+    def bitmask(self) -> Tensor:
+        """The tokens that may come next: int32 [ceil(V / 32)], bit i of word w for token 32 * w + i.
+
+        Where the output may end, the end-of-sequence tokens are among them.
+        """
+        words = torch.zeros(self._num_words, dtype=torch.int32)
+        self._matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.numel() * words.element_size())
+        return words
+
+    def accept(self, token_id: int) -> bool:
+        """Go on by one token. False if the grammar doesn't allow it or a limit was hit; then `error` says why."""
+        return bool(self._matcher.consume_token(token_id))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing but the end of the sequence can follow."""
+        return bool(self._matcher.is_stopped())
+
+    @property
+    def error(self) -> str | None:
+        """Why matching failed for good, or None. Look after bitmask() and after accept()."""
+        return _shorten(self._matcher.get_error()) if self._matcher.is_error() else None
+
+
+class GrammarCompiler:
+    """Compiles specs for one tokenizer, and remembers the last ones. Safe to share between threads."""
+
+    def __init__(self, tokenizer_json: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """vocab_size is the width of the logits, which may exceed the tokenizer's. Raises ValueError."""
+        try:
+            text = tokenizer_json.read_text(encoding="utf-8")
+            self._tokenizer = LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_token_ids))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{tokenizer_json} doesn't work for structured output: {_shorten(str(error))}") from None
+        self._vocab_size = vocab_size
+        # Messages go to clients: no parser state in them. The other limits bound a grammar's size, and one mask to
+        # a few milliseconds.
+        self._limits = LLParserLimits(
+            verbose_errors=False, max_grammar_size=100_000, step_max_items=20_000, max_lexer_states=50_000
+        )
+        self._lock = Lock()
+        self._compiled: OrderedDict[StructuredSpec, LLMatcher] = OrderedDict()
+
+    def compile(self, spec: StructuredSpec) -> Matcher:
+        """A matcher at the start of the grammar. Raises ValueError with the reason if the grammar can't be used."""
+        with self._lock:
+            compiled = self._compiled.get(spec)
+            if compiled is not None:
+                self._compiled.move_to_end(spec)
+        if compiled is None:
+            compiled = self._compile(spec)
+            with self._lock:
+                self._compiled[spec] = compiled
+                while len(self._compiled) > _CACHED_GRAMMARS:
+                    self._compiled.popitem(last=False)
+        return Matcher(compiled.deep_copy(), self._vocab_size)
+
+    def _compile(self, spec: StructuredSpec) -> LLMatcher:
+        if len(spec.payload) > MAX_PAYLOAD_CHARS:
+            raise ValueError(f"{spec.kind} must be at most {MAX_PAYLOAD_CHARS} characters, got {len(spec.payload)}.")
+        matcher = LLMatcher(self._tokenizer, _grammar(spec), log_level=0, limits=self._limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # the first mask is the slowest; its lexer states are kept in the copies
+        if matcher.is_error():
+            raise ValueError(f"{spec.kind} can't be used: {_shorten(matcher.get_error())}")
+        return matcher
+
+
+def _grammar(spec: StructuredSpec) -> str:
+    """The spec in llguidance's own language."""
+    if spec.kind == "regex":
+        return LLMatcher.grammar_from_regex(spec.payload)
+    if spec.kind == "grammar":
+        try:
+            return llguidance.grammar_from("grammar", spec.payload)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"grammar can't be used: {_shorten(str(error))}") from None
+    if spec.kind == "json_object":
+        return LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=_JSON_OPTIONS)
+    value = _parse_json(spec)
+    if spec.kind == "json_schema":
+        if not isinstance(value, dict):
+            raise ValueError(f"json_schema must be a JSON object, got {value!r:.100}.")
+        # From the parsed value, not the text: llguidance pastes the text into a larger document.
+        return LLMatcher.grammar_from_json_schema(value, defaults=_JSON_OPTIONS)
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(f"choice must be a JSON list of one or more non-empty strings, got {value!r:.100}.")
+    return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(item, ensure_ascii=False) for item in value))
+
+
+def _parse_json(spec: StructuredSpec) -> object:
+    try:
+        return json.loads(spec.payload)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{spec.kind} must be valid JSON: {_shorten(str(error))}") from None
+
+
+def _shorten(message: str) -> str:
+    line = " ".join(message.replace("<non-verbose/>", "").split())
+    return line if len(line) <= _MAX_MESSAGE_CHARS else line[: _MAX_MESSAGE_CHARS - 3] + "..."
