@@ -1,0 +1,185 @@
+"""/v1/completions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deploy.errors import InvalidRequest
+from deploy.generation import Delta, TextOptions, Token, gather_all, stream_all
+from deploy.generation_plan import Asked, check_prompt, plan_requests, structured_spec, text_options, truncate_prompt
+from deploy.logprobs import completion_logprobs, prompt_logprobs, prompt_tokens
+from deploy.openai_requests import CompletionRequest
+from deploy.router_pool import GenerateRequest
+from deploy.served_model import ServedModel
+from deploy.service import Service
+from deploy.sse import DONE, event
+from deploy.usage import Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionPlan:
+    """A validated request, ready to run. `texts` are the prompts as text when they were sent so."""
+
+    body: CompletionRequest
+    model: ServedModel
+    requests: list[GenerateRequest]
+    options: TextOptions
+    texts: list[str]
+    head: dict[str, Any]
+
+    @property
+    def n(self) -> int:
+        return self.body.n or 1
+
+
+async def plan_completion(service: Service, body: CompletionRequest, answer_id: str) -> CompletionPlan:
+    """Tokenizes and checks everything. Raises ApiError."""
+    model = service.models.find_generator(body.model)
+    if body.stream and body.prompt_logprobs is not None:
+        raise InvalidRequest("prompt_logprobs: not available with stream; set stream to false", param="prompt_logprobs")
+    prompts: list[list[int]] = []
+    texts: list[str] = []
+    for prompt in _prompts(body.prompt):
+        if isinstance(prompt, str):
+            ids = await service.encode(model, prompt, add_special_tokens=body.add_special_tokens)
+        else:
+            ids = prompt
+        ids = truncate_prompt(body, model, ids, body.max_tokens)
+        check_prompt(ids, model, "prompt")
+        prompts.append(ids)
+        if body.echo:
+            is_whole = isinstance(prompt, str) and body.truncate_prompt_tokens is None
+            texts.append(str(prompt) if is_whole else model.tokenizer.decode(ids))
+    asked_prompt_logprobs = body.prompt_logprobs
+    if body.echo and body.logprobs is not None:
+        asked_prompt_logprobs = max(body.logprobs, body.prompt_logprobs or 0)
+    asked = Asked(
+        max_tokens=body.max_tokens,
+        clamps_max_tokens="max_tokens" not in body.model_fields_set,
+        logprobs=body.logprobs,
+        prompt_logprobs=asked_prompt_logprobs,
+        structured=structured_spec(body),
+    )
+    return CompletionPlan(
+        body=body,
+        model=model,
+        requests=plan_requests(body, model, prompts, asked, service.settings.limits, service.deadline()),
+        options=text_options(body, model),
+        texts=texts,
+        head={
+            "id": answer_id,
+            "object": "text_completion",
+            "created": int(service.now()),
+            "model": body.model or model.names[0],
+            "system_fingerprint": service.fingerprint,
+        },
+    )
+
+
+async def complete(service: Service, plan: CompletionPlan) -> dict[str, Any]:
+    """The whole answer."""
+    sequences = await gather_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
+    usage = Usage.of_prompts(plan.requests, plan.n)
+    choices = []
+    for index, sequence in enumerate(sequences):
+        delta = sequence.as_delta(index)
+        usage.count(delta)
+        choices.append(_Choice(plan, index).render(delta, streaming=False))
+    return {**plan.head, "choices": choices, "usage": usage.to_dict()}
+
+
+async def complete_stream(service: Service, plan: CompletionPlan) -> AsyncIterator[bytes]:
+    """The answer as server-sent events."""
+    options = plan.body.stream_options
+    include_usage = options is not None and options.include_usage
+    usage = Usage.of_prompts(plan.requests, plan.n)
+    choices = [_Choice(plan, index) for index in range(len(plan.requests))]
+    async with contextlib.aclosing(
+        stream_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
+    ) as deltas:
+        async for delta in deltas:
+            usage.count(delta)
+            choice = choices[delta.index]
+            if not choice.has_news(delta):
+                continue
+            chunk = {**plan.head, "choices": [choice.render(delta, streaming=True)]}
+            if options is not None and options.continuous_usage_stats:
+                chunk["usage"] = usage.to_dict()
+            elif include_usage:
+                chunk["usage"] = None
+            yield event(chunk)
+    if include_usage:
+        yield event({**plan.head, "choices": [], "usage": usage.to_dict()})
+    yield DONE
+
+
+class _Choice:
+    """One choice of the answer: remembers whether its prompt has been shown."""
+
+    def __init__(self, plan: CompletionPlan, index: int) -> None:
+        self._plan = plan
+        self._index = index
+        self._is_first = True
+
+    def has_news(self, delta: Delta) -> bool:
+        return bool(self._is_first or delta.text or delta.tokens or delta.finish_reason)
+
+    def render(self, delta: Delta, *, streaming: bool) -> dict[str, Any]:
+        plan, body = self._plan, self._plan.body
+        tokenizer = plan.model.tokenizer
+        prompt_ids = plan.requests[self._index].prompt_ids
+        is_first, self._is_first = self._is_first, False
+        tokens, text = delta.tokens, delta.text
+        if body.max_tokens == 0:
+            tokens, text = [], ""
+        echo = plan.texts[self._index // plan.n] if body.echo else ""
+        if body.logprobs is None:
+            logprobs = None
+        else:
+            shown = list(tokens) if not body.echo else [_shifted(token, len(echo)) for token in tokens]
+            if body.echo and is_first and delta.prompt_logprobs is not None:
+                shown = prompt_tokens(prompt_ids, delta.prompt_logprobs, tokenizer) + shown
+            logprobs = completion_logprobs(
+                shown, tokenizer, num_top=body.logprobs, as_ids=bool(body.return_tokens_as_token_ids)
+            )
+        choice: dict[str, Any] = {
+            "index": self._index,
+            "text": echo + text if is_first else text,
+            "logprobs": logprobs,
+            "finish_reason": "length" if body.max_tokens == 0 and delta.finish_reason else delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        if body.prompt_logprobs is not None and delta.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, tokenizer)
+        if body.return_token_ids:
+            choice["token_ids"] = [token.token_id for token in tokens]
+            choice["prompt_token_ids"] = prompt_ids if is_first or not streaming else None
+        if body.return_routed_experts and delta.routed_experts is not None:
+            choice["routed_experts"] = delta.routed_experts
+        return choice
+
+
+def _shifted(token: Token, offset: int) -> Token:
+    return replace(token, text_offset=token.text_offset + offset)
+
+
+def _prompts(prompt: Any) -> Sequence[str | list[int]]:
+    """The prompts in any of the four shapes. Raises InvalidRequest."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(one, str) for one in prompt):
+            return prompt
+        if all(type(one) is int for one in prompt):
+            return [prompt]
+        if all(isinstance(one, list) and all(type(token) is int for token in one) for one in prompt):
+            return prompt
+    if prompt is None:
+        raise InvalidRequest("prompt: this field is required", param="prompt", code="missing_required_parameter")
+    raise InvalidRequest(
+        "prompt: expected a string, a list of strings, a list of token ids, or a list of lists of token ids",
+        param="prompt",
+    )

@@ -1,0 +1,132 @@
+"""Everything the HTTP API answers instead of a result.
+
+    ApiError
+    ├── InvalidRequest          400  what the client sent is wrong; `param` names the field
+    │   └── ContextTooLong      400  context_length_exceeded
+    ├── InvalidApiKey           401
+    ├── ModelNotFound           404
+    ├── BodyTooLarge            413
+    ├── UnsupportedMedia        415
+    ├── TooManyRequests         429  this client has too many requests at once
+    ├── Unavailable             503  the service can't take the request now; Retry-After says when to come back
+    ├── DeadlineExceeded        504
+    └── EngineError             5xx or 4xx, as the router says
+
+The body is OpenAI's: {"error": {"message", "type", "param", "code"}}.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+MAX_MESSAGE_CHARS = 600
+
+
+class ApiError(Exception):
+    """An error with an HTTP status and the four fields of OpenAI's error object."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = "internal_error"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: float | None = None
+    ):
+        super().__init__(message)
+        self.message = bounded(message)
+        self.param = param
+        self.code = code if code is not None else type(self).code
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
+
+
+class InvalidRequest(ApiError):
+    status, type, code = 400, "invalid_request_error", None
+
+
+class ContextTooLong(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class InvalidApiKey(ApiError):
+    status, type, code = 401, "invalid_request_error", "invalid_api_key"
+
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class ModelNotFound(ApiError):
+    status, type, code = 404, "invalid_request_error", "model_not_found"
+
+
+class BodyTooLarge(ApiError):
+    status, type, code = 413, "invalid_request_error", "body_too_large"
+
+
+class UnsupportedMedia(ApiError):
+    status, type, code = 415, "invalid_request_error", "unsupported_media_type"
+
+
+class TooManyRequests(ApiError):
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0):
+        super().__init__(message, retry_after_s=retry_after_s)
+
+
+class Unavailable(ApiError):
+    status, type, code = 503, "server_error", "service_unavailable"
+
+    def __init__(self, message: str, *, code: str | None = None, retry_after_s: float = 1.0):
+        super().__init__(message, code=code, retry_after_s=retry_after_s)
+
+
+class DeadlineExceeded(ApiError):
+    status, type, code = 504, "server_error", "deadline_exceeded"
+
+
+class EngineError(ApiError):
+    """An error that a router reported in place of a result."""
+
+    def __init__(self, status: int, code: str, message: str):
+        super().__init__(message, code=code, retry_after_s=1.0 if status in (429, 503) else None)
+        self.status = status
+        self.type = "invalid_request_error" if status < 500 else "server_error"
+
+
+class HttpError(ApiError):
+    """What the framework itself refuses: no such path, no such method."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message, code={404: "not_found", 405: "method_not_allowed"}.get(status))
+        self.status = status
+        self.type = "invalid_request_error" if status < 500 else "server_error"
+
+
+def bounded(message: str) -> str:
+    """At most MAX_MESSAGE_CHARS, and printable whatever a client put into it."""
+    message = message.encode("utf-8", "replace").decode("utf-8")
+    return message if len(message) <= MAX_MESSAGE_CHARS else message[: MAX_MESSAGE_CHARS - 1] + "…"
+
+
+def from_validation(error: ValidationError) -> InvalidRequest:
+    """The first of pydantic's complaints as one sentence that names the field, the value and the rule."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    # Locations of unions carry the names of the members tried; a field path is enough for a client.
+    path = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
+    param = ".".join(path)[:200] or None
+    shown = repr(first.get("input"))
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    rule = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return InvalidRequest(f"{param}: this field is required", param=param, code="missing_required_parameter")
+    return InvalidRequest(
+        f"{param}: {rule}" + (f" (got {shown})" if first["type"] != "value_error" else ""), param=param
+    )

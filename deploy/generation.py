@@ -1,0 +1,226 @@
+"""From router chunks to text: detokenizes as tokens come, ends at stop strings, and runs many sequences as one answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deploy.link import Chunk
+from deploy.router_pool import GenerateRequest, RouterPool
+from deploy.stop_strings import StopMatch, StopStrings
+from model.tokenizer import Tokenizer
+
+Alternatives = list[tuple[int, float, int]]  # (token_id, logprob, rank); the token itself first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOptions:
+    """How tokens become text, and where text ends."""
+
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    stop_token_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """An output token. `text_offset` is where it begins in the output's text; `alternatives` when logprobs were asked."""
+
+    token_id: int
+    text_offset: int
+    alternatives: Alternatives | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What is new in one sequence. Token counts are of all output so far, shown or held back."""
+
+    index: int
+    text: str
+    tokens: list[Token]
+    num_tokens: int
+    num_cached_tokens: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    prompt_logprobs: list[Alternatives | None] | None = None
+    routed_experts: list[Any] | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class FinishedSequence:
+    """One finished sequence, gathered from its deltas."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    prompt_logprobs: list[Alternatives | None] | None = None
+    routed_experts: list[Any] | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.tokens.extend(delta.tokens)
+        self.num_tokens = delta.num_tokens
+        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        self.finish_reason = delta.finish_reason
+        self.stop_reason = delta.stop_reason
+        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
+        if delta.routed_experts:
+            self.routed_experts = [*(self.routed_experts or []), *delta.routed_experts]
+
+    def as_delta(self, index: int) -> Delta:
+        """The sequence as one delta with everything."""
+        return Delta(
+            index=index,
+            text=self.text,
+            tokens=self.tokens,
+            num_tokens=self.num_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            prompt_logprobs=self.prompt_logprobs,
+            routed_experts=self.routed_experts,
+        )
+
+
+class TextStream:
+    """The text of one sequence. No part of a stop string is given out while it may still become one.
+
+    A token is given out with the text it begins in; at the end all of them are."""
+
+    def __init__(self, tokenizer: Tokenizer, options: TextOptions) -> None:
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=options.skip_special_tokens)
+        self._options = options
+        self._stops = StopStrings(options.stops)
+        self._held_text = ""
+        self._held_tokens: list[Token] = []
+        self._num_shown = 0  # characters given out
+        self._num_tokens = 0
+
+    def push(self, chunk: Chunk, index: int = 0) -> Delta:
+        """The delta of a chunk. It has a finish reason when the router finished, or when a stop string was found."""
+        options = self._options
+        match: StopMatch | None = None
+        for i, token_id in enumerate(chunk.token_ids):
+            self._num_tokens += 1
+            alternatives = (
+                [(one[0], one[1], one[2]) for one in chunk.logprobs[i]] if chunk.logprobs is not None else None
+            )
+            self._held_tokens.append(Token(token_id, self._num_shown + len(self._held_text), alternatives))
+            is_last = chunk.finish_reason is not None and i == len(chunk.token_ids) - 1
+            if is_last and chunk.finish_reason == "stop" and not options.include_stop and self._ends(token_id):
+                break  # the token that ended it is no text
+            match = self._grow(self._detokenizer.push(token_id))
+            if match is not None:
+                break
+        finish_reason, stop_reason = chunk.finish_reason, self._stop_reason(chunk)
+        if match is None and finish_reason is not None:
+            match = self._grow(self._detokenizer.finish())
+        if match is not None:
+            finish_reason, stop_reason = "stop", match.stop
+            end = match.end if options.include_stop else match.start
+            self._held_text = self._held_text[: end - self._num_shown]
+        text, tokens = self._release(everything=finish_reason is not None)
+        return Delta(
+            index=index,
+            text=text,
+            tokens=tokens,
+            num_tokens=self._num_tokens,
+            num_cached_tokens=chunk.num_cached_tokens,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            prompt_logprobs=chunk.prompt_logprobs,
+            routed_experts=chunk.routed_experts,
+        )
+
+    def _grow(self, text: str) -> StopMatch | None:
+        self._held_text += text
+        return self._stops.feed(text, search=self._num_tokens > self._options.min_tokens)
+
+    def _release(self, *, everything: bool) -> tuple[str, list[Token]]:
+        num_held = 0 if everything else self._stops.num_held
+        cut = len(self._held_text) - num_held
+        text, self._held_text = self._held_text[:cut], self._held_text[cut:]
+        self._num_shown += len(text)
+        if num_held == 0:
+            tokens, self._held_tokens = self._held_tokens, []
+            return text, tokens
+        shown = [token for token in self._held_tokens if token.text_offset < self._num_shown]
+        self._held_tokens = self._held_tokens[len(shown) :]
+        return text, shown
+
+    def _ends(self, token_id: int) -> bool:
+        return token_id in self._options.stop_token_ids or token_id in self._options.eos_token_ids
+
+    def _stop_reason(self, chunk: Chunk) -> int | None:
+        """The token id for a stop token of the request; nothing for the model's own end, as vLLM has it."""
+        return chunk.stop_reason if chunk.stop_reason in self._options.stop_token_ids else None
+
+
+async def stream_sequence(
+    pool: RouterPool, request: GenerateRequest, tokenizer: Tokenizer, options: TextOptions, index: int
+) -> AsyncIterator[Delta]:
+    """The deltas of one sequence. A stop string, or closing the iterator, aborts the request at the router."""
+    stream = TextStream(tokenizer, options)
+    async with contextlib.aclosing(pool.generate(request)) as chunks:
+        async for chunk in chunks:
+            delta = stream.push(chunk, index)
+            yield delta
+            if delta.finish_reason is not None:
+                return
+
+
+async def stream_all(
+    pool: RouterPool, requests: Sequence[GenerateRequest], tokenizer: Tokenizer, options: TextOptions
+) -> AsyncIterator[Delta]:
+    """The deltas of several sequences as they come; `index` says whose. The first error ends them all."""
+    if len(requests) == 1:
+        async with contextlib.aclosing(stream_sequence(pool, requests[0], tokenizer, options, 0)) as deltas:
+            async for delta in deltas:
+                yield delta
+        return
+    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+
+    async def drain(index: int) -> None:
+        try:
+            async with contextlib.aclosing(stream_sequence(pool, requests[index], tokenizer, options, index)) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait(delta)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(drain(index)) for index in range(len(requests))]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def gather_all(
+    pool: RouterPool, requests: Sequence[GenerateRequest], tokenizer: Tokenizer, options: TextOptions
+) -> list[FinishedSequence]:
+    """All sequences, finished."""
+    sequences = [FinishedSequence() for _ in requests]
+    async with contextlib.aclosing(stream_all(pool, requests, tokenizer, options)) as deltas:
+        async for delta in deltas:
+            sequences[delta.index].add(delta)
+    return sequences

@@ -1,0 +1,258 @@
+"""From a request body to what the routers get: sampling parameters, limits, constraints, one request per sequence."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deploy.errors import ContextTooLong, InvalidRequest
+from deploy.generation import TextOptions
+from deploy.openai_requests import GenerationBody
+from deploy.router_pool import GenerateRequest
+from deploy.served_model import ServedModel
+from deploy.settings import LimitSettings
+from model.sampling_params import SamplingParams, StructuredSpec
+
+SEED_MASK = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What the two endpoints name differently. `max_tokens` of None means as many as fit."""
+
+    max_tokens: int | None
+    max_tokens_name: str = "max_tokens"
+    clamps_max_tokens: bool = False  # the number is our default, not the client's: shorten it to what fits
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    structured: StructuredSpec | None = None
+
+
+def plan_requests(
+    body: GenerationBody,
+    model: ServedModel,
+    prompts: Sequence[list[int]],
+    asked: Asked,
+    limits: LimitSettings,
+    deadline: float,
+) -> list[GenerateRequest]:
+    """n requests per prompt, prompt after prompt; the i-th of a prompt draws with seed + i.
+
+    Raises InvalidRequest for every value that can't be obeyed."""
+    n = body.n or 1
+    if n > limits.max_n:
+        raise InvalidRequest(f"n: {n} is more than this server's {limits.max_n} choices per prompt", param="n")
+    if len(prompts) > limits.max_prompts:
+        raise InvalidRequest(
+            f"prompt: {len(prompts)} prompts are more than this server's {limits.max_prompts} per request",
+            param="prompt",
+        )
+    if len(body.stops) > limits.max_stop_strings:
+        raise InvalidRequest(f"stop: at most {limits.max_stop_strings} strings, got {len(body.stops)}", param="stop")
+    for name, value in (("logprobs", asked.logprobs), ("prompt_logprobs", asked.prompt_logprobs)):
+        if value is not None and value > limits.max_logprobs:
+            raise InvalidRequest(f"{name}: at most {limits.max_logprobs} per token, got {value}", param=name)
+    seed = random.getrandbits(63) if body.seed is None else body.seed & SEED_MASK
+    params = _sampling(body, model, asked)
+    requests = []
+    for prompt_ids in prompts:
+        max_tokens = _max_tokens(asked, model, len(prompt_ids))
+        try:
+            one = replace(params, max_tokens=max_tokens)
+        except ValueError as error:
+            raise _refusal(error) from None
+        requests += [
+            GenerateRequest(
+                prompt_ids=prompt_ids,
+                sampling=replace(one, seed=(seed + i) & SEED_MASK).to_dict(),
+                deadline=deadline,
+                priority=body.priority,
+                cache_salt=body.cache_salt,
+                return_routed_experts=body.return_routed_experts,
+            )
+            for i in range(n)
+        ]
+    return requests
+
+
+def text_options(body: GenerationBody, model: ServedModel) -> TextOptions:
+    return TextOptions(
+        stops=body.stops,
+        include_stop=body.include_stop_str_in_output,
+        min_tokens=body.min_tokens or 0,
+        skip_special_tokens=body.skip_special_tokens,
+        stop_token_ids=frozenset(body.stop_token_ids or ()),
+        eos_token_ids=frozenset(model.eos_token_ids),
+    )
+
+
+def truncate_prompt(
+    body: GenerationBody, model: ServedModel, prompt_ids: list[int], max_tokens: int | None
+) -> list[int]:
+    """The last `truncate_prompt_tokens` of the prompt; -1 leaves room for the output."""
+    keep = body.truncate_prompt_tokens
+    if keep is None:
+        return prompt_ids
+    if keep == 0:
+        raise InvalidRequest(
+            "truncate_prompt_tokens: 0 leaves no prompt; use 1 or more, or -1", param="truncate_prompt_tokens"
+        )
+    if keep == -1:
+        keep = max(1, model.max_model_len - max(1, max_tokens or 1))
+    return prompt_ids[-keep:]
+
+
+def check_prompt(prompt_ids: Sequence[int], model: ServedModel, param: str) -> None:
+    """Raises InvalidRequest for an empty prompt or an id that the model hasn't got."""
+    if not prompt_ids:
+        raise InvalidRequest(f"{param}: the prompt has no tokens; send at least one", param=param)
+    if not 0 <= min(prompt_ids) <= max(prompt_ids) < model.vocab_size:
+        wrong = next(one for one in prompt_ids if not 0 <= one < model.vocab_size)
+        raise InvalidRequest(f"{param}: token id {wrong} is not in the vocabulary of {model.vocab_size}", param=param)
+
+
+def structured_spec(body: GenerationBody) -> StructuredSpec | None:
+    """The constraint that `response_format` or `structured_outputs` asks for."""
+    found = []
+    if body.structured_outputs is not None:
+        options = body.structured_outputs
+        if options.json_ is not None:
+            found.append(_schema_spec(options.json_, "structured_outputs.json"))
+        if options.json_object:
+            found.append(StructuredSpec("json_object"))
+        if options.regex is not None:
+            found.append(_spec("regex", options.regex))
+        if options.choice is not None:
+            found.append(_spec("choice", json.dumps(options.choice, ensure_ascii=False)))
+        if options.grammar is not None:
+            found.append(_spec("grammar", options.grammar))
+        if len(found) != 1:
+            raise InvalidRequest(
+                "structured_outputs: give exactly one of json, json_object, regex, choice and grammar",
+                param="structured_outputs",
+            )
+    kind = (body.response_format or {"type": "text"}).get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise InvalidRequest(
+            f"response_format.type: {str(kind)[:80]!r} is not supported; use text, json_object or json_schema",
+            param="response_format.type",
+        )
+    if kind == "json_object":
+        found.append(StructuredSpec("json_object"))
+    elif kind == "json_schema":
+        given = (body.response_format or {}).get("json_schema")
+        if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+            raise InvalidRequest(
+                "response_format.json_schema: an object with name and schema is required",
+                param="response_format.json_schema",
+            )
+        schema = given.get("schema")
+        found.append(_schema_spec({} if schema is None else schema, "response_format.json_schema.schema"))
+    if len(found) > 1:
+        raise InvalidRequest(
+            "response_format and structured_outputs exclude each other; send one", param="response_format"
+        )
+    return found[0] if found else None
+
+
+def _schema_spec(schema: Any, param: str) -> StructuredSpec:
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError):
+            raise InvalidRequest(f"{param}: the schema is not JSON", param=param) from None
+    if not isinstance(schema, dict | bool):
+        raise InvalidRequest(f"{param}: a JSON schema is an object, not {type(schema).__name__}", param=param)
+    try:
+        return StructuredSpec("json_schema", json.dumps(schema, ensure_ascii=False, allow_nan=False))
+    except ValueError:
+        raise InvalidRequest(f"{param}: the schema has a number that JSON can't carry", param=param) from None
+
+
+def _spec(kind: Any, payload: str) -> StructuredSpec:
+    try:
+        return StructuredSpec(kind, payload)
+    except ValueError as error:
+        raise InvalidRequest(f"structured_outputs.{kind}: {error}", param=f"structured_outputs.{kind}") from None
+
+
+def _sampling(body: GenerationBody, model: ServedModel, asked: Asked) -> SamplingParams:
+    defaults = model.sampling_defaults
+
+    def value(name: str, neutral: Any) -> Any:
+        given = getattr(body, name)
+        return given if given is not None else defaults.get(name, neutral)
+
+    try:
+        logit_bias = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
+    except ValueError:
+        raise InvalidRequest("logit_bias: the keys must be token ids", param="logit_bias") from None
+    top_k = value("top_k", None)
+    try:
+        params = SamplingParams(
+            temperature=value("temperature", 1.0),
+            top_k=top_k if top_k is not None and top_k > 0 else None,
+            top_p=value("top_p", 1.0),
+            min_p=value("min_p", 0.0),
+            repetition_penalty=value("repetition_penalty", 1.0),
+            frequency_penalty=body.frequency_penalty or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            logit_bias=logit_bias,
+            bad_words_ids=_bad_words(body, model),
+            allowed_token_ids=tuple(body.allowed_token_ids) if body.allowed_token_ids is not None else None,
+            min_tokens=body.min_tokens or 0,
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            ignore_eos=body.ignore_eos,
+            logprobs=asked.logprobs,
+            prompt_logprobs=asked.prompt_logprobs,
+            structured=asked.structured,
+        )
+        params.check_vocabulary(model.vocab_size)
+    except ValueError as error:
+        raise _refusal(error) from None
+    return params
+
+
+def _bad_words(body: GenerationBody, model: ServedModel) -> tuple[tuple[int, ...], ...]:
+    """Each word as it begins a text and as it follows a space, as vLLM does."""
+    words: list[tuple[int, ...]] = []
+    for word in body.bad_words or ():
+        for text in (word, " " + word.lstrip()):
+            ids = tuple(model.tokenizer.encode(text, add_special_tokens=False))
+            if ids and ids not in words:
+                words.append(ids)
+    return tuple(words)
+
+
+def _max_tokens(asked: Asked, model: ServedModel, prompt_len: int) -> int:
+    room = model.max_model_len - prompt_len
+    if room < 1:
+        raise ContextTooLong(
+            f"This model's maximum context length is {model.max_model_len} tokens, and the prompt has {prompt_len} tokens, "
+            "which leaves no room for an answer. Shorten the prompt.",
+            param="messages" if asked.max_tokens_name == "max_completion_tokens" else "prompt",
+        )
+    if asked.max_tokens is None:
+        return min(room, model.sampling_defaults.get("max_new_tokens", room))
+    if asked.clamps_max_tokens:
+        return min(room, asked.max_tokens)
+    if asked.max_tokens > room:
+        raise ContextTooLong(
+            f"This model's maximum context length is {model.max_model_len} tokens, but {prompt_len + asked.max_tokens} were "
+            f"asked for: {prompt_len} in the prompt and {asked.max_tokens} for the answer. Shorten the prompt or lower "
+            f"{asked.max_tokens_name}.",
+            param=asked.max_tokens_name,
+        )
+    return max(1, asked.max_tokens)  # 0 asks for the prompt alone: one token is drawn and not shown
+
+
+def _refusal(error: ValueError) -> InvalidRequest:
+    """SamplingParams begins its messages with the name."""
+    message = str(error)
+    name = message.split(" ", 1)[0].split("[")[0].split(".")[0]
+    return InvalidRequest(
+        message, param={"bad_words_ids": "bad_words", "structured": "structured_outputs"}.get(name, name)
+    )

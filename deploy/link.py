@@ -1,0 +1,189 @@
+"""One connection from this ingress to one router: JSON lines over TCP.
+
+    ingress -> router   hello, generate, pool, abort, command
+    router -> ingress   hello, chunks (one line per step with everything new for this ingress), load
+
+A link hands each request's chunks to a queue of its own, in order. When the connection ends, for whatever reason, every
+open queue gets `None`: the router is gone, and `deploy.router_pool` sends the requests again elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import from_json
+
+MAX_LINE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterAddress:
+    router_id: str
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterLoad:
+    """What a router last said of itself. `kv_usage` in [0, 1]."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """What one step brought for one request."""
+
+    token_ids: list[int]
+    # For each new token its (token_id, logprob, rank) first, then the most likely ones.
+    logprobs: list[list[tuple[int, float, int]]] | None = None
+    # The same for each prompt token; None for the first one, which nothing predicts.
+    prompt_logprobs: list[list[tuple[int, float, int]] | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    num_cached_tokens: int = 0
+    routed_experts: Any = None
+    values: list[list[float]] | None = None
+    result: dict[str, Any] | None = None
+    error: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> Chunk:
+        return cls(
+            token_ids=data.get("token_ids") or [],
+            logprobs=data.get("logprobs"),
+            prompt_logprobs=data.get("prompt_logprobs"),
+            finish_reason=data.get("finish_reason"),
+            stop_reason=data.get("stop_reason"),
+            num_cached_tokens=data.get("num_cached_tokens") or 0,
+            routed_experts=data.get("routed_experts"),
+            values=data.get("values"),
+            result=data.get("result"),
+            error=data.get("error"),
+        )
+
+
+class RouterLink:
+    """An open connection. Build with `connect`; `on_change` is called when load arrives and when the link is lost."""
+
+    def __init__(
+        self,
+        address: RouterAddress,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.address = address
+        self.load = RouterLoad()
+        self.is_open = True
+        self.is_listed = True  # still among the routers that discovery names: new requests may go here
+        self.silence_s = 0.0  # time since the last line; the pool counts it, each line resets it
+        self._reader = reader
+        self._writer = writer
+        self._on_change = on_change
+        self._queues: dict[str, asyncio.Queue[Chunk | None]] = {}
+        self._read_task = asyncio.create_task(self._read())
+
+    @classmethod
+    async def connect(
+        cls,
+        address: RouterAddress,
+        *,
+        token: str | None,
+        ingress_id: str,
+        timeout_s: float,
+        on_change: Callable[[], None],
+    ) -> RouterLink:
+        """Raises OSError or TimeoutError when the router doesn't answer, ConnectionError when it answers something else."""
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_connection(address.host, address.port, limit=MAX_LINE_BYTES)
+            try:
+                writer.write(_line({"op": "hello", "token": token, "ingress_id": ingress_id}))
+                hello = json.loads(await reader.readline() or b"{}")
+                if (
+                    not isinstance(hello, dict)
+                    or hello.get("op") != "hello"
+                    or hello.get("router_id") != address.router_id
+                ):
+                    raise ConnectionError(
+                        f"{address.host}:{address.port} is not router {address.router_id!r}, or refuses us"
+                    )
+            except ValueError as error:
+                writer.close()
+                raise ConnectionError(f"{address.host}:{address.port} does not speak the routers' protocol") from error
+            except BaseException:
+                writer.close()
+                raise
+        return cls(address, reader, writer, on_change)
+
+    @property
+    def num_open(self) -> int:
+        return len(self._queues)
+
+    def submit(self, message: Mapping[str, Any]) -> asyncio.Queue[Chunk | None]:
+        """Sends a request; its chunks arrive in the queue, `None` when the link is lost."""
+        queue: asyncio.Queue[Chunk | None] = asyncio.Queue()
+        if not self.is_open:
+            queue.put_nowait(None)
+            return queue
+        self._queues[message["request_id"]] = queue
+        self._writer.write(_line(message))
+        return queue
+
+    def release(self, request_id: str, *, abort: bool) -> None:
+        """Forgets a request. With `abort` the router is told at once, so that it stops computing."""
+        if self._queues.pop(request_id, None) is not None and abort and self.is_open:
+            self._writer.write(_line({"op": "abort", "request_id": request_id}))
+
+    def drop(self) -> None:
+        """Ends the link now. Open requests see `None`."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        self._read_task.cancel()
+        self._writer.transport.abort()
+        queues, self._queues = self._queues, {}
+        for queue in queues.values():
+            queue.put_nowait(None)
+        self._on_change()
+
+    async def close(self) -> None:
+        """Ends the link after what was written has been sent (aborts, for instance)."""
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._writer.drain()
+        self.drop()
+
+    async def _read(self) -> None:
+        try:
+            while line := await self._reader.readline():
+                if not line.endswith(b"\n"):
+                    break  # cut off in the middle: what it would have said is computed again elsewhere
+                self._receive(from_json(line))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass  # a router that breaks the protocol is as lost as one that hangs up
+        finally:
+            self.drop()
+
+    def _receive(self, message: dict[str, Any]) -> None:
+        self.silence_s = 0.0
+        if message["op"] == "chunks":
+            for data in message["chunks"]:
+                if (queue := self._queues.get(data["request_id"])) is not None:
+                    queue.put_nowait(Chunk.from_wire(data))
+        elif message["op"] == "load":
+            self.load = RouterLoad(
+                running=message["running"], waiting=message["waiting"], kv_usage=message.get("kv_usage") or 0.0
+            )
+            self._on_change()
+
+
+def _line(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"

@@ -1,0 +1,98 @@
+"""Log-probabilities in the shapes of the three APIs: completions, chats, and vLLM's prompt_logprobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from deploy.generation import Alternatives, Token
+from model.tokenizer import Tokenizer
+
+LOWEST = -9999.0  # stands for minus infinity, which JSON hasn't got
+
+
+def completion_logprobs(
+    tokens: Sequence[Token], tokenizer: Tokenizer, *, num_top: int, as_ids: bool = False, first_offset: int = 0
+) -> dict[str, Any] | None:
+    """Parallel lists over the tokens. `top_logprobs` also has the token itself."""
+    if not tokens:
+        return None
+    top: list[dict[str, float] | None] = []
+    for token in tokens:
+        if token.alternatives is None:
+            top.append(None)
+        else:
+            shown = [*_top(token.alternatives, num_top), token.alternatives[0]]
+            top.append({_name(tokenizer, one[0], as_ids): _finite(one[1]) for one in reversed(shown)})
+            top[-1] = dict(sorted(top[-1].items(), key=lambda item: -item[1]))  # type: ignore[union-attr]
+    return {
+        "text_offset": [first_offset + token.text_offset for token in tokens],
+        "token_logprobs": [
+            None if token.alternatives is None else _finite(token.alternatives[0][1]) for token in tokens
+        ],
+        "tokens": [_name(tokenizer, token.token_id, as_ids) for token in tokens],
+        "top_logprobs": top,
+    }
+
+
+def chat_logprobs(
+    tokens: Sequence[Token], tokenizer: Tokenizer, *, num_top: int, as_ids: bool = False
+) -> dict[str, Any]:
+    def entry(one: tuple[int, float, int]) -> dict[str, Any]:
+        data = tokenizer.token_bytes(one[0])
+        text = f"token_id:{one[0]}" if as_ids else data.decode("utf-8", "replace")
+        return {"token": text, "logprob": _finite(one[1]), "bytes": list(data)}
+
+    content = [
+        {**entry(token.alternatives[0]), "top_logprobs": [entry(one) for one in _top(token.alternatives, num_top)]}
+        for token in tokens
+        if token.alternatives
+    ]
+    return {"content": content, "refusal": None}
+
+
+def prompt_logprobs(per_token: Sequence[Alternatives | None], tokenizer: Tokenizer) -> list[dict[str, Any] | None]:
+    """vLLM's shape: for each prompt token a dict from token id to its logprob, rank and text; None for the first."""
+    return [
+        None
+        if alternatives is None
+        else {
+            str(token_id): {"logprob": _finite(logprob), "rank": rank, "decoded_token": tokenizer.token_text(token_id)}
+            for token_id, logprob, rank in alternatives
+        }
+        for alternatives in per_token
+    ]
+
+
+def prompt_tokens(
+    prompt_ids: Sequence[int], per_token: Sequence[Alternatives | None], tokenizer: Tokenizer
+) -> list[Token]:
+    """The prompt as tokens with offsets, for `echo` with logprobs."""
+    detokenizer = tokenizer.detokenizer(skip_special_tokens=False)
+    tokens = []
+    offset = 0
+    for token_id, alternatives in zip(prompt_ids, per_token, strict=True):
+        tokens.append(Token(token_id, offset, [tuple(one) for one in alternatives] if alternatives else None))
+        offset += len(detokenizer.push(token_id))
+    return tokens
+
+
+def _top(alternatives: Alternatives, num_top: int) -> Alternatives:
+    """The num_top most likely, each once: the chosen token may be among them."""
+    by_id = {one[0]: one for one in alternatives}
+    return sorted((one for one in by_id.values() if one[2] <= num_top), key=lambda one: one[2])
+
+
+def _name(tokenizer: Tokenizer, token_id: int, as_ids: bool) -> str:
+    """OpenAI writes tokens that aren't whole characters as `bytes:\\xe2\\x80`, so that they stay apart."""
+    if as_ids:
+        return f"token_id:{token_id}"
+    data = tokenizer.token_bytes(token_id)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST)

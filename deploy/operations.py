@@ -1,0 +1,77 @@
+"""Routes for operators and for looking around: health, models, tokens, the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.responses import Response
+
+from deploy.errors import Unavailable
+from deploy.service import Service
+from deploy.settings import SECRETS
+from deploy.sse import JsonAnswer
+
+
+def add_to(api: FastAPI, service: Service, mesh_info: Callable[[], Awaitable[dict[str, Any]]] | None) -> None:
+    @api.get("/health")
+    async def health() -> Response:
+        """This ingress lives. Whether it can serve now is /ready."""
+        return Response(status_code=200)
+
+    @api.api_route("/ping", methods=["GET", "POST"])
+    async def ping() -> Response:
+        return Response(status_code=200)
+
+    @api.get("/ready")
+    async def ready() -> Response:
+        if not service.pool.links:
+            raise Unavailable("no router is up; the mesh is starting or recovering", code="no_router")
+        return JsonAnswer({"routers": len(service.pool.links)})
+
+    @api.get("/version")
+    async def version() -> Response:
+        return JsonAnswer({"version": service.version})
+
+    @api.get("/load")
+    async def load() -> Response:
+        return JsonAnswer({"server_load": service.num_active})
+
+    @api.get("/v1/models")
+    async def list_models() -> Response:
+        return JsonAnswer({"object": "list", "data": service.models.cards()})
+
+    @api.get("/v1/models/{name:path}")
+    async def show_model(name: str) -> Response:
+        return JsonAnswer(service.models.find(name).card(name))
+
+    @api.get("/server_info")
+    async def server_info() -> Response:
+        settings = service.settings.model_dump(mode="json")
+        for secret in SECRETS:
+            section, field = secret.split(".")
+            settings[section][field] = "********" if settings[section][field] else None
+        return JsonAnswer({"version": service.version, "settings": settings, "models": service.models.cards()})
+
+    @api.post("/reset_prefix_cache")
+    async def reset_prefix_cache() -> Response:
+        return JsonAnswer({"routers": await service.pool.command("reset_prefix_cache")})
+
+    @api.get("/mesh")
+    async def mesh() -> Response:
+        if mesh_info is not None:
+            return JsonAnswer(await mesh_info())
+        return JsonAnswer(
+            {
+                "routers": [
+                    {
+                        "router_id": link.address.router_id,
+                        "running": link.load.running,
+                        "waiting": link.load.waiting,
+                        "kv_usage": link.load.kv_usage,
+                    }
+                    for link in service.pool.links
+                ]
+            }
+        )

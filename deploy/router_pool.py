@@ -1,0 +1,291 @@
+"""All routers of the mesh, as one: the least loaded takes the next request, and a request outlives its router.
+
+The pool keeps a log of each request's output tokens. When a link is lost, the request goes to another router with
+`prompt_ids` and `output_ids` so far and the same seed; sampling is keyed by (seed, position), so the tokens go on as they
+would have. What was handed out is never handed out again, and a line cut off in the middle counts as never said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from deploy.errors import DeadlineExceeded, EngineError, Unavailable
+from deploy.link import Chunk, RouterAddress, RouterLink
+
+logger = logging.getLogger(__name__)
+
+Discover = Callable[[], Awaitable[Sequence[Mapping[str, Any]]]]
+MAX_LOSSES_WITHOUT_PROGRESS = 4
+RETRY_S = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolOptions:
+    """Times of a pool. See `deploy.settings` for their meaning."""
+
+    token: str | None = None
+    discover_interval_s: float = 1.0
+    connect_timeout_s: float = 5.0
+    router_silence_s: float = 10.0
+    router_wait_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One sequence to generate. `deadline` is in the event loop's time; `sampling` is `SamplingParams.to_dict()` with a seed."""
+
+    prompt_ids: list[int]
+    sampling: Mapping[str, Any]
+    deadline: float
+    priority: int = 0
+    cache_salt: str | None = None
+    return_routed_experts: bool = False
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+class RouterPool:
+    """Links to every router that `discover` names ([{"router_id", "host", "port"}, ...]).
+
+    `discover` is awaited at start, at every interval and at once after a loss; when it fails, the last answer stands."""
+
+    def __init__(self, discover: Discover, options: PoolOptions | None = None) -> None:
+        self._discover = discover
+        self._options = options or PoolOptions()
+        self._ingress_id = uuid.uuid4().hex
+        self._links: dict[RouterAddress, RouterLink] = {}
+        self._connecting: dict[RouterAddress, asyncio.Task[None]] = {}
+        self._wake = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._turn = 0
+        self.num_replays = 0
+
+    async def start(self) -> None:
+        """Begins to connect; returns at once. Call in the event loop that will use the pool."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._maintain())
+
+    async def close(self) -> None:
+        tasks = [task for task in (self._task, *self._connecting.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(link.close() for link in list(self._links.values())))
+        self._links.clear()
+        self._task = None
+
+    @property
+    def links(self) -> list[RouterLink]:
+        return [link for link in self._links.values() if link.is_open]
+
+    @property
+    def num_in_flight(self) -> int:
+        return sum(link.num_open for link in self.links)
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        """The chunks of one request, to its finish. Close the iterator early to abort the request at its router.
+
+        Raises Unavailable, DeadlineExceeded or EngineError; tokens already yielded stay valid."""
+        common = {
+            "op": "generate",
+            "request_id": request.request_id,
+            "prompt_ids": request.prompt_ids,
+            "sampling": request.sampling,
+            "priority": request.priority,
+            "cache_salt": request.cache_salt,
+            "return_routed_experts": request.return_routed_experts,
+        }
+        async with contextlib.aclosing(self._run(common, request.deadline, replays_output=True)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def pool(self, *, head: str, tokens: str, prompt_ids: list[int], deadline: float) -> list[list[float]]:
+        """The rows of a pooling head: one for `tokens` = "last", one per token for "all"."""
+        message = {
+            "op": "pool",
+            "request_id": uuid.uuid4().hex,
+            "head": head,
+            "tokens": tokens,
+            "prompt_ids": prompt_ids,
+        }
+        async with contextlib.aclosing(self._run(message, deadline)) as chunks:
+            async for chunk in chunks:
+                if chunk.values is not None:
+                    return chunk.values
+        raise EngineError(500, "engine_error", f"head {head!r} returned no values")
+
+    async def command(self, name: str, *, timeout_s: float = 10.0) -> dict[str, dict[str, Any]]:
+        """Sends a command to every router; router_id -> its result. A router that is lost meanwhile is left out."""
+
+        async def ask(link: RouterLink) -> tuple[str, dict[str, Any]] | None:
+            request_id = uuid.uuid4().hex
+            queue = link.submit({"op": "command", "request_id": request_id, "name": name})
+            try:
+                async with asyncio.timeout(timeout_s):
+                    chunk = await queue.get()
+            except TimeoutError:
+                return None
+            finally:
+                link.release(request_id, abort=False)
+            return None if chunk is None else (link.address.router_id, chunk.result or {})
+
+        answers = await asyncio.gather(*(ask(link) for link in self.links))
+        return dict(answer for answer in answers if answer is not None)
+
+    async def _run(
+        self, message: Mapping[str, Any], deadline: float, *, replays_output: bool = False
+    ) -> AsyncIterator[Chunk]:
+        """Sends the message to one router after another until one has finished it."""
+        loop = asyncio.get_running_loop()
+        request_id = message["request_id"]
+        output_ids: list[int] = []
+        full: set[RouterLink] = set()  # routers that had no room
+        num_losses = 0
+        has_first = False
+        while True:
+            link = await self._pick(deadline, full, may_give_up=not has_first)
+            attempt = {**message, "deadline_s": max(0.0, deadline - loop.time())}
+            if replays_output:
+                attempt["output_ids"] = output_ids
+            queue = link.submit(attempt)
+            finished = False
+            try:
+                while (chunk := await _next(queue, deadline)) is not None:
+                    if chunk.error is not None:
+                        finished = True
+                        full.add(link)
+                        if chunk.error.get("status") == 503 and (
+                            has_first or any(one not in full for one in self._usable())
+                        ):
+                            break
+                        raise EngineError(
+                            int(chunk.error.get("status", 500)),
+                            str(chunk.error.get("code", "engine_error")),
+                            str(chunk.error.get("message", "the router failed")),
+                        )
+                    finished = chunk.finish_reason is not None
+                    output_ids = output_ids + chunk.token_ids  # a new list: the old one may still be in a writer
+                    num_losses = 0
+                    if has_first and chunk.prompt_logprobs is not None:
+                        chunk = replace(chunk, prompt_logprobs=None)  # a replay repeats it
+                    has_first = True
+                    yield chunk
+                    if finished:
+                        return
+                else:
+                    num_losses += 1
+                    self.num_replays += 1
+                    full.clear()
+                    logger.warning(
+                        "request %s lost router %s after %d tokens", request_id, link.address.router_id, len(output_ids)
+                    )
+                    if num_losses >= MAX_LOSSES_WITHOUT_PROGRESS:
+                        raise Unavailable(
+                            f"{num_losses} routers in a row were lost while they had this request", code="router_lost"
+                        )
+            finally:
+                link.release(request_id, abort=not finished)
+
+    def _usable(self) -> list[RouterLink]:
+        links = self.links
+        return [link for link in links if link.is_listed] or links
+
+    async def _pick(self, deadline: float, full: set[RouterLink], *, may_give_up: bool) -> RouterLink:
+        """The least loaded router; waits for one while there is none. A stream that has begun waits until its deadline."""
+        loop = asyncio.get_running_loop()
+        give_up = min(deadline, loop.time() + self._options.router_wait_s) if may_give_up else deadline
+        while True:
+            links = [link for link in self._usable() if link not in full]
+            if links:
+                self._turn += 1
+                order = self._turn
+                return min(
+                    enumerate(links),
+                    key=lambda item: (
+                        max(item[1].load.running + item[1].load.waiting, item[1].num_open),
+                        (item[0] - order) % len(links),
+                    ),
+                )[1]
+            self._wake.set()
+            self._changed.clear()
+            try:
+                async with asyncio.timeout_at(min(give_up, loop.time() + RETRY_S) if full else give_up):
+                    await self._changed.wait()
+            except TimeoutError:
+                if loop.time() >= give_up:
+                    raise Unavailable("no router is up; the mesh is starting or recovering", code="no_router") from None
+            if loop.time() < give_up:
+                full.clear()
+
+    async def _maintain(self) -> None:
+        loop = asyncio.get_running_loop()
+        interval_s = self._options.discover_interval_s
+        listed: list[RouterAddress] = []
+        checked_at = loop.time()
+        while True:
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(self._options.connect_timeout_s):
+                    listed = [
+                        RouterAddress(router_id=str(one["router_id"]), host=str(one["host"]), port=int(one["port"]))
+                        for one in await self._discover()
+                    ]
+            except Exception as error:  # whoever knows the routers may be down; those we know still serve
+                logger.warning("discovery of routers failed: %s: %s", type(error).__name__, error)
+            elapsed_s, checked_at = loop.time() - checked_at, loop.time()
+            for address, link in list(self._links.items()):
+                link.is_listed = address in listed
+                # If this loop itself stood still, the routers' lines are waiting in the socket: count little.
+                link.silence_s += min(elapsed_s, 2 * interval_s)
+                if link.silence_s > self._options.router_silence_s:
+                    logger.warning("router %s has been silent for %.1f s: left", address.router_id, link.silence_s)
+                    link.drop()
+                if not link.is_open:
+                    del self._links[address]
+            for address in listed:
+                if address not in self._links and address not in self._connecting:
+                    self._connecting[address] = asyncio.create_task(self._connect(address))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await self._wake.wait()
+                await asyncio.sleep(0.02)  # many requests may wake us at once
+
+    async def _connect(self, address: RouterAddress) -> None:
+        try:
+            link = await RouterLink.connect(
+                address,
+                token=self._options.token,
+                ingress_id=self._ingress_id,
+                timeout_s=self._options.connect_timeout_s,
+                on_change=self._on_change,
+            )
+        except (OSError, TimeoutError) as error:
+            logger.info("router %s: %s", address.router_id, error or type(error).__name__)
+        else:
+            self._links[address] = link
+            self._on_change()
+        finally:
+            self._connecting.pop(address, None)
+
+    def _on_change(self) -> None:
+        self._changed.set()
+        if any(not link.is_open for link in self._links.values()):
+            self._wake.set()
+
+
+async def _next(queue: asyncio.Queue[Chunk | None], deadline: float) -> Chunk | None:
+    if not queue.empty():
+        return queue.get_nowait()
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await queue.get()
+    except TimeoutError:
+        raise DeadlineExceeded(
+            "the request's time is up; ask for fewer tokens or raise limits.request_timeout_s"
+        ) from None

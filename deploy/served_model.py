@@ -1,0 +1,127 @@
+"""A model as the API sees it: names, tokenizer, limits and sampling defaults. No weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deploy.errors import InvalidRequest, ModelNotFound
+from model.config import ModelConfig
+from model.tokenizer import Tokenizer
+
+# What vLLM takes from generation_config.json.
+_SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """`names[0]` is the one in answers. `sampling_defaults` hold where a request says nothing."""
+
+    names: tuple[str, ...]
+    tokenizer: Tokenizer
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    head_kind: str = "causal_lm"
+    root: str = ""
+    created: int = 0
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    id2label: Mapping[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_directory(
+        cls,
+        directory: str | Path,
+        *,
+        names: Sequence[str] = (),
+        tokenizer_directory: str | Path | None = None,
+        chat_template_file: str | Path | None = None,
+        max_model_len: int | None = None,
+        use_generation_config: bool = True,
+        created: int = 0,
+    ) -> ServedModel:
+        """Reads config, tokenizer and generation_config.json. Raises ValueError with one line."""
+        directory = Path(directory)
+        config = ModelConfig.from_directory(directory)
+        if max_model_len is not None and max_model_len > config.max_context_len:
+            raise ValueError(
+                f"model.max_model_len = {max_model_len} exceeds the {config.max_context_len} tokens of {directory}; "
+                "lower it, or extend the model's RoPE in config.json"
+            )
+        return cls(
+            names=tuple(names) or (directory.resolve().name,),
+            tokenizer=Tokenizer.from_directory(
+                tokenizer_directory or directory, vocab_size=config.vocab_size, chat_template_file=chat_template_file
+            ),
+            max_model_len=max_model_len or config.max_context_len,
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+            head_kind=config.head_kind,
+            root=str(directory),
+            created=created,
+            sampling_defaults=_read_defaults(directory / "generation_config.json") if use_generation_config else {},
+            id2label=config.id2label,
+        )
+
+    def card(self, name: str) -> dict[str, Any]:
+        """The entry in /v1/models."""
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "expertmesh",
+            "root": self.root or self.names[0],
+            "parent": None,
+            "max_model_len": self.max_model_len,
+            "permission": [],
+        }
+
+
+class ModelList:
+    """The served models. The first one answers when a request names none."""
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        if not models:
+            raise ValueError("no model to serve; give at least one")
+        self.models = tuple(models)
+        self._by_name: dict[str, ServedModel] = {}
+        for model in models:
+            for name in model.names:
+                if name in self._by_name:
+                    raise ValueError(
+                        f"two models are served as {name!r}; rename one in model.served_names or model.heads"
+                    )
+                self._by_name[name] = model
+
+    def find(self, name: str | None) -> ServedModel:
+        """Raises ModelNotFound with the names there are."""
+        if not name:
+            return self.models[0]
+        if (model := self._by_name.get(name)) is None:
+            raise ModelNotFound(
+                f"The model {name[:200]!r} does not exist; there are: {', '.join(self._by_name)}", param="model"
+            )
+        return model
+
+    def find_generator(self, name: str | None) -> ServedModel:
+        """A model that writes text. Raises ModelNotFound or InvalidRequest."""
+        model = self.find(name)
+        if model.head_kind != "causal_lm":
+            raise InvalidRequest(f"{model.names[0]!r} is a {model.head_kind} model and writes no text", param="model")
+        return model
+
+    def cards(self) -> list[dict[str, Any]]:
+        return [model.card(name) for model in self.models for name in model.names]
+
+
+def _read_defaults(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {name: values[name] for name in _SAMPLING_DEFAULTS if values.get(name) is not None}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not a generation config ({error})") from None

@@ -1,0 +1,77 @@
+"""What every endpoint needs, in one value: settings, models, routers, threads for long texts, and who is being served."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from deploy.errors import DeadlineExceeded, TooManyRequests, Unavailable
+from deploy.router_pool import RouterPool
+from deploy.served_model import ModelList, ServedModel
+from deploy.settings import Settings
+
+T = TypeVar("T")
+LONG_TEXT_CHARS = 4096  # a few milliseconds of tokenizing: longer texts leave the event loop
+
+
+class Service:
+    """Shared by all requests of one ingress. `now` gives Unix time in seconds."""
+
+    def __init__(
+        self, settings: Settings, models: ModelList, pool: RouterPool, version: str, now: Callable[[], float]
+    ) -> None:
+        self.settings = settings
+        self.models = models
+        self.pool = pool
+        self.version = version
+        self.now = now
+        self.num_active = 0
+        self._active_by_key: Counter[str] = Counter()
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="text")
+        identity = f"{version} {[model.names for model in models.models]} {settings.engine.model_dump_json()}"
+        self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+    def deadline(self) -> float:
+        """When a request that starts now must be done, in the event loop's time."""
+        return asyncio.get_running_loop().time() + self.settings.limits.request_timeout_s
+
+    @contextlib.contextmanager
+    def admitted(self, client: str) -> Iterator[None]:
+        """Counts a request while it is served. Raises Unavailable or TooManyRequests when there are too many."""
+        limits = self.settings.limits
+        if self.num_active >= limits.max_queue:
+            raise Unavailable(f"this server holds {limits.max_queue} requests already; try again", code="queue_full")
+        if limits.max_requests_per_key is not None and self._active_by_key[client] >= limits.max_requests_per_key:
+            raise TooManyRequests(
+                f"this API key has {limits.max_requests_per_key} requests in flight already, the most it may have; wait for one"
+            )
+        self.num_active += 1
+        self._active_by_key[client] += 1
+        try:
+            yield
+        finally:
+            self.num_active -= 1
+            self._active_by_key[client] -= 1
+            if not self._active_by_key[client]:
+                del self._active_by_key[client]
+
+    async def run(self, function: Callable[[], T], num_chars: int) -> T:
+        """Runs text work: here when it is short, in a thread when it is long."""
+        if num_chars <= LONG_TEXT_CHARS:
+            return function()
+        try:
+            async with asyncio.timeout(self.settings.limits.request_timeout_s):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+        except TimeoutError:
+            raise DeadlineExceeded("the text took too long to read; send a shorter one") from None
+
+    async def encode(self, model: ServedModel, text: str, *, add_special_tokens: bool) -> list[int]:
+        return await self.run(lambda: model.tokenizer.encode(text, add_special_tokens=add_special_tokens), len(text))
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,233 @@
+"""Settings of a whole service: YAML file < environment `EXPERTMESH_*` < flags. Every value knows where it came from.
+
+    sources = load(file="mesh.yaml", environ=os.environ, flags={"server.port": 9000})
+    sources.settings.server.port        # 9000
+    sources.explain()                   # [("server.port", 9000, "flag"), ...]
+
+Environment names are the dotted path in capitals with two underscores between the parts: `EXPERTMESH_SERVER__PORT`.
+`Settings` is frozen and JSON-able (`model_dump(mode="json")`, `Settings.model_validate`), so it travels to Ray actors.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+ENV_PREFIX = "EXPERTMESH_"
+SECRETS = frozenset({"server.api_keys", "mesh.token"})
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, with no room for unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelSettings(Section):
+    """What is served."""
+
+    path: str = "demo"  # directory of the checkpoint, a Hub id, or "demo" for the model in the package
+    served_names: tuple[str, ...] = ()  # names in the API; empty: the last part of the path
+    heads: dict[str, str] = {}  # further checkpoints on the same backbone: served name -> directory
+    tokenizer: str | None = None  # directory of another tokenizer
+    chat_template: str | None = None  # file with another chat template
+    generation_config: Literal["auto", "none"] = "auto"  # sampling defaults from generation_config.json
+    max_model_len: int | None = Field(None, ge=1)  # tokens of prompt and output; None: what the checkpoint says
+
+
+class ServerSettings(Section):
+    """Where and for whom the HTTP API is."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    api_keys: tuple[str, ...] = ()  # empty: no authentication
+    allowed_origins: tuple[str, ...] = ()  # browsers' origins that may call (CORS)
+    num_ingresses: int = Field(1, ge=1)
+
+    @field_validator("api_keys")
+    @classmethod
+    def _no_empty_key(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not key or not key.isascii() or key != key.strip() for key in keys):
+            raise ValueError("an API key must be non-empty ASCII without spaces around it; remove or change it")
+        return keys
+
+
+class LimitSettings(Section):
+    """What one client or one request may ask for."""
+
+    max_body_bytes: int = Field(8 << 20, ge=1024)
+    max_queue: int = Field(1024, ge=1)  # requests that one ingress holds at once; more are answered with 503
+    max_requests_per_key: int | None = Field(None, ge=1)  # at once, for each API key; more are answered with 429
+    max_n: int = Field(128, ge=1)  # choices per prompt
+    max_prompts: int = Field(1024, ge=1)  # prompts per completion request
+    max_logprobs: int = Field(20, ge=0)
+    max_stop_strings: int = Field(64, ge=0)
+    request_timeout_s: float = Field(600.0, gt=0)  # from admission to the last token
+    router_wait_s: float = Field(60.0, ge=0)  # how long a new request waits for a router when there is none
+    template_timeout_s: float = Field(5.0, gt=0)
+    max_template_chars: int = Field(16 << 20, ge=1)  # size of a rendered chat
+
+
+class EngineSettings(Section):
+    """What each router runs with."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["int8", "int4"] | None = None
+    kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    block_size: int = Field(16, ge=1)
+    num_kv_blocks: int | None = Field(None, ge=1)  # None: as many as kv_cache_bytes holds
+    kv_cache_bytes: int = Field(1 << 30, ge=1)
+    max_num_seqs: int = Field(64, ge=1)
+    max_num_batched_tokens: int = Field(2048, ge=1)
+    max_waiting: int = Field(512, ge=0)  # requests in a router's queue; more are answered with queue_full
+    prefix_cache: bool = True
+    seed: int = Field(0, ge=0)
+    threads: int = Field(1, ge=1)
+
+
+class MeshSettings(Section):
+    """How many of each part there are and how they talk."""
+
+    shards: int = Field(2, ge=1)
+    routers: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1)  # copies of each expert
+    transport: Literal["auto", "star", "all_to_all"] = "auto"
+    bind_host: str = "127.0.0.1"  # address of this node's links and process groups
+    token: str | None = None  # shared secret of the links; None: a random one at start
+    connect_timeout_s: float = Field(5.0, gt=0)
+    step_timeout_s: float = Field(30.0, gt=0)  # upper bound; the deadline of a step adapts below it
+    discover_interval_s: float = Field(1.0, gt=0)
+    router_silence_s: float = Field(
+        10.0, gt=0
+    )  # a router that says nothing for so long is left; it reports load each 0.5 s
+    recovery_timeout_s: float = Field(120.0, gt=0)
+
+
+class Settings(Section):
+    """Everything. Sections are values; change one with `settings.model_copy(update={...})`."""
+
+    model: ModelSettings = ModelSettings()
+    server: ServerSettings = ServerSettings()
+    limits: LimitSettings = LimitSettings()
+    engine: EngineSettings = EngineSettings()
+    mesh: MeshSettings = MeshSettings()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedSettings:
+    """Settings and, for each dotted name, the source of its value."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+    def explain(self, *, reveal_secrets: bool = False) -> list[tuple[str, Any, str]]:
+        """(name, value, source) of every setting, for `--print-config`. Keys are masked."""
+        rows = []
+        for name in field_names():
+            section, field = name.split(".")
+            value = getattr(getattr(self.settings, section), field)
+            if name in SECRETS and value and not reveal_secrets:
+                value = "********"
+            rows.append((name, value, self.origins.get(name, "default")))
+        return rows
+
+
+def field_names() -> list[str]:
+    """All settings as dotted names, in the order of the classes above."""
+    return [f"{section}.{field}" for section, model in _sections().items() for field in model.model_fields]
+
+
+def load(
+    *, file: str | Path | None = None, environ: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None
+) -> LoadedSettings:
+    """Merges the three sources and validates. Flags are dotted names; a flag of None is unset.
+
+    Raises ValueError with one line: name, value, rule, source."""
+    values: dict[str, dict[str, Any]] = {section: {} for section in _sections()}
+    origins: dict[str, str] = {}
+
+    def put(name: str, value: Any, source: str) -> None:
+        section, field = name.split(".")
+        values[section][field] = value
+        origins[name] = source
+
+    for name, value in _flatten(_read_yaml(file) if file is not None else {}, f"file {file}"):
+        put(name, value, f"file {file}")
+    for variable, text in (environ or {}).items():
+        if variable.startswith(ENV_PREFIX) and "__" in variable:
+            name = variable[len(ENV_PREFIX) :].lower().replace("__", ".", 1)
+            _check_name(name, f"environment {variable}")
+            put(name, _from_text(name, text), f"environment {variable}")
+    for name, value in (flags or {}).items():
+        if value is not None:
+            _check_name(name, "flag")
+            put(name, value, "flag")
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][:2])
+        shown = "********" if name in SECRETS else repr(first.get("input"))
+        raise ValueError(f"setting {name} = {shown} ({origins.get(name, 'default')}): {first['msg']}") from None
+    return LoadedSettings(settings=settings, origins=origins)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _sections() -> dict[str, type[Section]]:
+    return {name: field.annotation for name, field in Settings.model_fields.items() if field.annotation is not None}
+
+
+def _check_name(name: str, source: str) -> None:
+    if name not in (known := field_names()):
+        raise ValueError(f"unknown setting {name!r} ({source}){nearest(name, known)}")
+
+
+def _read_yaml(file: str | Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"settings file {file}: {' '.join(str(error).split())}") from None
+    if data is not None and not isinstance(data, dict):
+        raise ValueError(
+            f"settings file {file}: expected sections ({', '.join(_sections())}), found {type(data).__name__}"
+        )
+    return data or {}
+
+
+def _flatten(data: Mapping[str, Any], source: str) -> Iterable[tuple[str, Any]]:
+    sections = _sections()
+    for section, fields in data.items():
+        if section not in sections:
+            raise ValueError(f"unknown section {section!r} ({source}){nearest(str(section), sections)}")
+        if not isinstance(fields, dict):
+            raise ValueError(f"section {section!r} ({source}): expected settings, found {type(fields).__name__}")
+        for field, value in fields.items():
+            _check_name(f"{section}.{field}", source)
+            yield f"{section}.{field}", value
+
+
+def _from_text(name: str, text: str) -> Any:
+    """Environment text to a value: lists are YAML or comma-separated, dicts are YAML, the rest is pydantic's to read."""
+    section, field = name.split(".")
+    annotation = _sections()[section].model_fields[field].annotation
+    if type(None) in get_args(annotation) and text.strip().lower() in ("", "none", "null"):
+        return None
+    if get_origin(annotation) is tuple and not text.lstrip().startswith("["):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if get_origin(annotation) in (tuple, dict):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            return text
+    return text

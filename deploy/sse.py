@@ -1,0 +1,128 @@
+"""Answers over HTTP that notice when the client leaves: server-sent events and plain JSON.
+
+A client that hangs up must stop its request at the router at once. Servers differ in how they say so (a message, a
+cancellation, a failing send), so both answers here listen while they work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from deploy.errors import ApiError
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+DONE = b"data: [DONE]\n\n"
+
+
+def to_json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def event(value: Any, name: str | None = None) -> bytes:
+    """One server-sent event."""
+    return (f"event: {name}\n".encode() if name else b"") + b"data: " + to_json(value) + b"\n\n"
+
+
+class JsonAnswer(Response):
+    media_type = "application/json"
+
+    def __init__(self, content: Any, status_code: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(to_json(content), status_code=status_code, headers=dict(headers or {}))
+
+
+def error_answer(error: ApiError) -> JsonAnswer:
+    return JsonAnswer(error.body(), error.status, error.headers())
+
+
+class EventStream(Response):
+    """Sends events as they come. An error after the start becomes an event, and the stream ends as it should.
+
+    Build with `start_stream`, which waits for the first event, so that early errors keep their HTTP status."""
+
+    def __init__(self, first: bytes, rest: AsyncIterator[bytes], end_with_error: Callable[[ApiError], bytes]) -> None:
+        self._first = first
+        self._rest = rest
+        self._end_with_error = end_with_error
+        self.status_code = 200
+        self.background = None
+        self.init_headers(
+            {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.create_task(self._write(send))
+        leaving = asyncio.create_task(_until_disconnect(receive))
+        try:
+            await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            writing.cancel()
+            await asyncio.gather(writing, leaving, return_exceptions=True)
+            await _close(self._rest)
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        try:
+            async for data in self._rest:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        except (OSError, asyncio.CancelledError):
+            raise  # the client has left
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                logger.exception("a stream failed")
+                error = ApiError("The server failed in the middle of the answer.")
+            await send({"type": "http.response.body", "body": self._end_with_error(error), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def start_stream(
+    request: Request, events: AsyncIterator[bytes], end_with_error: Callable[[ApiError], bytes] | None = None
+) -> Response:
+    """The response for a stream of events. Raises what the first event raises."""
+    try:
+        first = await until_disconnect(request, anext(events))  # type: ignore[arg-type]
+    except BaseException:
+        await _close(events)
+        raise
+    if first is None:
+        await _close(events)
+        return client_left()
+    return EventStream(first, events, end_with_error or (lambda error: event(error.body()) + DONE))
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of the work, or None when the client left first: then the work is cancelled. Read the body before."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(_until_disconnect(request.receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        leaving.cancel()
+        working.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def client_left() -> Response:
+    """Nobody reads this; the status is nginx's, for access logs."""
+    return Response(status_code=499)
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _close(events: AsyncIterator[bytes]) -> None:
+    if (close := getattr(events, "aclose", None)) is not None:
+        await close()

@@ -1,0 +1,155 @@
+"""Chat templates: Jinja from the checkpoint, in a sandbox, with caps on what it may produce.
+
+Templates come with the checkpoint, messages from clients; messages are only ever data. Even so a template could be made to
+work hard, so: loops over `range` end at 100,000 (Jinja's own cap), `*` and `**` can't build giants, and the output is
+counted as it grows against a number of characters and a deadline.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.meta
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MAX_FACTOR = 100_000
+RESERVED = frozenset(
+    {"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now", "bos_token", "eos_token"}
+)
+
+
+class ChatTemplate:
+    """A checkpoint's templates by name ("default", maybe "tool_use"). `render` raises ValueError for all that goes wrong."""
+
+    def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        self.sources = dict(templates)
+        self._special_tokens = dict(special_tokens)
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        self._templates: dict[str, jinja2.Template] = {}
+        self._variables: dict[str, set[str]] = {}
+        for name, source in templates.items():
+            try:
+                self._templates[name] = environment.from_string(source)
+                self._variables[name] = jinja2.meta.find_undeclared_variables(environment.parse(source))
+            except jinja2.TemplateError as error:
+                raise ValueError(f"chat template {name!r}: {error}") from None
+
+    def takes_tools(self) -> bool:
+        """Whether a template shows the model its tools."""
+        return "tool_use" in self._templates or any("tools" in names for names in self._variables.values())
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        max_chars: int = 16 << 20,
+        timeout_s: float = 5.0,
+    ) -> str:
+        """The prompt. With `continue_final_message` it ends with the last message's content, so that the model goes on."""
+        if taken := RESERVED & (variables or {}).keys():
+            raise ValueError(f"chat_template_kwargs: {sorted(taken)[0]!r} is set by the server; remove it")
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        template = self._templates.get(name) or next(iter(self._templates.values()))
+        context = {
+            **self._special_tokens,
+            **(variables or {}),
+            "messages": messages,
+            "tools": tools or None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        deadline = time.monotonic() + timeout_s
+        pieces: list[str] = []
+        num_chars = 0
+        try:
+            for piece in template.generate(context):
+                pieces.append(piece)
+                num_chars += len(piece)
+                if num_chars > max_chars:
+                    raise ValueError(
+                        f"the rendered chat is longer than {max_chars} characters; send fewer or shorter messages"
+                    )
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"the chat template took longer than {timeout_s:g} s; send fewer or shorter messages"
+                    )
+        except ValueError:
+            raise
+        except Exception as error:  # templates may raise whatever Python raises
+            raise ValueError(f"chat template: {' '.join(str(error).split())[:300] or type(error).__name__}") from None
+        text = "".join(pieces)
+        return _cut_after(text, messages[-1].get("content")) if continue_final_message else text
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        sized = (
+            left if isinstance(left, str | list | tuple) else right if isinstance(right, str | list | tuple) else None
+        )
+        if operator == "**" or (sized is not None and len(sized) * abs(right if sized is left else left) > MAX_FACTOR):
+            raise ValueError(f"chat template: {operator!r} with operands this large is not allowed")
+        return super().call_binop(context, operator, left, right)
+
+
+def find_templates(directory: Path, config: Mapping[str, Any], file: str | Path | None = None) -> dict[str, str]:
+    """Templates by name: from `file`, else chat_template.jinja, else chat_template.json, else tokenizer_config.json."""
+    if file is not None or (directory / "chat_template.jinja").is_file():
+        path = Path(file) if file is not None else directory / "chat_template.jinja"
+        try:
+            return {"default": path.read_text(encoding="utf-8")}
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"chat template {path}: {error}") from None
+    found = config.get("chat_template")
+    if found is None and (path := directory / "chat_template.json").is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"chat template {path}: {error}") from None
+    if isinstance(found, str):
+        return {"default": found}
+    if isinstance(found, list):
+        try:
+            return {str(one["name"]): str(one["template"]) for one in found}
+        except (KeyError, TypeError):
+            raise ValueError("tokenizer_config.json: chat_template is a list without names and templates") from None
+    return {}
+
+
+def _cut_after(text: str, content: Any) -> str:
+    """Drops what a template puts after the final message: the end-of-turn marker."""
+    final = content if isinstance(content, str) else ""
+    start = text.rfind(final.strip())
+    if not final.strip() or start < 0:
+        raise ValueError("continue_final_message: the final message has no text that the chat template keeps")
+    left = len(final) - len(final.lstrip())
+    whole = final[left:]
+    end = start + len(whole) if text.startswith(whole, start) else start + len(final.strip())
+    return text[:end]
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """As in transformers: without HTML escapes."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise_exception(message: str) -> None:
+    raise ValueError(f"chat template: {str(message)[:300]}")
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

@@ -1,0 +1,163 @@
+"""Text to tokens and back: `tokenizer.json` with its special tokens, and text that grows one token at a time."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import DecodeStream
+
+from model.chat_template import ChatTemplate, find_templates
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. Safe to use from several threads.
+
+    `eos_token` and friends come from tokenizer_config.json; `chat_template` is None when the checkpoint has none."""
+
+    def __init__(self, backend: Backend, config: dict[str, Any], chat_template: ChatTemplate | None = None) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self.config = config
+        self.chat_template = chat_template
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.max_token_id = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.bos_token_id = self._id_of("bos_token")
+        self.eos_token_id = self._id_of("eos_token")
+        self.pad_token_id = self._id_of("pad_token")
+
+    @classmethod
+    def from_directory(
+        cls, directory: str | Path, *, vocab_size: int | None = None, chat_template_file: str | Path | None = None
+    ) -> Tokenizer:
+        """Reads tokenizer.json, tokenizer_config.json and the chat template, wherever it is.
+
+        Raises ValueError (one line) when a file is missing or broken, or a token doesn't fit into `vocab_size`."""
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; save a fast tokenizer (tokenizer.json) beside the checkpoint")
+        try:
+            backend = Backend.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path}: not a tokenizer ({' '.join(str(error).split())[:200]})") from None
+        config_path = directory / "tokenizer_config.json"
+        try:
+            config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{config_path}: not JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{config_path}: expected an object, found {type(config).__name__}")
+        templates = find_templates(directory, config, chat_template_file)
+        tokens = {name: _content(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        chat_template = (
+            ChatTemplate(templates, {name: token or "" for name, token in tokens.items()}) if templates else None
+        )
+        tokenizer = cls(backend, config, chat_template)
+        if vocab_size is not None and tokenizer.max_token_id >= vocab_size:
+            raise ValueError(
+                f"{path}: token id {tokenizer.max_token_id} is outside the model's vocab_size = {vocab_size}; "
+                "the tokenizer belongs to another model"
+            )
+        return tokenizer
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids. Raises ValueError for text that isn't Unicode (lone surrogates)."""
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeEncodeError, TypeError):
+            raise ValueError("the text has a lone surrogate, which is not a character; remove it") from None
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of the ids; ids that the tokenizer doesn't know are skipped."""
+        text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that this token adds to a text: possibly a part of a character. Empty for unknown ids."""
+        token = self.backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if not self.is_byte_level:
+            return self.decode([token_id]).encode()
+        try:
+            return bytes(_BYTE_OF_CHAR[char] for char in token)
+        except KeyError:
+            return str(token).encode()
+
+    def token_text(self, token_id: int) -> str:
+        """The token as text; bytes that are no whole character become U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(self, skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether tokens are bytes in GPT-2's alphabet, as in all Qwen models."""
+        decoder = json.loads(self.backend.to_str())["decoder"]
+        return decoder is not None and decoder["type"] == "ByteLevel"
+
+    def _id_of(self, name: str) -> int | None:
+        token = _content(self.config.get(name))
+        token_id: int | None = self.backend.token_to_id(token) if token else None
+        return token_id
+
+
+class IncrementalDetokenizer:
+    """Text of a growing token sequence, O(1) per token: the pieces joined are `decode` of all tokens.
+
+    A character that is cut off between tokens is held back until it is whole, or `finish` gives it up as U+FFFD."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.is_byte_level else None
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._pending: list[int] = []  # without byte level: tokens whose text isn't out yet
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now and was not before."""
+        if token_id in self._skip:
+            return ""
+        if self._utf8 is not None:
+            return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        self._pending.append(token_id)
+        text = self._stream.step(self._tokenizer.backend, token_id)
+        if text is None:
+            return ""
+        self._pending.clear()
+        return str(text)
+
+    def finish(self) -> str:
+        """What was held back."""
+        if self._utf8 is not None:
+            return self._utf8.decode(b"", final=True)
+        text = self._tokenizer.decode(self._pending)
+        self._pending.clear()
+        return text
+
+
+def _content(token: Any) -> str | None:
+    """A token in tokenizer_config.json is text or an AddedToken's dict."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable alphabet for bytes: printable Latin-1 stands for itself, the rest are moved to U+0100 and up."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(moved)}
+
+
+_BYTE_OF_CHAR = _byte_alphabet()

@@ -1,0 +1,243 @@
+"""Failover of requests between routers, on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from deploy.errors import DeadlineExceeded, EngineError, Unavailable
+from deploy.router_pool import GenerateRequest, PoolOptions, RouterPool
+from tests.deploy.fakes import FakeRouter, token_at
+
+PROMPT = [10, 11, 12]
+
+
+def expected(num: int, seed: int = 5) -> list[int]:
+    return [token_at(seed, len(PROMPT) + i) for i in range(num)]
+
+
+@contextlib.asynccontextmanager
+async def pool_of(*routers: FakeRouter, **options: Any) -> AsyncIterator[RouterPool]:
+    for router in routers:
+        await router.start()
+    listed = [router.entry for router in routers]
+
+    async def discover() -> list[dict[str, Any]]:
+        return listed
+
+    pool = RouterPool(discover, PoolOptions(**{"discover_interval_s": 0.05, "router_wait_s": 2.0, **options}))
+    pool.listed = listed  # type: ignore[attr-defined]
+    await pool.start()
+    try:
+        yield pool
+    finally:
+        await pool.close()
+        for router in routers:
+            router.kill()
+
+
+def request(num: int = 20, *, timeout_s: float = 10.0, seed: int = 5) -> GenerateRequest:
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    return GenerateRequest(prompt_ids=PROMPT, sampling={"max_tokens": num, "seed": seed}, deadline=deadline)
+
+
+async def tokens_of(pool: RouterPool, one: GenerateRequest) -> list[int]:
+    return [token async for chunk in pool.generate(one) for token in chunk.token_ids]
+
+
+async def linked(pool: RouterPool, num: int) -> None:
+    while len(pool.links) < num:
+        await asyncio.sleep(0.01)
+
+
+def test_a_request_gets_its_tokens() -> None:
+    async def run() -> None:
+        async with pool_of(FakeRouter()) as pool:
+            assert await tokens_of(pool, request()) == expected(20)
+            assert pool.num_in_flight == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("dies_after", [0, 1, 7, 19])
+def test_a_request_outlives_its_router_and_no_token_is_lost_changed_or_doubled(dies_after: int) -> None:
+    async def run() -> None:
+        first, second = FakeRouter("a", dies_after=dies_after), FakeRouter("b")
+        async with pool_of(first) as pool:
+            await linked(pool, 1)
+            await second.start()
+            stream = pool.generate(request())
+            work = asyncio.ensure_future(_collect(stream))
+            await asyncio.sleep(0.05)
+            pool.listed.append(second.entry)  # type: ignore[attr-defined]
+            assert await work == expected(20)
+            assert second.requests[0]["output_ids"] == expected(dies_after)
+            assert second.requests[0]["request_id"] == first.requests[0]["request_id"]
+            assert pool.num_replays == 1
+            second.kill()
+
+    asyncio.run(run())
+
+
+async def _collect(stream: Any) -> list[int]:
+    return [token async for chunk in stream for token in chunk.token_ids]
+
+
+def test_many_requests_outlive_several_routers() -> None:
+    async def run() -> None:
+        routers = [FakeRouter(f"r{i}", token_s=0.002, dies_after=40 * (i + 1) if i < 3 else None) for i in range(4)]
+        async with pool_of(*routers) as pool:
+            await linked(pool, 4)
+            results = await asyncio.gather(*(tokens_of(pool, request(30, seed=seed)) for seed in range(16)))
+            assert results == [expected(30, seed) for seed in range(16)]
+
+    asyncio.run(run())
+
+
+def test_requests_go_to_the_least_loaded_router() -> None:
+    async def run() -> None:
+        routers = [FakeRouter(f"r{i}", token_s=0.01) for i in range(3)]
+        async with pool_of(*routers) as pool:
+            await linked(pool, 3)
+            await asyncio.gather(*(tokens_of(pool, request(5)) for _ in range(12)))
+            assert [len(router.requests) for router in routers] == [4, 4, 4]
+
+    asyncio.run(run())
+
+
+def test_a_full_router_is_passed_over_and_only_full_ones_refuse() -> None:
+    async def run() -> None:
+        full, free = FakeRouter("full", max_running=0), FakeRouter("free")
+        async with pool_of(full, free) as pool:
+            await linked(pool, 2)
+            for _ in range(4):
+                assert await tokens_of(pool, request()) == expected(20)
+        full = FakeRouter("full", max_running=0)
+        async with pool_of(full) as pool:
+            with pytest.raises(EngineError) as caught:
+                await tokens_of(pool, request())
+            assert (caught.value.status, caught.value.code) == (503, "queue_full")
+            assert caught.value.headers()["Retry-After"] == "1"
+
+    asyncio.run(run())
+
+
+def test_without_a_router_a_request_waits_and_then_says_503() -> None:
+    async def run() -> None:
+        async with pool_of(router_wait_s=0.2) as pool:
+            began = time.monotonic()
+            with pytest.raises(Unavailable, match="no router"):
+                await tokens_of(pool, request())
+            assert 0.15 < time.monotonic() - began < 1.5
+
+    asyncio.run(run())
+
+
+def test_a_stream_that_has_begun_waits_for_a_router_until_its_deadline() -> None:
+    async def run() -> None:
+        router = FakeRouter(dies_after=5)
+        async with pool_of(router, router_wait_s=0.1) as pool:
+            work = asyncio.ensure_future(tokens_of(pool, request()))
+            await asyncio.sleep(0.6)
+            reborn = await FakeRouter("reborn").start()
+            pool.listed[:] = [reborn.entry]  # type: ignore[attr-defined]
+            assert await work == expected(20)
+            reborn.kill()
+
+    asyncio.run(run())
+
+
+def test_a_request_that_loses_router_after_router_without_a_token_is_given_up() -> None:
+    async def run() -> None:
+        async with pool_of(*(FakeRouter(f"r{i}", dies_after=0) for i in range(5))) as pool:
+            await linked(pool, 5)
+            with pytest.raises(Unavailable, match="in a row"):
+                await tokens_of(pool, request())
+
+    asyncio.run(run())
+
+
+def test_the_deadline_ends_a_request_and_aborts_it() -> None:
+    async def run() -> None:
+        router = FakeRouter(token_s=0.2)
+        async with pool_of(router) as pool:
+            await linked(pool, 1)
+            one = request(timeout_s=0.3)
+            with pytest.raises(DeadlineExceeded):
+                await tokens_of(pool, one)
+            await asyncio.sleep(0.1)
+            assert router.aborted == [one.request_id]
+
+    asyncio.run(run())
+
+
+def test_a_silent_router_is_left_for_another() -> None:
+    async def run() -> None:
+        silent, good = FakeRouter("silent", token_s=60.0, is_silent=True), FakeRouter("good")
+        async with pool_of(silent, router_silence_s=0.4) as pool:
+            work = asyncio.ensure_future(tokens_of(pool, request()))
+            while not silent.requests:
+                await asyncio.sleep(0.01)
+            await good.start()
+            pool.listed[:] = [good.entry]  # type: ignore[attr-defined]
+            assert await work == expected(20)
+            good.kill()
+
+    asyncio.run(run())
+
+
+def test_wrong_hellos_and_failing_discovery_are_survived() -> None:
+    async def run() -> None:
+        mute, locked, good = FakeRouter("mute", says_hello=False), FakeRouter("locked", token="x"), FakeRouter("good")
+        for router in (mute, locked, good):
+            await router.start()
+        calls = 0
+
+        async def discover() -> list[dict[str, Any]]:
+            nonlocal calls
+            calls += 1
+            if calls in (1, 3):
+                raise ConnectionError("the head is gone")
+            return [mute.entry, locked.entry, good.entry, {"router_id": "nobody", "host": "127.0.0.1", "port": 1}]
+
+        pool = RouterPool(discover, PoolOptions(discover_interval_s=0.05, connect_timeout_s=0.5))
+        await pool.start()
+        assert await tokens_of(pool, request()) == expected(20)
+        await asyncio.sleep(0.3)
+        assert [link.address.router_id for link in pool.links] == ["good"]
+        await pool.close()
+        for router in (mute, locked, good):
+            router.kill()
+
+    asyncio.run(run())
+
+
+def test_pool_requests_and_commands_are_answered() -> None:
+    async def run() -> None:
+        router = FakeRouter()
+        async with pool_of(router) as pool:
+            deadline = asyncio.get_running_loop().time() + 5
+            assert await pool.pool(head="cls", tokens="last", prompt_ids=[1], deadline=deadline) == [[1.0, 2.0]]
+            assert await pool.command("reset_prefix_cache") == {"router-0": {"ok": True}}
+            assert router.commands == ["reset_prefix_cache"]
+
+    asyncio.run(run())
+
+
+def test_closing_the_iterator_early_aborts_at_once() -> None:
+    async def run() -> None:
+        router = FakeRouter(token_s=0.01)
+        async with pool_of(router) as pool:
+            one = request(1000)
+            stream = pool.generate(one)
+            await anext(stream)
+            await stream.aclose()
+            await asyncio.sleep(0.05)
+            assert router.aborted == [one.request_id] and pool.num_in_flight == 0
+
+    asyncio.run(run())
