@@ -17,8 +17,8 @@ KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class KVCache:
     """Keys and values of every layer, in blocks of `block_size` tokens.
 
-    Layers of one KV group (`ModelConfig.kv_groups`) share block ids: a block of a group is one slice in each of its layers.
-    A slot is `block_id * block_size + offset`.
+    Layers of one KV group (`ModelConfig.kv_groups`) share block ids: a block is a slice in each of its group's
+    layers. A slot is `block_id * block_size + offset`.
 
         keys[layer_idx], values[layer_idx]: [num_blocks of the layer's group, G, block_size, D], float32 or bfloat16
     """
