@@ -25,7 +25,7 @@ _LANES = 64  # widths are multiples of this, so that each row's elements always 
 class Candidates:
     """The first tokens of each row in order; rows shorter than W are padded (logit -inf, id 0).
 
-    has_rest_R: whether tokens with a finite logit come after a row's last candidate.
+    has_rest_R: whether tokens with a finite logit may come after a row's last candidate.
     """
 
     ids_RW: Tensor  # int64
@@ -78,7 +78,7 @@ def top_candidates(logits_RV: Tensor, maxima_RC: Tensor, num: int) -> Candidates
     starts_R = torch.cat([starts_R.new_zeros(1), starts_R[:-1]])
     columns_N = torch.arange(len(rows_N), device=rows_N.device) - starts_R[rows_N]
     keys_RW[rows_N, columns_N] = order_keys(logits_RV.view(-1)[flat_N], flat_N % vocab_size)
-    has_rest_R = threshold_R1.squeeze(1) > float("-inf")
+    has_rest_R = (threshold_R1.squeeze(1) > float("-inf")) & (counts_R < vocab_size)
     if len(wide):
         all_ids = torch.arange(vocab_size, device=logits_RV.device)
         keys_RW[wide, :num] = order_keys(logits_RV[wide], all_ids).topk(num).values

@@ -36,6 +36,8 @@ def row_mass(logits_RV: Tensor, maxima_R: Tensor, inverse_temperatures_R: Tensor
 
 def token_logprobs(logits_RV: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[list[TokenLogprob]]:
     """For each row the given token first, then the row's num_top[r] likeliest. A row with NaN or +inf gives []."""
+    if not token_ids:
+        return []
     maxima_RC = chunk_maxima(logits_RV)
     largest_R = maxima_RC.amax(1)
     is_sound = largest_R.isfinite().tolist()
@@ -43,8 +45,6 @@ def token_logprobs(logits_RV: Tensor, token_ids: Sequence[int], num_top: Sequenc
         sound = [idx for idx, holds in enumerate(is_sound) if holds]
         some = iter(token_logprobs(logits_RV[sound], [token_ids[i] for i in sound], [num_top[i] for i in sound]))
         return [next(some) if holds else [] for holds in is_sound]
-    if not token_ids:
-        return []
     norm_R1 = (largest_R.double() + row_mass(logits_RV, largest_R, torch.ones_like(largest_R)).log())[:, None]
     tokens_R1 = torch.tensor(token_ids, dtype=torch.int64, device=logits_RV.device)[:, None]
     top = top_candidates(logits_RV, maxima_RC, max(_HEAD, *num_top))
