@@ -132,6 +132,12 @@ class RouterMembership:
                 self._newest = connection
                 self._changed.notify_all()
 
+    def _watch_joins(self, view: MeshView, failures: Callable[[], tuple[str, ...]]) -> None:
+        """A shard that can't even be called is known at once; forming would only find out at its deadline."""
+        missing = failures()
+        if missing and view.epoch == self._latest_epoch and not self._closed:
+            self._client.report(self._router_id, view.epoch, missing, "could not be asked to join")
+
     def _form(self, view: MeshView) -> Connection:
         transport = choose_transport(self._transport, self._device, self._num_routers())
         name = f"{self._router_id}/{view.epoch}"
@@ -143,6 +149,7 @@ class RouterMembership:
             group=name,
             transport=transport,
         )
+        threading.Thread(target=self._watch_joins, args=(view, failures), name="joins", daemon=True).start()
         try:
             group = form_group(
                 self._store,
@@ -155,7 +162,7 @@ class RouterMembership:
                 operation_s=self._timeouts.exchange_max_s,
             )
         except FormationError as error:
-            raise FormationError(str(error), failures()) from None
+            raise FormationError(str(error), failures()) from None  # waits no longer than forming did
         forget_group(self._store, name)
         router_transport = TRANSPORTS[transport][0](group, view.shard_ids)
         return Connection(view, router_transport, routing_tables(view.placement, view.shard_ids))

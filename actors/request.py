@@ -55,7 +55,8 @@ class Chunk:
     """What one step brought for one request.
 
     logprobs: per new token a list of [token_id, logprob, rank], the chosen one first. prompt_logprobs: the same per
-    prompt token, None for the first. values: rows of a pool result. error: {"status", "code", "message"}.
+    prompt token, None for the first. values: rows of a pool result. result: what a command answers.
+    error: {"status", "code", "message"}.
     """
 
     request_id: str
@@ -67,18 +68,28 @@ class Chunk:
     prompt_logprobs: list[list[list[float]] | None] | None = None
     routed_experts: list[list[list[int]]] | None = None
     values: list[list[float]] | None = None
+    result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
 
     def to_wire(self) -> dict[str, Any]:
         """Only what is set; request_id and token_ids always."""
         wire: dict[str, Any] = {"request_id": self.request_id, "token_ids": self.token_ids}
-        for name in ("logprobs", "finish_reason", "stop_reason", "prompt_logprobs", "routed_experts", "values", "error"):
-            value = getattr(self, name)
-            if value is not None:
-                wire[name] = value
+        wire |= {name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None}
         if self.num_cached_tokens:
             wire["num_cached_tokens"] = self.num_cached_tokens
         return wire
+
+
+_OPTIONAL = (
+    "logprobs",
+    "finish_reason",
+    "stop_reason",
+    "prompt_logprobs",
+    "routed_experts",
+    "values",
+    "result",
+    "error",
+)
 
 
 def error_chunk(request_id: str, status: int, code: str, message: str) -> Chunk:

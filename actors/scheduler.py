@@ -155,5 +155,3 @@ class Scheduler:
         self.blocks.release(sequence.table)
         sequence.num_computed = 0
         self.add(sequence)
-
-

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from actors.blocks import BlockTable
-from actors.request import Chunk, GenerateRequest, Request
-from model.sampling import SamplerState
+from actors.request import GenerateRequest, Request
+from model.sampler_state import SamplerState
+from model.structured import Matcher
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Sequence:
     """token_ids: prompt and output. num_computed: leading tokens whose keys and values are in the blocks.
 
-    sampler: None for a pool request. deadline: on the engine's clock.
+    owner: the ingress that asked. deadline: on the engine's clock. sampler: None for a pool request. matcher: the
+    grammar the output must follow. pooled and prompt_logprobs grow with each chunk of the prompt.
     """
 
     request: Request
@@ -21,13 +23,15 @@ class Sequence:
     arrival: int
     deadline: float
     table: BlockTable
-    sampler: SamplerState | None
+    sampler: SamplerState | None = None
+    matcher: Matcher | None = None
     token_ids: list[int] = field(default_factory=list)
+    max_total_tokens: int = 0
     num_computed: int = 0
     num_cached_tokens: int | None = None
-    chunk: Chunk | None = None
     pooled: list[list[float]] = field(default_factory=list)
-    prompt_logprobs: list[list[list[float]] | None] = field(default_factory=list)
+    prompt_logprobs: list[list[list[float]] | None] | None = None
+    routed_experts: list[list[list[int]]] = field(default_factory=list)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -40,15 +44,6 @@ class Sequence:
     @property
     def prompt_len(self) -> int:
         return len(self.request.prompt_ids)
-
-    @property
-    def num_outputs(self) -> int:
-        return len(self.token_ids) - self.prompt_len
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        request = self.request
-        return isinstance(request, GenerateRequest) and request.sampling.prompt_logprobs is not None
 
     @property
     def may_use_prefix_cache(self) -> bool:

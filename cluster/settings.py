@@ -23,6 +23,7 @@ class Timeouts:
     ping_s: float = 0.4
     recovery_s: float = 60.0
     load_s: float = 600.0
+    start_s: float = 300.0
 
     def __post_init__(self) -> None:
         if self.heartbeat_s * 3 > self.idle_s:

@@ -1,0 +1,451 @@
+"""The router's engine: one thread, one loop. A step is: schedule, run, sample, commit.
+
+Everything else meets it in two places. Requests and aborts come in through a locked inbox; what a step brought goes
+out in one call of `deliver`. So nobody waits for a step, and a step waits for nobody but the shards.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from actors.batch import build_batch
+from actors.request import Chunk, GenerateRequest, PoolRequest, Request, error_chunk
+from actors.scheduler import Scheduled, Scheduler
+from actors.sequence import Sequence
+from cluster.errors import MeshUnavailable
+from model.decoder import Decoder
+from model.heads import Head
+from model.kv_cache import KVCache
+from model.logprobs import token_logprobs
+from model.moe import Exchange
+from model.sampler_state import SamplerState, SamplingRow
+from model.sampling import sample
+from model.structured import Matcher
+
+log = logging.getLogger("expertmesh.engine")
+
+
+class StepExchange(Exchange, Protocol):
+    """An exchange that knows about steps. LocalSteps below makes one of a plain exchange."""
+
+    def begin_step(self) -> None: ...
+
+    def idle(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineModel:
+    """What a step computes with. heads: by served model name; `lm_head` is None for a backbone without one."""
+
+    decoder: Decoder
+    lm_head: Head | None
+    heads: Mapping[str, Head]
+    kv_cache: KVCache
+    device: torch.device
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class EngineStats:
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_cached_tokens: int = 0
+    step_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Inbox:
+    lock: threading.Condition = field(default_factory=threading.Condition)
+    arrivals: list[tuple[str, Request, Matcher | None, float]] = field(default_factory=list)
+    aborts: list[tuple[str, str]] = field(default_factory=list)
+    calls: list[Callable[[], None]] = field(default_factory=list)
+
+
+Deliver = Callable[[Mapping[str, list[Chunk]]], None]
+
+
+class Engine:
+    """deliver(chunks by owner) is called from the engine's thread, once a step and on refusals."""
+
+    def __init__(
+        self,
+        model: EngineModel,
+        scheduler: Scheduler,
+        exchange: StepExchange,
+        deliver: Deliver,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model = model
+        self.scheduler = scheduler
+        self.exchange = exchange
+        self.stats = EngineStats()
+        self._deliver = deliver
+        self._clock = clock
+        self._inbox = _Inbox()
+        self._outbox: dict[str, list[Chunk]] = {}
+        self._by_id: dict[tuple[str, str], Sequence] = {}
+        self._num_arrivals = 0
+        self._stopping = False
+        self._pace = _Pace()
+        self._next_sweep = 0.0
+        self._was_busy = False
+        self.last_beat = clock()
+
+    # ---- called from other threads -------------------------------------------------------------------
+
+    def submit(self, owner: str, request: Request, matcher: Matcher | None = None) -> None:
+        """Queue a request; its chunks come through deliver."""
+        with self._inbox.lock:
+            self._inbox.arrivals.append((owner, request, matcher, self._clock()))
+            self._inbox.lock.notify()
+
+    def abort(self, owner: str, request_id: str) -> None:
+        """Forget a request; its blocks are free before the next step. Unknown ids are fine."""
+        with self._inbox.lock:
+            self._inbox.aborts.append((owner, request_id))
+            self._inbox.lock.notify()
+
+    def abort_all(self, owner: str) -> None:
+        """The owner is gone."""
+
+        def drop_all() -> None:
+            for key in [key for key in self._by_id if key[0] == owner]:
+                self._drop(key)
+
+        self.call(drop_all)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Run a function on the engine's thread between steps."""
+        with self._inbox.lock:
+            self._inbox.calls.append(function)
+            self._inbox.lock.notify()
+
+    def stop(self) -> None:
+        with self._inbox.lock:
+            self._stopping = True
+            self._inbox.lock.notify()
+
+    # ---- the loop ------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Loop until stop(). An error in a step fails that step's requests and nothing else."""
+        with torch.inference_mode():
+            while not self._stopping:
+                self.last_beat = self._clock()
+                self._take_inbox()
+                if self.scheduler.has_work:
+                    self._was_busy = True
+                    self._guarded_step()
+                else:
+                    self._rest()
+        self.exchange.close()
+
+    def _rest(self) -> None:
+        if self._was_busy:
+            self._was_busy = False
+            self.scheduler.check_integrity()
+        self.exchange.idle()
+        inbox = self._inbox
+        with inbox.lock:
+            inbox.lock.wait_for(
+                lambda: self._stopping or bool(inbox.arrivals or inbox.aborts or inbox.calls), timeout=0.25
+            )
+
+    def _guarded_step(self) -> None:
+        try:
+            self.step()
+        except MeshUnavailable as error:
+            self._fail_all(503, "mesh_unavailable", str(error))
+        except Exception as error:
+            log.exception("a step failed")
+            self._fail_all(500, "internal_error", f"the step failed: {type(error).__name__}")
+        self._flush()
+
+    def step(self) -> None:
+        """One forward pass for everything scheduled."""
+        started = self._clock()
+        self.exchange.begin_step()
+        work = self.scheduler.schedule(self._pace.prefill_budget())
+        if not work:
+            return
+        hidden_TH = self._run(work)
+        tokens = self._sample(work, hidden_TH)
+        self._commit(work, tokens)
+        self._pace.observe(work, self._clock() - started)
+        self.stats.num_steps += 1
+        self.stats.step_s += self._clock() - started
+
+    # ---- run -----------------------------------------------------------------------------------------
+
+    def _run(self, work: list[Scheduled]) -> Tensor:
+        model = self.model
+        batch = build_batch(work, len(self.scheduler.blocks.pools), model.kv_cache.block_size, model.device)
+        return model.decoder.forward(batch, model.kv_cache, self.exchange)
+
+    # ---- sample --------------------------------------------------------------------------------------
+
+    def _sample(self, work: list[Scheduled], hidden_TH: Tensor) -> dict[int, tuple[int, list[list[float]] | None]]:
+        """Tokens drawn in this step, by index into work; errors end their request here. Pools and prompt
+        log-probabilities are gathered on the way."""
+        draws: list[tuple[int, int]] = []  # (index into work, row of hidden)
+        row = 0
+        for idx, item in enumerate(work):
+            request, end_row = item.sequence.request, row + item.end - item.begin
+            if isinstance(request, PoolRequest):
+                self._pool(item, request, hidden_TH[row:end_row])
+            else:
+                if request.sampling.prompt_logprobs is not None and item.begin < item.sequence.prompt_len:
+                    self._score_prompt(item, request, hidden_TH[row:end_row])
+                if item.samples:
+                    draws.append((idx, end_row - 1))
+            row = end_row
+        if not draws:
+            return {}
+        assert self.model.lm_head is not None, "generate requests are refused where there is no LM head"
+        rows = torch.tensor([r for _, r in draws], device=hidden_TH.device)
+        logits_RV = self.model.lm_head.forward(hidden_TH.index_select(0, rows))
+        output = sample(logits_RV, [_sampling_row(work[idx].sequence) for idx, _ in draws])
+        drawn = {}
+        for (idx, _), token, logprobs, error in zip(
+            draws, output.token_ids, output.logprobs, output.errors, strict=True
+        ):
+            if error is None:
+                drawn[idx] = (token, [list(entry) for entry in logprobs] if logprobs is not None else None)
+            else:
+                sequence = work[idx].sequence
+                self._finish(sequence, error_chunk(sequence.request.request_id, 400, "no_token_possible", error))
+        return drawn
+
+    def _pool(self, item: Scheduled, request: PoolRequest, hidden_NH: Tensor) -> None:
+        if request.tokens == "last":
+            if not item.samples:
+                return
+            hidden_NH = hidden_NH[-1:]
+        head = self.model.heads.get(request.head)
+        values = hidden_NH if head is None else head.forward(hidden_NH)
+        item.sequence.pooled += values.float().tolist()
+
+    def _score_prompt(self, item: Scheduled, request: GenerateRequest, hidden_NH: Tensor) -> None:
+        """Log-probability of each next prompt token given the ones up to it."""
+        sequence = item.sequence
+        scores = sequence.prompt_logprobs
+        if scores is None:
+            scores = sequence.prompt_logprobs = [None]
+        begin = len(scores) - 1
+        end = min(item.end, sequence.prompt_len - 1)
+        if begin >= end or self.model.lm_head is None:
+            return
+        num_top = request.sampling.prompt_logprobs or 0
+        for start in range(begin, end, 64):  # bounds the logits held at once
+            stop = min(start + 64, end)
+            logits = self.model.lm_head.forward(hidden_NH[start - item.begin : stop - item.begin])
+            targets = sequence.token_ids[start + 1 : stop + 1]
+            lists = token_logprobs(logits, targets, [num_top] * len(targets))
+            scores += [[list(entry) for entry in entries] for entries in lists]
+
+    # ---- commit --------------------------------------------------------------------------------------
+
+    def _commit(self, work: list[Scheduled], drawn: Mapping[int, tuple[int, list[list[float]] | None]]) -> None:
+        alive = [item for item in work if self._is_known(item.sequence)]
+        self.scheduler.commit(alive)
+        for idx, item in enumerate(work):
+            sequence = item.sequence
+            self.stats.num_prompt_tokens += max(0, min(item.end, sequence.prompt_len) - item.begin)
+            if not self._is_known(sequence):
+                continue
+            if idx in drawn:
+                self._append(sequence, *drawn[idx])
+            elif isinstance(sequence.request, PoolRequest) and item.samples:
+                self._finish(
+                    sequence,
+                    Chunk(
+                        request_id=sequence.request.request_id,
+                        token_ids=[],
+                        values=sequence.pooled,
+                        finish_reason="stop",
+                        num_cached_tokens=sequence.num_cached_tokens or 0,
+                    ),
+                )
+
+    def _append(self, sequence: Sequence, token: int, logprobs: list[list[float]] | None) -> None:
+        """Keep a drawn token and apply the stop rules."""
+        request, sampler = sequence.request, sequence.sampler
+        assert isinstance(request, GenerateRequest) and sampler is not None
+        sequence.token_ids.append(token)
+        sampler.append(token)
+        if sequence.matcher is not None:
+            sequence.matcher.accept(token)
+        self.stats.num_output_tokens += 1
+        chunk = Chunk(
+            request_id=request.request_id,
+            token_ids=[token],
+            logprobs=[logprobs] if logprobs is not None else None,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            prompt_logprobs=sequence.prompt_logprobs,
+        )
+        sequence.prompt_logprobs = None
+        params = request.sampling
+        num_outputs = len(sequence.token_ids) - sequence.prompt_len
+        if token in self.model.eos_token_ids and not params.ignore_eos:
+            chunk.finish_reason = "stop"
+        elif token in params.stop_token_ids:
+            chunk.finish_reason, chunk.stop_reason = "stop", token
+        elif sequence.matcher is not None and sequence.matcher.is_finished:
+            chunk.finish_reason = "stop"
+        elif num_outputs == params.max_tokens or len(sequence.token_ids) >= self.model.max_model_len:
+            chunk.finish_reason = "length"
+        if chunk.finish_reason is not None:
+            self._finish(sequence, chunk)
+        else:
+            self._emit(sequence.owner, chunk)
+
+    def _is_known(self, sequence: Sequence) -> bool:
+        return (sequence.owner, sequence.request.request_id) in self._by_id
+
+    # ---- requests in and out -------------------------------------------------------------------------
+
+    def _take_inbox(self) -> None:
+        inbox = self._inbox
+        with inbox.lock:
+            arrivals, inbox.arrivals = inbox.arrivals, []
+            aborts, inbox.aborts = inbox.aborts, []
+            calls, inbox.calls = inbox.calls, []
+        for call in calls:
+            call()
+        for owner, request, matcher, arrived in arrivals:
+            refusal = self._admit(owner, request, matcher, arrived)
+            if refusal is not None:
+                self._emit(owner, refusal)
+        for key in aborts:
+            self._drop(key)
+        now = self._clock()
+        if now >= self._next_sweep:
+            self._next_sweep = now + 0.1
+            self._expire(now)
+        self._flush()
+
+    def _admit(self, owner: str, request: Request, matcher: Matcher | None, arrived: float) -> Chunk | None:
+        """Queue the request, or say why not."""
+        request_id, model = request.request_id, self.model
+        if (owner, request_id) in self._by_id:
+            return error_chunk(request_id, 400, "duplicate_request_id", f"request_id {request_id!r} is in use")
+        if self.scheduler.is_full:
+            limit = self.scheduler.limits.max_queue
+            return error_chunk(request_id, 503, "queue_full", f"{limit} requests are waiting already; try again soon")
+        tokens = [*request.prompt_ids, *(request.output_ids if isinstance(request, GenerateRequest) else ())]
+        if not tokens:
+            return error_chunk(request_id, 400, "empty_prompt", "the prompt has no tokens; give at least one")
+        limit = model.max_model_len - (1 if isinstance(request, GenerateRequest) else 0)
+        if len(tokens) > limit:
+            message = (
+                f"This model's maximum context length is {model.max_model_len} tokens, but the prompt has "
+                f"{len(request.prompt_ids)}. Shorten the prompt."
+            )
+            return error_chunk(request_id, 400, "context_length_exceeded", message)
+        vocab_size = model.decoder.config.vocab_size
+        if min(tokens) < 0 or max(tokens) >= vocab_size:
+            bad = next(t for t in tokens if not 0 <= t < vocab_size)
+            message = f"token id {bad} is not in the vocabulary (0 to {vocab_size - 1})"
+            return error_chunk(request_id, 400, "invalid_token_id", message)
+        sequence = Sequence(
+            request=request,
+            owner=owner,
+            arrival=self._num_arrivals,
+            deadline=arrived + request.deadline_s,
+            table=self.scheduler.blocks.new_table(),
+            matcher=matcher,
+            token_ids=tokens,
+        )
+        if isinstance(request, GenerateRequest):
+            if model.lm_head is None:
+                return error_chunk(request_id, 400, "task_not_supported", "this model generates no text")
+            sequence.sampler = SamplerState(
+                request.sampling, request.prompt_ids, request.output_ids, model.eos_token_ids
+            )
+            for token in request.output_ids:
+                if matcher is not None:
+                    matcher.accept(token)
+        elif request.head and request.head not in model.heads:
+            return error_chunk(request_id, 404, "model_not_found", f"no head {request.head!r} on this router")
+        self._num_arrivals += 1
+        self._by_id[owner, request_id] = sequence
+        self.scheduler.add(sequence)
+        return None
+
+    def _expire(self, now: float) -> None:
+        for sequence in [s for s in self.scheduler if s.deadline <= now]:
+            message = f"the request's deadline of {sequence.request.deadline_s:g} s has passed"
+            self._finish(sequence, error_chunk(sequence.request.request_id, 504, "deadline_exceeded", message))
+
+    def _drop(self, key: tuple[str, str]) -> None:
+        sequence = self._by_id.pop(key, None)
+        if sequence is not None:
+            self.scheduler.remove(sequence)
+
+    def _finish(self, sequence: Sequence, chunk: Chunk) -> None:
+        self._drop((sequence.owner, sequence.request.request_id))
+        self._emit(sequence.owner, chunk)
+
+    def _fail_all(self, status: int, code: str, message: str) -> None:
+        for sequence in list(self.scheduler):
+            self._finish(sequence, error_chunk(sequence.request.request_id, status, code, message))
+
+    def _emit(self, owner: str, chunk: Chunk) -> None:
+        self._outbox.setdefault(owner, []).append(chunk)
+
+    def _flush(self) -> None:
+        if self._outbox:
+            outbox, self._outbox = self._outbox, {}
+            self._deliver(outbox)
+
+
+class _Pace:
+    """Keeps prefill chunks small enough that decodes running beside them are not held up.
+
+    A step with decodes may take about `stretch` times an ordinary decode step; what a prompt token costs is measured.
+    """
+
+    stretch = 2.0
+    smallest_chunk = 16
+
+    def __init__(self) -> None:
+        self._decode_step_s: float | None = None
+        self._prompt_token_s: float | None = None
+
+    def prefill_budget(self) -> int | None:
+        """Prompt tokens to allow beside running decodes; None while nothing is known."""
+        if self._decode_step_s is None or self._prompt_token_s is None:
+            return None
+        spare_s = (self.stretch - 1) * self._decode_step_s
+        return max(self.smallest_chunk, int(spare_s / max(self._prompt_token_s, 1e-9)))
+
+    def observe(self, work: list[Scheduled], duration_s: float) -> None:
+        num_decodes = sum(item.end - item.begin == 1 for item in work)
+        num_prompt = sum(item.end - item.begin for item in work) - num_decodes
+        if num_prompt == 0:
+            self._decode_step_s = _smoothed(self._decode_step_s, duration_s)
+        elif num_prompt >= self.smallest_chunk:
+            own_s = duration_s - (self._decode_step_s or 0.0) * bool(num_decodes)
+            self._prompt_token_s = _smoothed(self._prompt_token_s, max(own_s, 0.0) / num_prompt)
+
+
+def _smoothed(old: float | None, new: float) -> float:
+    return new if old is None else 0.9 * old + 0.1 * new
+
+
+def _sampling_row(sequence: Sequence) -> SamplingRow:
+    assert sequence.sampler is not None
+    bitmask = sequence.matcher.bitmask() if sequence.matcher is not None else None
+    return SamplingRow(state=sequence.sampler, bitmask=bitmask)

@@ -1,0 +1,278 @@
+"""The router process: attention, KV cache and requests on one side, the link server and the mesh on the other.
+
+ingress ==link==> LinkServer --> Engine --> Decoder --> RemoteExchange ==group==> shards
+                                                             ^
+                                   supervisor ==view==> RouterMembership
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actors.blocks import BlockManager, BlockPool
+from actors.engine import Engine, EngineModel, StepExchange
+from actors.link_server import LinkServer
+from actors.local_exchange import LocalSteps
+from actors.membership import MeshClient, RouterMembership
+from actors.model_source import locate_model
+from actors.remote_exchange import RemoteExchange
+from actors.scheduler import Scheduler, SchedulerLimits
+from cluster.settings import Timeouts
+from model.checkpoint import Checkpoint
+from model.config import ModelConfig
+from model.heads import Head
+from model.kernels import Kernels, select_kernels
+from model.kv_cache import KV_DTYPES, KVCache, kv_block_bytes
+from model.load import load_decoder, load_expert, load_head
+from model.structured import GrammarCompiler
+
+log = logging.getLogger("expertmesh.router")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSpec:
+    """What every router of a mesh is told. model: directory or hub id; heads: served name -> directory.
+
+    num_kv_blocks: of the full-attention group; None: what kv_cache_bytes holds. local: experts in this process.
+    """
+
+    model: str
+    served_name: str
+    revision: str | None = None
+    heads: Mapping[str, str] = field(default_factory=dict)
+    quantization: str | None = None
+    kv_dtype: str = "float32"
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    kv_cache_bytes: int = 1 << 30
+    max_model_len: int | None = None
+    prefix_caching: bool = True
+    limits: SchedulerLimits = SchedulerLimits()
+    timeouts: Timeouts = Timeouts()
+    transport: str = "auto"
+    num_threads: int = 1
+    local: bool = False
+    token: str = ""
+
+
+class Router:
+    """Builds everything and runs it. Raises ValueError for a model that can't be served."""
+
+    def __init__(
+        self, router_id: str, spec: RouterSpec, *, host: str, device: torch.device, client: MeshClient | None
+    ) -> None:
+        torch.set_num_threads(spec.num_threads)
+        self.router_id = router_id
+        self.host = host
+        self._spec = spec
+        directory = locate_model(spec.model, spec.revision)
+        config = ModelConfig.from_directory(directory)
+        kernels = select_kernels(device)
+        model, blocks = _load(spec, directory, config, kernels, device)
+        self.membership: RouterMembership | None = None
+        exchange: StepExchange
+        if spec.local:
+            exchange = _local_exchange(spec, directory, config, kernels, device)
+        else:
+            if client is None:
+                raise ValueError("a router needs the mesh's supervisor unless it runs with local=True")
+            self.membership = RouterMembership(
+                client,
+                router_id=router_id,
+                host=host,
+                transport=spec.transport,
+                device=device,
+                timeouts=spec.timeouts,
+            )
+            exchange = RemoteExchange(
+                self.membership,
+                num_experts=config.num_experts,
+                hidden_size=config.hidden_size,
+                timeouts=spec.timeouts,
+                device=device,
+                clock=time.monotonic,
+            )
+        self.exchange = exchange
+        self.server = LinkServer(
+            router_id=router_id,
+            token=spec.token,
+            models=[spec.served_name, *spec.heads],
+            compiler=_grammar_compiler(directory, config, model.eos_token_ids),
+            commands={"reset_prefix_cache": self._reset_prefix_cache, "stats": self.stats},
+            load=self._load_report,
+        )
+        self.engine = Engine(model, Scheduler(spec.limits, blocks), exchange, self.server.deliver)
+        self._thread = threading.Thread(target=self.engine.run, name="engine", daemon=True)
+        self.port = 0
+
+    def start(self) -> int:
+        """Start watching the mesh, computing and listening; returns the link's port."""
+        if self.membership is not None:
+            self.membership.start()
+        self._thread.start()
+        self.port = self.server.start(self.engine, self.host)
+        return self.port
+
+    def stop(self) -> None:
+        self.server.stop()
+        self.engine.stop()
+        self._thread.join(timeout=10)
+        if self.membership is not None:
+            self.membership.close()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def is_ready(self) -> bool:
+        """A complete mesh is connected, so requests can finish."""
+        return self.is_alive and (self.membership is None or self.membership.newest() is not None)
+
+    def stats(self) -> dict[str, Any]:
+        """Figures since the start. Best called on the engine's thread."""
+        engine, scheduler, exchange = self.engine, self.engine.scheduler, self.exchange
+        stats: dict[str, Any] = {
+            "router_id": self.router_id,
+            "pid": os.getpid(),
+            **{name: getattr(engine.stats, name) for name in type(engine.stats).__slots__},
+            **self._load_report(),
+            "num_preemptions": scheduler.num_preemptions,
+            "kv_blocks_used": [pool.num_used for pool in scheduler.blocks.pools],
+            "kv_blocks_total": [pool.num_blocks - 1 for pool in scheduler.blocks.pools],
+        }
+        if isinstance(exchange, RemoteExchange):
+            stats |= {
+                "epoch": exchange.epoch,
+                "num_recoveries": exchange.num_recoveries,
+                "recovery_s": exchange.recovery_s,
+                "last_recovery_s": exchange.last_recovery_s,
+                "expert_tokens": {str(i): counts.tolist() for i, counts in exchange.expert_tokens.items()},
+            }
+        return stats
+
+    def _load_report(self) -> dict[str, Any]:
+        scheduler = self.engine.scheduler
+        return {
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "kv_usage": round(scheduler.blocks.usage(), 4),
+        }
+
+    def _reset_prefix_cache(self) -> dict[str, Any]:
+        for pool in self.engine.scheduler.blocks.pools:
+            pool.forget_names()
+        return {"ok": True}
+
+
+def _load(
+    spec: RouterSpec, directory: Path, config: ModelConfig, kernels: Kernels, device: torch.device
+) -> tuple[EngineModel, BlockManager]:
+    checkpoint = Checkpoint(directory)
+    decoder = load_decoder(checkpoint, config, spec.quantization, device, kernels)
+    lm_head = (
+        load_head(checkpoint, config, spec.quantization, device, decoder) if config.head_kind == "causal_lm" else None
+    )
+    heads = {name: _load_further_head(path, checkpoint, config, device) for name, path in spec.heads.items()}
+    if config.head_kind not in ("causal_lm", "base"):
+        heads[spec.served_name] = load_head(checkpoint, config, None, device, decoder)
+    max_model_len = min(spec.max_model_len or config.max_context_len, config.max_context_len)
+    if spec.kv_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_dtype={spec.kv_dtype!r} is unknown; choose one of {', '.join(KV_DTYPES)}")
+    num_blocks, max_model_len = _kv_blocks(spec, config, max_model_len)
+    windows = [config.sliding_window if name == "sliding" else None for name in config.kv_groups]
+    blocks = BlockManager(
+        [BlockPool(n) for n in num_blocks],
+        windows,
+        spec.block_size,
+        spec.prefix_caching and not config.rope.depends_on_length,
+    )
+    model = EngineModel(
+        decoder=decoder,
+        lm_head=lm_head,
+        heads=heads,
+        kv_cache=KVCache.allocate(
+            config, num_blocks=num_blocks, block_size=spec.block_size, dtype=KV_DTYPES[spec.kv_dtype], device=device
+        ),
+        device=device,
+        max_model_len=max_model_len,
+        eos_token_ids=tuple(config.eos_token_ids),
+    )
+    return model, blocks
+
+
+def _load_further_head(path: str, backbone: Checkpoint, config: ModelConfig, device: torch.device) -> Head:
+    """A head of another checkpoint on the same backbone files. Raises ValueError when the backbone is another."""
+    checkpoint = Checkpoint(path)
+    if checkpoint.backbone_id() != backbone.backbone_id():
+        raise ValueError(
+            f"{path} has a backbone of its own and cannot share this mesh; serve it as a model with its own mesh"
+        )
+    head_config = ModelConfig.from_directory(Path(path))
+    if head_config.hidden_size != config.hidden_size:
+        raise ValueError(f"{path}: hidden_size={head_config.hidden_size}, but the backbone's is {config.hidden_size}")
+    return load_head(checkpoint, head_config, None, device)
+
+
+def _kv_blocks(spec: RouterSpec, config: ModelConfig, max_model_len: int) -> tuple[list[int], int]:
+    """Blocks of each KV group, and the context length that surely fits.
+
+    A sliding group needs only its window for each running sequence, plus one step's tokens.
+    """
+    bytes_per_block = kv_block_bytes(config, block_size=spec.block_size, dtype=KV_DTYPES[spec.kv_dtype])
+    limits = spec.limits
+
+    def sliding_blocks(full_blocks: int) -> int:
+        window = config.sliding_window or 0
+        per_sequence = -(-window // spec.block_size) + 2
+        step = -(-limits.max_num_batched_tokens // spec.block_size)
+        return min(full_blocks, limits.max_num_seqs * per_sequence + step + 1)
+
+    def counts(full_blocks: int) -> list[int]:
+        return [sliding_blocks(full_blocks) if name == "sliding" else full_blocks for name in config.kv_groups]
+
+    full = spec.num_kv_blocks
+    if full is None:
+        most = limits.max_num_seqs * -(-max_model_len // spec.block_size) + 1
+        full = most
+        while full > 2 and sum(n * b for n, b in zip(counts(full), bytes_per_block, strict=True)) > spec.kv_cache_bytes:
+            full = int(full * 0.95)
+    num_blocks = counts(full)
+    if "full" not in config.kv_groups:
+        return num_blocks, max_model_len
+    capacity = (num_blocks[config.kv_groups.index("full")] - 1) * spec.block_size
+    if capacity < max_model_len:
+        if spec.max_model_len is not None:
+            raise ValueError(
+                f"max_model_len={max_model_len} needs {-(-max_model_len // spec.block_size) + 1} KV blocks, but there "
+                f"are {full}; raise kv_cache_bytes or num_kv_blocks, or lower max_model_len"
+            )
+        log.warning("max_model_len lowered from %d to %d: that is what the KV cache holds", max_model_len, capacity)
+        max_model_len = capacity
+    return num_blocks, max_model_len
+
+
+def _local_exchange(
+    spec: RouterSpec, directory: Path, config: ModelConfig, kernels: Kernels, device: torch.device
+) -> LocalSteps:
+    checkpoint = Checkpoint(directory)
+    experts = {
+        (layer_idx, expert_id): load_expert(checkpoint, config, layer_idx, expert_id, spec.quantization, device)
+        for layer_idx in config.moe_layers
+        for expert_id in range(config.num_experts)
+    }
+    return LocalSteps(experts, kernels)
+
+
+def _grammar_compiler(directory: Path, config: ModelConfig, eos: tuple[int, ...]) -> GrammarCompiler | None:
+    tokenizer = directory / "tokenizer.json"
+    return GrammarCompiler(tokenizer, config.vocab_size, eos) if tokenizer.is_file() else None

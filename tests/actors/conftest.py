@@ -1,0 +1,179 @@
+"""A router's engine over a tiny model: with all experts in its process, or over a mesh whose shards are threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actors.engine import Engine
+from actors.request import Chunk, GenerateRequest
+from actors.router import Router, RouterSpec
+from actors.scheduler import SchedulerLimits
+from actors.shard import ExpertShard, ShardSpec
+from cluster.placement import Placement, spread_evenly
+from cluster.settings import Timeouts
+from cluster.view import Member, MeshView
+from model.sampling_params import SamplingParams
+from tests.tiny import write_tiny_model
+
+CPU = torch.device("cpu")
+QUICK = Timeouts(exchange_max_s=5.0, formation_s=3.0, recovery_s=8.0, heartbeat_s=0.5, idle_s=5.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+class Outputs:
+    """Collects what an engine delivers; waits for requests to end."""
+
+    def __init__(self) -> None:
+        self.chunks: dict[str, list[Chunk]] = defaultdict(list)
+        self._changed = threading.Condition()
+
+    def deliver(self, outbox: dict[str, list[Chunk]]) -> None:
+        with self._changed:
+            for chunks in outbox.values():
+                for chunk in chunks:
+                    self.chunks[chunk.request_id].append(chunk)
+            self._changed.notify_all()
+
+    def wait(self, request_id: str, timeout_s: float = 60.0) -> list[Chunk]:
+        with self._changed:
+            assert self._changed.wait_for(
+                lambda: self.chunks[request_id] and self.chunks[request_id][-1].finish_reason, timeout_s
+            ), f"{request_id} did not end: {self.chunks[request_id]}"
+        return self.chunks[request_id]
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [token for chunk in self.wait(request_id) for token in chunk.token_ids]
+
+
+@dataclass
+class ThreadMesh:
+    """A supervisor's place taken by the test: shards are threads of this process, views are published by hand."""
+
+    model: Path
+    transport: str = "star"
+    shards: dict[str, ExpertShard] = field(default_factory=dict)
+    view: MeshView | None = None
+    reports: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
+    on_report: Callable[[int, tuple[str, ...]], None] = lambda epoch, suspects: None
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def add_shard(self, shard_id: str) -> ExpertShard:
+        spec = ShardSpec(model=str(self.model), timeouts=QUICK)
+        shard = ExpertShard(shard_id, spec, host="127.0.0.1", node_id=f"node-{shard_id}", device=CPU)
+        self.shards[shard_id] = shard
+        return shard
+
+    def publish(self, placement: Placement, reason: str = "test") -> MeshView:
+        members = []
+        for shard_id in sorted(placement.shards()):
+            self.shards[shard_id].load(sorted(placement.held_by(shard_id)))
+            members.append(
+                Member(shard_id=shard_id, actor_name=shard_id, node_id=f"node-{shard_id}", host="127.0.0.1", pid=0)
+            )
+        with self.changed:
+            epoch = self.view.epoch + 1 if self.view else 1
+            self.view = MeshView(epoch=epoch, shards=tuple(members), placement=placement, reason=reason)
+            self.changed.notify_all()
+        return self.view
+
+    def next_view(self, router_id: str, seen_epoch: int, live_epoch: int) -> MeshView | None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.view is not None and self.view.epoch > seen_epoch, 0.5)
+            return self.view if self.view is not None and self.view.epoch > seen_epoch else None
+
+    def join(self, view: MeshView, *, router_id: str, **arguments: Any) -> Callable[[], tuple[str, ...]]:
+        errors: list[str] = []
+
+        def join_one(rank: int, shard_id: str) -> None:
+            try:
+                self.shards[shard_id].join(
+                    router_id=router_id, epoch=view.epoch, rank=rank, world_size=len(view.shards) + 1, **arguments
+                )
+            except Exception:
+                errors.append(shard_id)
+
+        threads = [
+            threading.Thread(target=join_one, args=(i + 1, m.shard_id), daemon=True) for i, m in enumerate(view.shards)
+        ]
+        for thread in threads:
+            thread.start()
+
+        def wait() -> tuple[str, ...]:
+            for thread in threads:
+                thread.join(QUICK.formation_s + 1)
+            return tuple(errors)
+
+        return wait
+
+    def report(self, router_id: str, epoch: int, suspects: tuple[str, ...], reason: str) -> None:
+        self.reports.append((epoch, suspects))
+        threading.Thread(target=self.on_report, args=(epoch, suspects), daemon=True).start()
+
+
+def spec_for(model: Path, **overrides: Any) -> RouterSpec:
+    values: dict[str, Any] = {
+        "model": str(model),
+        "served_name": "tiny",
+        "num_kv_blocks": 256,
+        "limits": SchedulerLimits(max_num_seqs=32, max_num_batched_tokens=128, max_queue=64),
+        "timeouts": QUICK,
+        "token": "secret",
+    }
+    return RouterSpec(**{**values, **overrides})
+
+
+@pytest.fixture
+def start_router(tiny_model: Path) -> Iterator[Callable[..., tuple[Router, Outputs]]]:
+    """start_router(mesh=None, **spec overrides): a running router and what its engine delivers."""
+    routers: list[Router] = []
+
+    def start(mesh: ThreadMesh | None = None, **overrides: Any) -> tuple[Router, Outputs]:
+        spec = spec_for(tiny_model, **{"local": mesh is None, **overrides})
+        router = Router(f"router-{len(routers)}", spec, host="127.0.0.1", device=CPU, client=mesh)
+        outputs = Outputs()
+        router.engine._deliver = outputs.deliver
+        router.start()
+        routers.append(router)
+        return router, outputs
+
+    yield start
+    for router in routers:
+        router.stop()
+
+
+def placed(mesh: ThreadMesh, num_shards: int, replicas: int = 1) -> Placement:
+    """Add shards up to num_shards and return the even placement on the first num_shards of them."""
+    while len(mesh.shards) < num_shards:
+        mesh.add_shard(f"shard-{len(mesh.shards)}")
+    nodes = {s: f"node-{s}" for s in list(mesh.shards)[:num_shards]}
+    return spread_evenly(moe_layers=[0, 1, 2], num_experts=8, nodes=nodes, replicas=replicas)
+
+
+def ask(engine: Engine, request_id: str, prompt: list[int], count: int = 24, **sampling: Any) -> None:
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": count, "ignore_eos": True, **sampling})
+    engine.submit("test", GenerateRequest(request_id=request_id, prompt_ids=tuple(prompt), sampling=params))
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 320, (length,), generator=generator).tolist()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true in time"
+        time.sleep(0.01)

@@ -1,0 +1,152 @@
+"""The engine with all experts in its process, against transformers and against itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from actors.request import PoolRequest
+from actors.scheduler import SchedulerLimits
+from tests.actors.conftest import ask, prompt_of, wait_until
+from tests.tiny import load_oracle, oracle_greedy
+
+
+def test_greedy_tokens_equal_transformers_over_64_steps(start_router, tiny_model):
+    router, outputs = start_router()
+    oracle = load_oracle(tiny_model)
+    for seed, length in [(0, 1), (1, 17), (2, 90)]:
+        prompt = prompt_of(seed, length)
+        ask(router.engine, f"r{seed}", prompt, 64)
+        assert outputs.tokens(f"r{seed}") == oracle_greedy(oracle, prompt, 64)
+
+
+def test_32_streams_at_once_each_equal_their_answer_alone(start_router):
+    router, outputs = start_router()
+    prompts = [prompt_of(i, 3 + 7 * (i % 6)) for i in range(32)]
+    options = [{} if i % 2 else {"temperature": 0.9, "seed": i, "top_p": 0.95} for i in range(32)]
+    alone = []
+    for i, prompt in enumerate(prompts):
+        ask(router.engine, f"alone-{i}", prompt, 24, **options[i])
+        alone.append(outputs.tokens(f"alone-{i}"))
+    for i, prompt in enumerate(prompts):
+        ask(router.engine, f"together-{i}", prompt, 24, **options[i])
+    assert [outputs.tokens(f"together-{i}") for i in range(32)] == alone
+    assert len({tuple(tokens) for tokens in alone}) > 16
+
+
+def test_preempted_requests_give_the_same_tokens_and_the_pool_never_grows(start_router):
+    router, outputs = start_router(num_kv_blocks=33, limits=SchedulerLimits(max_num_seqs=16, max_num_batched_tokens=64))
+    reference, expected = start_router()
+    for i in range(12):
+        ask(router.engine, f"r{i}", prompt_of(i, 60), 40, temperature=0.7, seed=i)
+        ask(reference.engine, f"r{i}", prompt_of(i, 60), 40, temperature=0.7, seed=i)
+    for i in range(12):
+        assert outputs.tokens(f"r{i}") == expected.tokens(f"r{i}")
+    assert router.engine.scheduler.num_preemptions > 0
+    wait_until(lambda: not router.engine.scheduler.has_work)
+    pools = router.engine.scheduler.blocks.pools
+    assert [pool.num_used for pool in pools] == [0, 0]
+    assert pools[0].num_blocks == 33
+    router.engine.scheduler.check_integrity()
+
+
+def test_a_shared_prefix_is_computed_once_and_changes_nothing(start_router):
+    router, outputs = start_router()
+    prefix = prompt_of(5, 100)
+    ask(router.engine, "first", [*prefix, 7, 8], 10)
+    first = outputs.tokens("first")
+    ask(router.engine, "again", [*prefix, 7, 8], 10)
+    assert outputs.tokens("again") == first
+    assert outputs.chunks["first"][0].num_cached_tokens == 0
+    assert outputs.chunks["again"][0].num_cached_tokens == 96
+    ask(router.engine, "other", [*prefix, 9, 9, 9], 10)
+    plain, expected = start_router(prefix_caching=False)
+    ask(plain.engine, "other", [*prefix, 9, 9, 9], 10)
+    assert outputs.tokens("other") == expected.tokens("other")
+
+
+def test_prompts_too_long_bad_ids_and_full_queues_are_refused_with_numbers(start_router):
+    router, outputs = start_router(
+        limits=SchedulerLimits(max_num_seqs=1, max_num_batched_tokens=64, max_queue=2), max_model_len=128
+    )
+    ask(router.engine, "long", prompt_of(0, 128))
+    error = outputs.wait("long")[-1].error
+    assert error["status"] == 400 and "128 tokens" in error["message"] and error["code"] == "context_length_exceeded"
+    ask(router.engine, "bad", [5, 320])
+    assert "token id 320" in outputs.wait("bad")[-1].error["message"]
+    for i in range(8):
+        ask(router.engine, f"r{i}", prompt_of(i, 20), 100)
+    reasons = [outputs.wait(f"r{i}")[-1] for i in range(8)]
+    refused = [chunk for chunk in reasons if chunk.finish_reason == "error"]
+    assert refused and all(chunk.error["status"] == 503 for chunk in refused)
+    assert sum(chunk.finish_reason == "length" for chunk in reasons) == 8 - len(refused)
+
+
+def test_an_abort_frees_the_blocks_and_nobody_else_notices(start_router):
+    router, outputs = start_router()
+    ask(router.engine, "keep", prompt_of(1, 30), 60)
+    ask(router.engine, "drop", prompt_of(2, 30), 400)
+    wait_until(lambda: len(outputs.chunks["drop"]) > 3)
+    router.engine.abort("test", "drop")
+    kept = outputs.tokens("keep")
+    wait_until(lambda: not router.engine.scheduler.has_work)
+    assert [pool.num_used for pool in router.engine.scheduler.blocks.pools] == [0, 0]
+    ask(router.engine, "alone", prompt_of(1, 30), 60)
+    assert outputs.tokens("alone") == kept
+
+
+def test_replayed_requests_continue_with_the_tokens_they_would_have_had(start_router):
+    from actors.request import GenerateRequest
+    from model.sampling_params import SamplingParams
+
+    router, outputs = start_router()
+    params = SamplingParams(temperature=0.8, seed=11, max_tokens=30, ignore_eos=True)
+    prompt = tuple(prompt_of(3, 25))
+    router.engine.submit("test", GenerateRequest(request_id="whole", prompt_ids=prompt, sampling=params))
+    whole = outputs.tokens("whole")
+    replay = GenerateRequest(request_id="rest", prompt_ids=prompt, output_ids=tuple(whole[:13]), sampling=params)
+    router.engine.submit("test", replay)
+    assert outputs.tokens("rest") == whole[13:]
+
+
+def test_deadlines_end_requests_that_wait_too_long(start_router):
+    from actors.request import GenerateRequest
+    from model.sampling_params import SamplingParams
+
+    router, outputs = start_router()
+    request = GenerateRequest(
+        request_id="late",
+        prompt_ids=tuple(prompt_of(0, 10)),
+        sampling=SamplingParams(max_tokens=500, ignore_eos=True),
+        deadline_s=0.0,
+    )
+    router.engine.submit("test", request)
+    assert outputs.wait("late")[-1].error["code"] == "deadline_exceeded"
+
+
+def test_a_grammar_holds_from_the_first_token(start_router, tiny_model):
+    from tokenizers import Tokenizer
+
+    from actors.request import GenerateRequest
+    from model.sampling_params import SamplingParams, StructuredSpec
+    from model.structured import GrammarCompiler
+
+    router, outputs = start_router()
+    compiler = GrammarCompiler(tiny_model / "tokenizer.json", 320, [2])
+    spec = StructuredSpec("regex", "(whale|storm) [0-9]{3}")
+    params = SamplingParams(temperature=1.0, seed=4, max_tokens=40, structured=spec)
+    request = GenerateRequest(request_id="g", prompt_ids=tuple(prompt_of(0, 10)), sampling=params)
+    router.engine.submit("test", request, compiler.compile(spec))
+    text = Tokenizer.from_file(str(tiny_model / "tokenizer.json")).decode(outputs.tokens("g"))
+    import re
+
+    assert re.fullmatch(r"(whale|storm) [0-9]{3}", text)
+
+
+@pytest.mark.parametrize("tokens", ["last", "all"])
+def test_pooling_gives_one_row_or_one_per_token_whatever_the_chunks(start_router, tokens):
+    router, outputs = start_router(limits=SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=16))
+    prompt = tuple(prompt_of(0, 50))
+    router.engine.submit("test", PoolRequest(request_id="p", prompt_ids=prompt, head="", tokens=tokens))
+    rows = outputs.wait("p")[-1].values
+    assert len(rows) == (1 if tokens == "last" else 50) and len(rows[0]) == 64
+    assert outputs.chunks["p"][-1].finish_reason == "stop"
