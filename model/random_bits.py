@@ -45,6 +45,11 @@ def uniforms(stream: tuple[Tensor, Tensor], ids_RW: Tensor) -> Tensor:
     return (bits52.double() + 0.5) * 2.0**-52
 
 
+def gumbel(uniform: Tensor) -> Tensor:
+    """Uniform numbers as standard Gumbel noise."""
+    return -torch.log(-torch.log(uniform))
+
+
 def gumbels(stream: tuple[Tensor, Tensor], ids_RW: Tensor) -> Tensor:
     """Standard Gumbel noise, float64, one number for each id of each row."""
-    return -torch.log(-torch.log(uniforms(stream, ids_RW)))
+    return gumbel(uniforms(stream, ids_RW))
