@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,34 +67,41 @@ def _apply_masks(logits_RV: Tensor, masks: dict[int, NDArray[np.int32]]) -> None
 
 
 def _ban(logits_RV: Tensor, banned: dict[int, list[int]]) -> None:
-    vocab_size = logits_RV.shape[1]
-    flat = [idx * vocab_size + token for idx, tokens in banned.items() for token in tokens if token < vocab_size]
-    if flat:
-        logits_RV.view(-1)[torch.tensor(flat, device=logits_RV.device)] = _NEG_INF
+    vocab_size, device = logits_RV.shape[1], logits_RV.device
+    # A tokenizer may know end tokens that the model has no logit for.
+    pairs = [(idx, token) for idx, tokens in banned.items() for token in tokens if token < vocab_size]
+    if pairs:
+        rows_N, ids_N = torch.tensor(pairs, device=device).unbind(1)
+        logits_RV[rows_N, ids_N] = _NEG_INF
 
 
 def _add_biases(logits_RV: Tensor, rows: dict[int, SamplingRow]) -> None:
-    if not rows:
-        return
-    device, vocab_size = logits_RV.device, logits_RV.shape[1]
-    flat = torch.from_numpy(np.concatenate([row.state.bias_ids + idx * vocab_size for idx, row in rows.items()]))
-    values = torch.from_numpy(np.concatenate([row.state.bias_values for row in rows.values()]))
-    logits_RV.view(-1)[flat.to(device)] += values.to(device)
+    if rows:
+        at = _positions(logits_RV, {idx: row.state.bias_ids for idx, row in rows.items()})
+        logits_RV[at] += _joined([row.state.bias_values for row in rows.values()], logits_RV)
 
 
 def _penalize(logits_RV: Tensor, rows: dict[int, SamplingRow]) -> None:
     """Touch only the tokens of each row's history: [N] over all rows, no tensor of the vocabulary's size."""
     if not rows:
         return
-    device, vocab_size = logits_RV.device, logits_RV.shape[1]
     histories = {idx: row.state.history() for idx, row in rows.items()}
+    at = _positions(logits_RV, {idx: ids for idx, (ids, _) in histories.items()})
+    counts = _joined([counts for _, counts in histories.values()], logits_RV)
     params = [row.state.params for row in rows.values()]
+    columns = np.array([(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params], np.float32)
     lengths = [len(ids) for ids, _ in histories.values()]
-    flat = torch.from_numpy(np.concatenate([ids + idx * vocab_size for idx, (ids, _) in histories.items()])).to(device)
-    counts = torch.from_numpy(np.concatenate([counts for _, counts in histories.values()])).to(device)
-    per_row = np.array([(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params], np.float32)
-    repetition, frequency, presence = torch.from_numpy(np.repeat(per_row, lengths, axis=0)).to(device).unbind(1)
-    logits = logits_RV.view(-1)
-    old = logits[flat]
+    repetition, frequency, presence = _joined([np.repeat(columns, lengths, axis=0)], logits_RV).unbind(1)
+    old = logits_RV[at]
     new = torch.where(old > 0, old / repetition, old * repetition)
-    logits[flat] = new - frequency * counts - presence * (counts > 0)
+    logits_RV[at] = new - frequency * counts - presence * (counts > 0)
+
+
+def _positions(logits_RV: Tensor, ids_by_row: dict[int, NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
+    """Row and token indices [N]; as a pair, so that an id outside the vocabulary can't reach another row."""
+    rows_N = np.repeat(np.array(list(ids_by_row), np.int64), [len(ids) for ids in ids_by_row.values()])
+    return _joined([rows_N], logits_RV), _joined(list(ids_by_row.values()), logits_RV)
+
+
+def _joined(arrays: Sequence[NDArray[Any]], like: Tensor) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays)).to(like.device)

@@ -15,7 +15,8 @@ from model.sampling_params import SamplingParams
 class SamplerState:
     """One request's parameters and history. The engine makes one per request and appends every committed token.
 
-    A replayed request gives its old output as output_ids and goes on with the same random numbers.
+    A replayed request gives its old output as output_ids and goes on with the same random numbers. The parameters must
+    have passed check_vocabulary.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class SamplerState:
         self._ids = np.zeros(64, dtype=np.int64)
         self._counts = np.zeros(64, dtype=np.float32)  # occurrences in the output
         if params.repetition_penalty != 1:
-            for token in prompt_ids:
+            for token in dict.fromkeys(prompt_ids):
                 self._count(token, 0)
         for token in output_ids:
             self.append(token)
