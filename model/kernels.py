@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from model.attention import paged_attention_reference
 from model.experts import ExpertWeights, run_experts
+from model.linear import Weight
+from model.native.kernels import NativeKernels
+from model.native.library import load_library
 
 
 class PagedAttention(Protocol):
@@ -44,15 +47,32 @@ class RunExperts(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """One implementation of each hot operator; all give the reference's result within float32 rounding."""
+    """One implementation of each hot operator; all give the reference's result within float32 rounding.
+
+    Quantized weights are the exception: the native kernels round activations to 8 bits too, the reference doesn't.
+    """
 
     paged_attention: PagedAttention
     run_experts: RunExperts
+    pack_weight: Callable[[Weight], Weight]
+    """A weight in the layout that `linear` and `run_experts` are fast with, for when it is loaded."""
 
 
-REFERENCE_KERNELS = Kernels(paged_attention=paged_attention_reference, run_experts=run_experts)
+REFERENCE_KERNELS = Kernels(
+    paged_attention=paged_attention_reference, run_experts=run_experts, pack_weight=lambda weight: weight
+)
 
 
-def select_kernels(device: torch.device | str = "cpu") -> Kernels:
-    """The fastest kernels for this device and machine. Call once per process and pass them on."""
-    return REFERENCE_KERNELS
+def select_kernels(device: torch.device | str = "cpu", *, native: bool = True, num_threads: int = 1) -> Kernels:
+    """The fastest kernels for this device and machine. Call once per process and pass them on.
+
+    native=False takes plain torch, as do CUDA, a machine without AVX2, and an installation without a C compiler.
+    num_threads is for the native kernels; torch has its own setting.
+    """
+    library = load_library(num_threads=num_threads) if native and torch.device(device).type == "cpu" else None
+    if library is None:
+        return REFERENCE_KERNELS
+    kernels = NativeKernels(library)
+    return Kernels(
+        paged_attention=kernels.paged_attention, run_experts=kernels.run_experts, pack_weight=kernels.pack_weight
+    )

@@ -1,6 +1,6 @@
 """Every matmul with weights goes through `linear`.
 
-Activations are float32; weights keep the storage they were loaded with. A row of the result has the same bits
+Activations are float32; weights keep the storage they were loaded with. On CPU a row of the result has the same bits
 whatever the other rows are: a request's logits don't depend on its batchmates.
 """
 
@@ -31,8 +31,16 @@ class Weight(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    def multiply(self, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `linear`."""
+
     def dequantize(self) -> Tensor:
         """The matrix as float32 [N, K]."""
+
+
+def linear(x_TK: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias: float32 [T, K] -> float32 [T, N]."""
+    return weight.multiply(x_TK, bias)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,19 +55,91 @@ class DenseWeight:
 
     @property
     def num_bytes(self) -> int:
-        return self.tensor.numel() * self.tensor.element_size()
+        return self.tensor.nbytes
 
     @property
     def device(self) -> torch.device:
         return self.tensor.device
 
+    def multiply(self, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _multiply_float32(x_TK, self.dequantize(), bias)
+
     def dequantize(self) -> Tensor:
-        return self.tensor.to(torch.float32)
+        return self.tensor.float()
 
 
-def linear(x_TK: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias: float32 [T, K] -> float32 [T, N], batch-invariant on CPU."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Int8Weight:
+    """weight = scales[n] * values[n, k]."""
+
+    values: Tensor
+    """int8 [N, K] in [-127, 127]."""
+    scales: Tensor
+    """float32 [N]."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def multiply(self, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _multiply_float32(x_TK, self.dequantize(), bias)
+
+    def dequantize(self) -> Tensor:
+        return self.values * self.scales[:, None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Int4Weight:
+    """weight = scales[n, g] * (value[n, k] - zeros[n, g]), where g = k // group_size and values are 0..15.
+
+    With `input_order`, column k of values is input input_order[k] (GPTQ with act-order sorts inputs into groups).
+    """
+
+    shape: tuple[int, int]
+    values: Tensor
+    """uint8 [N, ceil(K / 2)]: input 2j in the low nibble of byte j."""
+    scales: Tensor
+    """float32 [N, groups]."""
+    zeros: Tensor
+    """uint8 [N, groups]."""
+    group_size: int
+    """A multiple of 4, or at least K."""
+    input_order: Tensor | None = None
+    """int32 [K], a permutation."""
+
+    @property
+    def num_bytes(self) -> int:
+        order_bytes = 0 if self.input_order is None else self.input_order.nbytes
+        return self.values.nbytes + self.scales.nbytes + self.zeros.nbytes + order_bytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def multiply(self, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _multiply_float32(x_TK, self.dequantize(), bias)
+
+    def dequantize(self) -> Tensor:
+        num_outputs, num_inputs = self.shape
+        nibbles = torch.stack([self.values & 15, self.values >> 4], dim=2).view(num_outputs, -1)[:, :num_inputs]
+        scales = self.scales.repeat_interleave(self.group_size, dim=1)[:, :num_inputs]
+        zeros = self.zeros.repeat_interleave(self.group_size, dim=1)[:, :num_inputs]
+        matrix = (nibbles.float() - zeros) * scales
+        if self.input_order is None:
+            return matrix
+        return torch.empty_like(matrix).index_copy_(1, self.input_order.long(), matrix)
+
+
+def _multiply_float32(x_TK: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:
     num_rows = x_TK.shape[0]
     if x_TK.device.type == "cpu" and num_rows < MIN_INVARIANT_ROWS:
         x_TK = F.pad(x_TK, (0, 0, 0, MIN_INVARIANT_ROWS - num_rows))
-    return F.linear(x_TK, weight.dequantize(), bias)[:num_rows]
+    return F.linear(x_TK, weight_NK, bias)[:num_rows]

@@ -1,0 +1,285 @@
+/* Causal attention over a paged KV cache: one path for decode and for prefill chunks.
+ *
+ * A task is a sequence, a key-value head, and up to MAX_TILE of its query rows: the query heads that share the
+ * key-value head are folded into the rows (row = token * heads_per_kv + head), so decode with grouped heads reads each
+ * key once. Keys come in spans of 64 that start at multiples of 64 in the sequence:
+ *
+ *   scores [rows][64] = queries [rows][D] . keys^T [D][64]       (keys are transposed 16 at a time as they are read)
+ *   softmax online: running maximum and sum of each row
+ *   out    [rows][D] += probabilities [rows][64] . values [64][D]
+ *
+ * Spans don't depend on the batch or on the chunk, sums run in one order, and masked keys add an exact zero: a token's
+ * output has the same bits alone, in a batch, in prefill and in decode.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "native.h"
+#include "simd.h"
+
+#if LANES == 16
+enum { GEMM_ROWS = 12 };
+#else
+enum { GEMM_ROWS = 6 };
+#endif
+enum { SPAN = 64, MAX_TILE = 192, MAX_HEAD_DIM = 256 };
+enum { FEW_ROWS = 8 }; /* up to here, values are used where they lie instead of being copied first */
+
+struct attention_call {
+    float *out;             /* [T, A, D] */
+    const float *q;         /* [T, A, D] */
+    const char *k, *v;      /* [num_blocks, G, block_size, D], float32 or bfloat16 */
+    const int32_t *block_ids;    /* [S, max_blocks] */
+    const int32_t *query_starts; /* [S + 1] */
+    const int32_t *context_lens; /* [S], the new tokens included */
+    int32_t num_sequences, num_heads, num_kv_heads, head_dim, block_size, max_blocks;
+    int32_t window;         /* keys a token sees, its own included; 0: all */
+    int32_t kv_is_bfloat16;
+    float scale;
+};
+
+struct task {
+    int32_t sequence, kv_head, first_row, num_rows;
+};
+
+struct attention_job {
+    const struct attention_call *call;
+    const struct task *tasks;
+};
+
+/* Working memory of one task. The row strides are constants, so that one register addresses all rows of a gemm. */
+struct workspace {
+    float queries[MAX_TILE][MAX_HEAD_DIM];
+    float scores[MAX_TILE][SPAN];
+    float out[MAX_TILE][MAX_HEAD_DIM];
+    float keys[SPAN / 16][MAX_HEAD_DIM][16]; /* transposed, 16 keys at a time */
+    float values[SPAN * MAX_HEAD_DIM];       /* [64][padded D] */
+    float maxima[MAX_TILE], sums[MAX_TILE];
+    int first_key[MAX_TILE], last_key[MAX_TILE]; /* a row sees keys [first_key, last_key) */
+};
+
+INLINE vec load_kv(const char *p, long i, int is_bfloat16) {
+    return is_bfloat16 ? load_bf16((const uint16_t *)p + i) : load((const float *)p + i);
+}
+
+/* A matrix of `depth` rows, of which a tile takes a vector of columns at 0 and another at `second`. */
+struct columns {
+    const char *data;
+    int is_bfloat16;
+    int depth;
+    long stride, second;
+};
+
+/* c [R][2 * LANES] (+)= a [R][depth] . b [depth][2 * LANES] */
+INLINE void gemm_tile(float *c, long c_stride, const float *a, long a_stride, struct columns b, int accumulate,
+                      const int R) {
+    vec sums[GEMM_ROWS][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+        sums[r][0] = accumulate ? load(c + r * c_stride) : broadcast(0.0f);
+        sums[r][1] = accumulate ? load(c + r * c_stride + LANES) : broadcast(0.0f);
+    }
+    for (int i = 0; i < b.depth; i++) {
+        vec b0 = load_kv(b.data, i * b.stride, b.is_bfloat16);
+        vec b1 = load_kv(b.data, i * b.stride + b.second, b.is_bfloat16);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+            vec input = broadcast(a[r * a_stride + i]);
+            sums[r][0] = fma_add(input, b0, sums[r][0]);
+            sums[r][1] = fma_add(input, b1, sums[r][1]);
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+        store(c + r * c_stride, sums[r][0]);
+        store(c + r * c_stride + LANES, sums[r][1]);
+    }
+}
+
+/* The same for any number of rows. */
+INLINE void gemm(float *c, long c_stride, const float *a, long a_stride, struct columns b, int accumulate,
+                 int num_rows) {
+    for (int r = 0; r < num_rows; r += GEMM_ROWS, c += GEMM_ROWS * c_stride, a += GEMM_ROWS * a_stride)
+        switch (at_most(GEMM_ROWS, num_rows - r)) {
+#define ROWS(R) case R: gemm_tile(c, c_stride, a, a_stride, b, accumulate, R); break;
+#if LANES == 16
+            ROWS(12) ROWS(11) ROWS(10) ROWS(9) ROWS(8) ROWS(7)
+#endif
+            ROWS(6) ROWS(5) ROWS(4) ROWS(3) ROWS(2) ROWS(1)
+#undef ROWS
+        }
+}
+
+static __attribute__((noinline)) void compute_scores(struct workspace *w, int num_rows, int head_dim) {
+    long second = LANES == 16 ? MAX_HEAD_DIM * 16 : LANES; /* the next group of 16 keys, or the other half of one */
+    for (int key = 0; key < SPAN; key += 2 * LANES) {
+        struct columns keys = {(const char *)w->keys[key / 16], 0, head_dim, 16, second};
+        gemm(w->scores[0] + key, SPAN, w->queries[0], MAX_HEAD_DIM, keys, 0, num_rows);
+    }
+}
+
+/* out += probabilities of keys [key, key + depth) . values [depth][stride] */
+INLINE void add_values(struct workspace *w, int num_rows, int key, const char *values, int is_bfloat16, int depth,
+                       int stride) {
+    for (int d = 0; d < stride; d += 2 * LANES) {
+        struct columns columns = {values + d * (is_bfloat16 ? 2 : 4), is_bfloat16, depth, stride, LANES};
+        gemm(w->out[0] + d, MAX_HEAD_DIM, w->scores[0] + key, SPAN, columns, 1, num_rows);
+    }
+}
+
+static __attribute__((noinline)) void add_values_float32(struct workspace *w, int num_rows, int key,
+                                                         const char *values, int depth, int stride) {
+    add_values(w, num_rows, key, values, 0, depth, stride);
+}
+
+static __attribute__((noinline)) void add_values_bfloat16(struct workspace *w, int num_rows, int key,
+                                                          const char *values, int depth, int stride) {
+    add_values(w, num_rows, key, values, 1, depth, stride);
+}
+
+/* Where the 16 keys from `position` on lie in the caches, in elements. */
+INLINE long offset_of(const struct attention_call *call, const struct task *task, int position) {
+    long block = call->block_ids[(long)task->sequence * call->max_blocks + position / call->block_size];
+    long row = (block * call->num_kv_heads + task->kv_head) * call->block_size + position % call->block_size;
+    return row * call->head_dim;
+}
+
+/* Keys [first, last) of the span that starts at span_start, 16 at a time and transposed, asking for the same keys and
+ * values of the next span, if before `end`, meanwhile. `last` may lie within 16: what is read beyond it is within the
+ * block, and masked. */
+INLINE void load_keys(struct workspace *w, const struct attention_call *call, const struct task *task, int span_start,
+                      int first, int last, int end, int is_bfloat16) {
+    int D = call->head_dim, element_size = is_bfloat16 ? 2 : 4;
+    for (int key = first; key < last; key += 16) {
+        const char *k = call->k + offset_of(call, task, span_start + key) * element_size;
+        if (span_start + key + SPAN < end) {
+            long next = offset_of(call, task, span_start + key + SPAN) * element_size;
+            for (int i = 0; i < 16 * D * element_size; i += 64) {
+                _mm_prefetch(call->k + next + i, _MM_HINT_T1);
+                _mm_prefetch(call->v + next + i, _MM_HINT_T1);
+            }
+        }
+        for (int group = 0; group < 16; group += LANES)
+            for (int d = 0; d < D; d += LANES) {
+                vec rows[LANES];
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++) rows[i] = load_kv(k, (long)(group + i) * D + d, is_bfloat16);
+                transpose(rows);
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++) store(&w->keys[key / 16][d + i][group], rows[i]);
+            }
+    }
+}
+
+/* out += probabilities of keys [first, last) . their values */
+INLINE void use_values(struct workspace *w, const struct attention_call *call, const struct task *task, int span_start,
+                       int first, int last, int is_bfloat16) {
+    int D = call->head_dim, padded_dim = ceil_div(D, 2 * LANES) * 2 * LANES, element_size = is_bfloat16 ? 2 : 4;
+    for (int key = first; key < last; key += 16) {
+        const char *v = call->v + offset_of(call, task, span_start + key) * element_size;
+        if (task->num_rows <= FEW_ROWS && D == padded_dim) {
+            int depth = at_most(16, last - key);
+            if (is_bfloat16) add_values_bfloat16(w, task->num_rows, key, v, depth, D);
+            else add_values_float32(w, task->num_rows, key, v, depth, D);
+            continue;
+        }
+        for (int i = 0; i < 16; i++)
+            for (int d = 0; d < D; d += LANES)
+                store(w->values + (key + i) * padded_dim + d, load_kv(v, (long)i * D + d, is_bfloat16));
+    }
+    if (task->num_rows > FEW_ROWS || D != padded_dim)
+        add_values_float32(w, task->num_rows, first, (const char *)(w->values + first * padded_dim), last - first,
+                           padded_dim);
+}
+
+/* Turn a row's 64 scores into probabilities of keys [first, last), relative to the running maximum. Returns the factor
+ * for what was summed so far. */
+INLINE float softmax_span(float *scores, int first, int last, float scale, float *maximum, float *sum) {
+    vec s[SPAN / LANES], largest = broadcast(-INFINITY);
+    for (int i = 0; i < SPAN / LANES; i++) {
+        vec scaled = load(scores + i * LANES) * broadcast(scale);
+        s[i] = keep_range(scaled, first - i * LANES, last - i * LANES, broadcast(-INFINITY));
+        largest = vmax(largest, s[i]);
+    }
+    float old_maximum = *maximum, new_maximum = fmaxf(old_maximum, max_of_lanes(largest));
+    if (new_maximum == -INFINITY) {
+        memset(scores, 0, SPAN * sizeof(float));
+        return 1.0f;
+    }
+    vec partial[16 / LANES];
+    for (int i = 0; i < 16 / LANES; i++) partial[i] = broadcast(0.0f);
+    for (int i = 0; i < SPAN / LANES; i++) {
+        vec p = exponential(s[i] - broadcast(new_maximum));
+        store(scores + i * LANES, p);
+        partial[i % (16 / LANES)] += p;
+    }
+    float factor[LANES];
+    store(factor, exponential(broadcast(old_maximum - new_maximum)));
+    *maximum = new_maximum;
+    *sum = *sum * factor[0] + sum_of_16(partial);
+    return factor[0];
+}
+
+INLINE void attend(const struct attention_call *call, const struct task *task, int is_bfloat16, struct workspace *w) {
+    int D = call->head_dim, padded_dim = ceil_div(D, 2 * LANES) * 2 * LANES, num_rows = task->num_rows;
+    int heads_per_kv = call->num_heads / call->num_kv_heads;
+    int first_token = call->query_starts[task->sequence];
+    int num_tokens = call->query_starts[task->sequence + 1] - first_token;
+    int first_position = call->context_lens[task->sequence] - num_tokens;
+    int tile_first = INT32_MAX, tile_last = 0; /* keys that any row sees */
+    long offsets[MAX_TILE];
+    for (int r = 0; r < num_rows; r++) {
+        int token = (task->first_row + r) / heads_per_kv, head = (task->first_row + r) % heads_per_kv;
+        int position = first_position + token;
+        offsets[r] = ((long)(first_token + token) * call->num_heads + task->kv_head * heads_per_kv + head) * D;
+        memcpy(w->queries[r], call->q + offsets[r], D * sizeof(float));
+        memset(w->out[r], 0, padded_dim * sizeof(float));
+        w->maxima[r] = -INFINITY, w->sums[r] = 0.0f;
+        w->last_key[r] = position + 1;
+        w->first_key[r] = call->window > 0 && position + 1 > call->window ? position + 1 - call->window : 0;
+        tile_first = at_most(tile_first, w->first_key[r]);
+        tile_last = w->last_key[r] > tile_last ? w->last_key[r] : tile_last;
+    }
+    for (int start = tile_first / SPAN * SPAN; start < tile_last; start += SPAN) {
+        /* Whole groups of 16 before the window are not read: their blocks may have been given back. */
+        int first = start < tile_first ? (tile_first - start) / 16 * 16 : 0, last = at_most(SPAN, tile_last - start);
+        load_keys(w, call, task, start, first, last, tile_last, is_bfloat16);
+        compute_scores(w, num_rows, D);
+        for (int r = 0; r < num_rows; r++) {
+            float factor = softmax_span(w->scores[r], w->first_key[r] - start, w->last_key[r] - start, call->scale,
+                                        &w->maxima[r], &w->sums[r]);
+            if (factor == 1.0f) continue;
+            for (int d = 0; d < D; d += LANES) store(&w->out[r][d], load(&w->out[r][d]) * broadcast(factor));
+        }
+        use_values(w, call, task, start, first, last, is_bfloat16);
+    }
+    for (int r = 0; r < num_rows; r++)
+        for (int d = 0; d < D; d += LANES)
+            store(call->out + offsets[r] + d, load(&w->out[r][d]) / broadcast(w->sums[r]));
+}
+
+static void run_task(void *context, int i) {
+    const struct attention_job *job = context;
+    struct workspace *w = scratch(SCRATCH_BODY, sizeof(struct workspace));
+    if (job->call->kv_is_bfloat16) attend(job->call, &job->tasks[i], 1, w);
+    else attend(job->call, &job->tasks[i], 0, w);
+}
+
+/* head_dim a multiple of 16 up to MAX_HEAD_DIM, block_size a multiple of 16, num_heads / num_kv_heads <= MAX_TILE. */
+void AT_LEVEL(paged_attention)(const struct attention_call *call, int num_threads) {
+    int heads_per_kv = call->num_heads / call->num_kv_heads, step = MAX_TILE / heads_per_kv * heads_per_kv;
+    int max_tasks = 0, num_tasks = 0;
+    for (int s = 0; s < call->num_sequences; s++) {
+        int num_rows = (call->query_starts[s + 1] - call->query_starts[s]) * heads_per_kv;
+        max_tasks += call->num_kv_heads * ceil_div(num_rows, step);
+    }
+    struct task *tasks = scratch(SCRATCH_CALL, max_tasks * sizeof(struct task));
+    for (int s = 0; s < call->num_sequences; s++) {
+        int num_rows = (call->query_starts[s + 1] - call->query_starts[s]) * heads_per_kv;
+        for (int first = 0; first < num_rows; first += step)
+            for (int head = 0; head < call->num_kv_heads; head++)
+                tasks[num_tasks++] = (struct task){s, head, first, at_most(step, num_rows - first)};
+    }
+    struct attention_job job = {call, tasks};
+    parallel_for(run_task, &job, num_tasks, num_threads);
+}

@@ -1,0 +1,164 @@
+"""The native kernels behind the seams of `model.kernels`. Each falls back to its torch reference where it must."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.attention import paged_attention_reference
+from model.experts import ExpertWeights, run_experts
+from model.linear import DenseWeight, Int4Weight, Int8Weight, Weight
+from model.native.library import AttentionStruct, Library, pointer
+from model.native.packed_weight import FORMATS, PANEL, PackedWeight
+
+# Inputs of an int8 weight that share one activation scale: an outlier coarsens 128 neighbours, not the whole row.
+INT8_ACTIVATION_BLOCK = 128
+MAX_HEAD_DIM, MAX_HEADS_PER_KV = 256, 192
+_FORMAT_OF_DTYPE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class NativeKernels:
+    """Methods with the signatures of `Kernels`."""
+
+    library: Library
+
+    def pack_weight(self, weight: Weight) -> Weight:
+        """The weight in the kernels' layout, about the same bytes; the original may be dropped."""
+        if weight.device.type != "cpu":
+            return weight
+        num_outputs, num_inputs = weight.shape
+        num_panels = -(-num_outputs // PANEL)
+        if isinstance(weight, DenseWeight):
+            dtype = weight.tensor.dtype
+            panels = torch.empty(num_panels, num_inputs, PANEL, dtype=dtype)
+            self._pack_panels(weight.tensor.contiguous(), weight.shape, _FORMAT_OF_DTYPE[dtype], panels)
+            return PackedWeight(library=self.library, format=_FORMAT_OF_DTYPE[dtype], shape=weight.shape, panels=panels)
+        num_quads = -(-num_inputs // 4)
+        if isinstance(weight, Int8Weight):
+            panels = torch.empty(num_panels, num_quads, 4 * PANEL, dtype=torch.uint8)
+            self._pack_panels(weight.values.contiguous(), weight.shape, "int8", panels)
+            return PackedWeight(
+                library=self.library,
+                format="int8",
+                shape=weight.shape,
+                panels=panels,
+                scales=_pad_rows(weight.scales, num_panels * PANEL),
+                block_size=INT8_ACTIVATION_BLOCK,
+            )
+        if isinstance(weight, Int4Weight):
+            panels = torch.empty(num_panels, num_quads, 2 * PANEL, dtype=torch.uint8)
+            self._pack_panels(weight.values.contiguous(), weight.shape, "int4", panels)
+            scales, zeros = (
+                _pad_rows(t, num_panels * PANEL).view(num_panels, PANEL, -1).transpose(1, 2).contiguous()
+                for t in (weight.scales, weight.zeros)
+            )
+            return PackedWeight(
+                library=self.library,
+                format="int4",
+                shape=weight.shape,
+                panels=panels,
+                scales=scales,
+                zeros=zeros,
+                input_order=weight.input_order,
+                block_size=min(weight.group_size, 4 * num_quads),
+            )
+        return weight
+
+    def _pack_panels(self, matrix: Tensor, shape: tuple[int, int], weight_format: str, panels: Tensor) -> None:
+        self.library.pack(pointer(matrix), *shape, FORMATS.index(weight_format), pointer(panels))
+
+    def run_experts(
+        self,
+        x_NH: Tensor,
+        pair_rows_P: Tensor,
+        pair_experts_P: Tensor,
+        pair_weights_P: Tensor,
+        experts: Mapping[int, ExpertWeights],
+    ) -> Tensor:
+        """See `model.experts.run_experts`; a row's bits don't depend on the other rows."""
+        num_experts = max(experts, default=-1) + 1
+        matrices = (ctypes.c_void_p * (2 * num_experts))()
+        for expert_id, expert in experts.items():
+            if not isinstance(expert.gate_up, PackedWeight) or not isinstance(expert.down, PackedWeight):
+                return run_experts(x_NH, pair_rows_P, pair_experts_P, pair_weights_P, experts)
+            matrices[2 * expert_id] = expert.gate_up.address
+            matrices[2 * expert_id + 1] = expert.down.address
+        x_NH = x_NH.contiguous()
+        pair_rows_P, pair_experts_P = pair_rows_P.contiguous(), pair_experts_P.contiguous()
+        pair_weights_P = pair_weights_P.contiguous()
+        y_NH = torch.empty(x_NH.shape, dtype=torch.float64)
+        missing_expert = self.library.run_experts(
+            matrices,
+            num_experts,
+            pointer(x_NH),
+            *x_NH.shape,
+            pointer(pair_rows_P),
+            pointer(pair_experts_P),
+            pointer(pair_weights_P),
+            len(pair_rows_P),
+            pointer(y_NH),
+            self.library.num_threads,
+        )
+        if missing_expert != -1:
+            raise KeyError(missing_expert)
+        return y_NH
+
+    def paged_attention(
+        self,
+        q_TAD: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_ids_SB: Tensor,
+        query_starts: Tensor,
+        context_lens_S: Tensor,
+        window: int | None,
+        scale: float,
+    ) -> Tensor:
+        """See `model.attention.paged_attention_reference`; a token's bits don't depend on batch or chunking."""
+        num_heads, head_dim = q_TAD.shape[1:]
+        num_kv_heads, block_size = k_cache.shape[1:3]
+        supported = (
+            head_dim % 16 == 0
+            and head_dim <= MAX_HEAD_DIM
+            and block_size % 16 == 0
+            and num_heads // num_kv_heads <= MAX_HEADS_PER_KV
+            and k_cache.dtype in (torch.float32, torch.bfloat16)
+        )
+        if not supported:
+            return paged_attention_reference(
+                q_TAD, k_cache, v_cache, block_ids_SB, query_starts, context_lens_S, window, scale
+            )
+        q_TAD, block_ids_SB = q_TAD.contiguous(), block_ids_SB.contiguous()
+        query_starts, context_lens_S = query_starts.contiguous(), context_lens_S.contiguous()
+        out_TAD = torch.empty_like(q_TAD)
+        call = AttentionStruct(
+            pointer(out_TAD),
+            pointer(q_TAD),
+            pointer(k_cache),
+            pointer(v_cache),
+            pointer(block_ids_SB),
+            pointer(query_starts),
+            pointer(context_lens_S),
+            len(context_lens_S),
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            block_size,
+            block_ids_SB.shape[1],
+            window or 0,
+            k_cache.dtype == torch.bfloat16,
+            scale,
+        )
+        self.library.paged_attention(ctypes.addressof(call), self.library.num_threads)
+        return out_TAD
+
+
+def _pad_rows(tensor: Tensor, num_rows: int) -> Tensor:
+    padded = tensor.new_zeros(num_rows, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    return padded

@@ -1,0 +1,113 @@
+"""The compiled kernels as Python functions over tensors. ctypes frees the GIL while they run."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from model.native.build import library_path
+
+LEVELS = ("avx2", "avx512")
+"""From slow to fast. Both give the same bits."""
+
+
+class WeightStruct(ctypes.Structure):
+    """`struct weight` of native.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("input_order", ctypes.c_void_p),
+        ("format", ctypes.c_int32),
+        ("num_outputs", ctypes.c_int32),
+        ("num_inputs", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+    ]
+
+
+class AttentionStruct(ctypes.Structure):
+    """`struct attention_call` of attention.c."""
+
+    _fields_ = [
+        ("out", ctypes.c_void_p),
+        ("q", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("block_ids", ctypes.c_void_p),
+        ("query_starts", ctypes.c_void_p),
+        ("context_lens", ctypes.c_void_p),
+        ("num_sequences", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("num_kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+        ("max_blocks", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+        ("kv_is_bfloat16", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Library:
+    """The kernels at one vector width, with the number of threads that a call may use.
+
+    The functions take what their C sources say, tensors as `pointer(tensor)`.
+    """
+
+    level: str
+    num_threads: int
+    linear: Any
+    run_experts: Any
+    paged_attention: Any
+    pack: Any
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def _open(path: Path) -> tuple[ctypes.CDLL, int] | None:
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:
+        return None
+    return library, library.cpu_level()
+
+
+def load_library(level: str | None = None, num_threads: int = 1, path: Path | None = None) -> Library | None:
+    """The kernels at the best level of this CPU (or at `level`), None where they aren't built or can't run here."""
+    opened = _open(path or library_path())
+    if opened is None:
+        return None
+    library, num_levels = opened
+    runnable = LEVELS[:num_levels]
+    if not runnable or level not in (None, *runnable):
+        return None
+    level = level or runnable[-1]
+    address, integer = ctypes.c_void_p, ctypes.c_int
+
+    def function(name: str, result: Any, *arguments: Any) -> Any:
+        found = library[name]  # a new object each time, unlike an attribute
+        found.restype, found.argtypes = result, arguments
+        return found
+
+    return Library(
+        level=level,
+        num_threads=num_threads,
+        linear=function(f"linear_{level}", None, address, address, integer, address, address, integer),
+        run_experts=function(
+            f"run_experts_{level}",
+            ctypes.c_long,
+            *(address, integer, address, integer, integer, address, address, address, integer, address, integer),
+        ),
+        paged_attention=function(f"paged_attention_{level}", None, address, integer),
+        pack=function("pack", None, address, integer, integer, integer, address),
+    )

@@ -1,0 +1,307 @@
+/* y = x @ weight.T for packed weights of every format.
+ *
+ * A tile is R rows times C panels (2 * C vectors of outputs): its R * 2 * C sums stay in registers while the
+ * panel streams by once. R is 12 with AVX-512 (24 sums, 2 weights, 1 broadcast of 32 registers), 6 with AVX2. Few rows
+ * take several panels at once, so that enough sums are in flight to hide the latency of a multiply-add.
+ *
+ * Each output is summed over the inputs in one fixed order, whatever R and C are: a row has the same bits in any
+ * batch.
+ */
+#include <string.h>
+
+#include "linear.h"
+
+#if LANES == 16
+enum { MAX_TILE_ROWS = 12, FEW_ROWS = 3, FEW_ROWS_PANELS = 4 };
+#else
+enum { MAX_TILE_ROWS = 6, FEW_ROWS = 1, FEW_ROWS_PANELS = 4 };
+#endif
+enum { STRIPS = 16 / LANES }; /* one pass covers outputs [s, s + LANES) and [16 + s, 16 + s + LANES) of a panel */
+
+static int bytes_per_panel_input(int format) { /* times 4 for INT4 */
+    return format == FLOAT32 ? 4 * PANEL : format == INT8 ? PANEL : 2 * PANEL;
+}
+
+static size_t panel_bytes(const struct weight *w) {
+    if (!is_integer(w)) return (size_t)w->num_inputs * bytes_per_panel_input(w->format);
+    return (size_t)ceil_div(w->num_inputs, 4) * (w->format == INT8 ? 4 * PANEL : 2 * PANEL);
+}
+
+/* ---- packing activations ---- */
+
+static int tile_rows_for(int num_rows) { /* as even as possible: 13 rows are 7 + 6 (+ 1 of zeros) */
+    return ceil_div(num_rows, ceil_div(num_rows, MAX_TILE_ROWS));
+}
+
+size_t AT_LEVEL(packed_rows_bytes)(const struct weight *w, int num_rows) {
+    size_t padded_rows = (size_t)tile_rows_for(num_rows) * ceil_div(num_rows, tile_rows_for(num_rows));
+    if (!is_integer(w)) return padded_rows * w->num_inputs * sizeof(float);
+    size_t num_blocks = ceil_div(w->num_inputs, w->block_size);
+    return padded_rows * (ceil_div(w->num_inputs, 4) * 4 + num_blocks * 8) + 3 * 64;
+}
+
+/* Quantize n <= block_size inputs (a multiple of LANES, padded with zeros) to [-127, 127]. Returns the scale. */
+static float quantize_block(const float *x, int n, int8_t *out, int32_t *sum) {
+    vec largest = broadcast(0.0f);
+    for (int i = 0; i < n; i += LANES) largest = vmax(largest, absolute(load(x + i)));
+    float max = max_of_lanes(largest);
+    vec inverse = broadcast(max > 0.0f ? 127.0f / max : 0.0f);
+    for (int i = 0; i < n; i += LANES) store_as_i8(out + i, to_int(load(x + i) * inverse));
+    *sum = 0;
+    for (int i = 0; i < n; i++) *sum += out[i];
+    return max / 127.0f;
+}
+
+static void pack_integer_row(const struct weight *w, const float *x, int R, int8_t *values, float *scales,
+                             int32_t *sums) {
+    int block = w->block_size, K = w->num_inputs;
+    int padded_block = ceil_div(block, 16) * 16;
+    float inputs[padded_block];
+    int8_t quantized[padded_block];
+    for (int b = 0; b * block < K; b++) {
+        int n = at_most(block, K - b * block), padded = ceil_div(n, 16) * 16;
+        const float *from = x + b * block;
+        memset(inputs + n, 0, (padded - n) * sizeof(float));
+        if (w->input_order == NULL) memcpy(inputs, from, n * sizeof(float));
+        else for (int i = 0; i < n; i++) inputs[i] = x[w->input_order[b * block + i]];
+        scales[b * R] = quantize_block(inputs, padded, quantized, sums + b * R);
+        for (int i = 0; i < n; i += 4) memcpy(values + (long)(b * block + i) * R, quantized + i, 4);
+    }
+}
+
+struct packed_rows AT_LEVEL(pack_rows)(const struct weight *w, const float *x, const int32_t *row_ids, int num_rows,
+                                       char *memory) {
+    int K = w->num_inputs, R = tile_rows_for(num_rows), num_tiles = ceil_div(num_rows, R);
+    struct packed_rows rows = {.num_rows = num_rows, .tile_rows = R, .num_tiles = num_tiles};
+    if (!is_integer(w)) {
+        float *out = take(&memory, (size_t)num_tiles * R * K * sizeof(float));
+        rows.values = (char *)out;
+        for (int t = 0; t < num_tiles; t++, out += (long)R * K)
+            for (int r = 0; r < R; r++) {
+                int i = t * R + r;
+                const float *row = i < num_rows ? x + (long)(row_ids ? row_ids[i] : i) * K : NULL;
+                for (int k = 0; k < K; k++) out[(long)k * R + r] = row ? row[k] : 0.0f;
+            }
+        return rows;
+    }
+    int num_blocks = ceil_div(K, w->block_size), padded_inputs = ceil_div(K, 4) * 4;
+    rows.values = take(&memory, (size_t)num_tiles * R * padded_inputs);
+    rows.scales = take(&memory, (size_t)num_tiles * R * num_blocks * sizeof(float));
+    rows.sums = take(&memory, (size_t)num_tiles * R * num_blocks * sizeof(int32_t));
+    for (int t = 0; t < num_tiles; t++)
+        for (int r = 0; r < R; r++) {
+            int i = t * R + r;
+            int8_t *values = (int8_t *)rows.values + (long)t * R * padded_inputs + 4 * r;
+            float *scales = rows.scales + (long)t * R * num_blocks + r;
+            int32_t *sums = rows.sums + (long)t * R * num_blocks + r;
+            if (i < num_rows) {
+                pack_integer_row(w, x + (long)(row_ids ? row_ids[i] : i) * K, R, values, scales, sums);
+            } else {
+                for (int k = 0; k < padded_inputs; k += 4) memset(values + (long)k * R, 0, 4);
+                for (int b = 0; b < num_blocks; b++) scales[b * R] = 0.0f, sums[b * R] = 0;
+            }
+        }
+    return rows;
+}
+
+/* ---- one tile ---- */
+
+struct tile {
+    const struct weight *w;
+    const char *panel;     /* first of C panels */
+    size_t panel_bytes;
+    int first_output;
+    const char *values;    /* the packed rows of this tile */
+    const float *scales;
+    const int32_t *sums;
+    const float *bias;     /* [num_outputs] or NULL */
+    float *y;              /* first row of the tile */
+    int num_rows;          /* rows to write; the others are padding */
+};
+
+/* Write a tile's sums [R][2 * C] to y, with bias, without what is padding. */
+static __attribute__((noinline)) void store_tile(const struct tile *t, int strip, const vec *sums, int C) {
+    for (int r = 0; r < t->num_rows; r++) {
+        float *y = t->y + (long)r * t->w->num_outputs;
+        for (int c = 0; c < 2 * C; c++) {
+            int first = t->first_output + 16 * c + strip, n = t->w->num_outputs - first;
+            float buffer[LANES];
+            if (n >= LANES) {
+                vec sum = sums[r * 2 * C + c];
+                if (t->bias) sum += load(t->bias + first);
+                store(y + first, sum);
+                continue;
+            }
+            store(buffer, sums[r * 2 * C + c]);
+            for (int i = 0; i < n; i++) y[first + i] = t->bias ? buffer[i] + t->bias[first + i] : buffer[i];
+        }
+    }
+}
+
+INLINE void load_weights(const char *p, int strip, int format, vec *a, vec *b) {
+    const float *f32 = (const float *)p + strip;
+    const uint16_t *f16 = (const uint16_t *)p + strip;
+    if (format == FLOAT32) *a = load(f32), *b = load(f32 + 16);
+    else if (format == FLOAT16) *a = load_f16(f16), *b = load_f16(f16 + 16);
+    else load_bf16_pair(f16 + strip, a, b);
+}
+
+INLINE void float_tile(const struct tile *t, int format, const int R, const int C) {
+    int K = t->w->num_inputs, step = bytes_per_panel_input(format);
+    for (int strip = 0; strip < 16; strip += LANES) {
+        const float *x = (const float *)t->values;
+        const char *p = t->panel;
+        vec sums[MAX_TILE_ROWS][2 * FEW_ROWS_PANELS];
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int c = 0; c < 2 * C; c++) sums[r][c] = broadcast(0.0f);
+        for (int k = 0; k < K; k++, p += step, x += R) {
+            vec w[2 * FEW_ROWS_PANELS];
+#pragma GCC unroll 4
+            for (int c = 0; c < C; c++) load_weights(p + c * t->panel_bytes, strip, format, &w[2 * c], &w[2 * c + 1]);
+#pragma GCC unroll 12
+            for (int r = 0; r < R; r++) {
+                vec input = broadcast(x[r]);
+#pragma GCC unroll 8
+                for (int c = 0; c < 2 * C; c++) sums[r][c] = fma_add(input, w[c], sums[r][c]);
+            }
+        }
+        vec result[R * 2 * C];
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int c = 0; c < 2 * C; c++) result[r * 2 * C + c] = sums[r][c];
+        store_tile(t, strip, result, C);
+    }
+}
+
+INLINE void integer_tile(const struct tile *t, int format, const int R, const int C) {
+    const struct weight *w = t->w;
+    int K = w->num_inputs, block = w->block_size, num_groups = ceil_div(K, block);
+    int step = format == INT8 ? 4 * PANEL : 2 * PANEL;
+    int first_panel = t->first_output / PANEL;
+    for (int strip = 0; strip < 16; strip += LANES) {
+        const char *x = t->values, *p = t->panel + 4 * strip;
+        vec totals[R * 2 * C];
+        for (int i = 0; i < R * 2 * C; i++) totals[i] = broadcast(0.0f);
+        for (int b = 0; b < num_groups; b++) {
+            const float *x_scales = t->scales + b * R;
+            const int32_t *x_sums = t->sums + b * R;
+            ivec sums[MAX_TILE_ROWS][2 * FEW_ROWS_PANELS];
+#pragma GCC unroll 12
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+                for (int c = 0; c < 2 * C; c++) sums[r][c] = ibroadcast(format == INT8 ? -128 * x_sums[r] : 0);
+            for (int k = b * block; k < at_most(K, (b + 1) * block); k += 4, p += step, x += 4 * R) {
+                ivec weights[2 * FEW_ROWS_PANELS];
+#pragma GCC unroll 4
+                for (int c = 0; c < C; c++) {
+                    ivec low = load_bytes(p + c * t->panel_bytes);
+                    weights[2 * c] = format == INT8 ? low : low_nibbles(low);
+                    weights[2 * c + 1] = format == INT8 ? load_bytes(p + c * t->panel_bytes + 64) : high_nibbles(low);
+                }
+#pragma GCC unroll 12
+                for (int r = 0; r < R; r++) {
+                    int32_t four;
+                    memcpy(&four, x + 4 * r, 4);
+                    ivec inputs = ibroadcast(four);
+#pragma GCC unroll 8
+                    for (int c = 0; c < 2 * C; c++) sums[r][c] = dot_bytes(sums[r][c], weights[c], inputs);
+                }
+            }
+#pragma GCC unroll 8
+            for (int c = 0; c < 2 * C; c++) {
+                long at = ((long)(first_panel + c / 2) * num_groups + b) * PANEL + 16 * (c % 2) + strip;
+                vec scale = format == INT4 ? load(w->scales + at) : broadcast(1.0f);
+                vec zero = format == INT4 ? load_u8_as_float(w->zeros + at) : broadcast(0.0f);
+#pragma GCC unroll 12
+                for (int r = 0; r < R; r++) {
+                    vec sum = to_float(sums[r][c]), x_scale = broadcast(x_scales[r]);
+                    if (format == INT4) {
+                        sum = fma_sub(zero, broadcast((float)x_sums[r]), sum);
+                        x_scale = x_scale * scale;
+                    }
+                    totals[r * 2 * C + c] = fma_add(sum, x_scale, totals[r * 2 * C + c]);
+                }
+            }
+        }
+        if (format == INT8)
+            for (int i = 0; i < R * 2 * C; i++)
+                totals[i] *= load(w->scales + t->first_output + 16 * (i % (2 * C)) + strip);
+        store_tile(t, strip, totals, C);
+    }
+}
+
+/* One function for each format, with R and C known to the compiler in every case. */
+#define TILE(function, format, R, C) \
+    case (R) * 8 + (C): function(t, format, R, C); break;
+#define TILES_FOR(name, function, format)                       \
+    static void name(const struct tile *t, int R, int C) {      \
+        switch (R * 8 + C) { ALL_TILES(function, format) }      \
+    }
+#if LANES == 16
+#define ALL_TILES(f, format)                                                                                      \
+    TILE(f, format, 1, 4) TILE(f, format, 2, 4) TILE(f, format, 3, 4) TILE(f, format, 1, 1) TILE(f, format, 2, 1)  \
+    TILE(f, format, 3, 1) TILE(f, format, 4, 1) TILE(f, format, 5, 1) TILE(f, format, 6, 1) TILE(f, format, 7, 1)  \
+    TILE(f, format, 8, 1) TILE(f, format, 9, 1) TILE(f, format, 10, 1) TILE(f, format, 11, 1) TILE(f, format, 12, 1)
+#else
+#define ALL_TILES(f, format)                                                                                      \
+    TILE(f, format, 1, 4) TILE(f, format, 1, 1) TILE(f, format, 2, 1) TILE(f, format, 3, 1) TILE(f, format, 4, 1)  \
+    TILE(f, format, 5, 1) TILE(f, format, 6, 1)
+#endif
+TILES_FOR(tile_f32, float_tile, FLOAT32)
+TILES_FOR(tile_bf16, float_tile, BFLOAT16)
+TILES_FOR(tile_f16, float_tile, FLOAT16)
+TILES_FOR(tile_int8, integer_tile, INT8)
+TILES_FOR(tile_int4, integer_tile, INT4)
+static void (*const TILE_OF_FORMAT[])(const struct tile *, int, int) = {tile_f32, tile_bf16, tile_f16, tile_int8,
+                                                                        tile_int4};
+
+/* ---- whole matrices ---- */
+
+void AT_LEVEL(multiply)(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
+                        int first_panel, int last_panel) {
+    int R = rows->tile_rows, num_blocks = is_integer(w) ? ceil_div(w->num_inputs, w->block_size) : 0;
+    long tile_bytes = is_integer(w) ? (long)R * ceil_div(w->num_inputs, 4) * 4 : (long)R * w->num_inputs * 4;
+    struct tile t = {.w = w, .panel_bytes = panel_bytes(w), .bias = bias};
+    for (int panel = first_panel, C; panel < last_panel; panel += C) {
+        C = R <= FEW_ROWS && last_panel - panel >= FEW_ROWS_PANELS ? FEW_ROWS_PANELS : 1;
+        t.panel = (const char *)w->data + panel * t.panel_bytes;
+        t.first_output = panel * PANEL;
+        for (int i = 0; i < rows->num_tiles; i++) {
+            t.values = rows->values + i * tile_bytes;
+            t.scales = rows->scales + (long)i * R * num_blocks;
+            t.sums = rows->sums + (long)i * R * num_blocks;
+            t.y = y + (long)i * R * w->num_outputs;
+            t.num_rows = at_most(R, rows->num_rows - i * R);
+            TILE_OF_FORMAT[w->format](&t, R, C);
+        }
+    }
+}
+
+struct linear_call {
+    const struct weight *w;
+    struct packed_rows rows;
+    const float *bias;
+    float *y;
+    int panels_each;
+};
+
+static void multiply_part(void *context, int i) {
+    const struct linear_call *call = context;
+    int first = i * call->panels_each;
+    AT_LEVEL(multiply)(call->w, &call->rows, call->bias, call->y, first,
+                       at_most(first + call->panels_each, num_panels(call->w)));
+}
+
+/* y [num_rows, num_outputs] = x [num_rows, num_inputs] @ weight.T + bias (or NULL). */
+void AT_LEVEL(linear)(const struct weight *w, const float *x, int num_rows, const float *bias, float *y,
+                      int num_threads) {
+    if (num_rows == 0) return;
+    char *memory = scratch(SCRATCH_CALL, AT_LEVEL(packed_rows_bytes)(w, num_rows));
+    struct linear_call call = {.w = w, .bias = bias, .y = y};
+    call.rows = AT_LEVEL(pack_rows)(w, x, NULL, num_rows, memory);
+    call.panels_each = num_threads > 1 ? FEW_ROWS_PANELS * 2 : num_panels(w);
+    parallel_for(multiply_part, &call, ceil_div(num_panels(w), call.panels_each), num_threads);
+}

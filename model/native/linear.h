@@ -1,0 +1,29 @@
+/* Multiplying rows with a packed weight, for the kernels built on it. */
+#ifndef EXPERTMESH_LINEAR_H
+#define EXPERTMESH_LINEAR_H
+
+#include "native.h"
+#include "simd.h"
+
+/* Rows of activations, packed for a weight's format in tiles of `tile_rows` rows (the last one padded with zeros):
+ *   float formats   values [tile][input][row] float32
+ *   INT8, INT4      values [tile][input / 4][row][4] int8, scales [tile][block][row], sums [tile][block][row]
+ */
+struct packed_rows {
+    int num_rows, tile_rows, num_tiles;
+    char *values;
+    float *scales;  /* row input = scales * value */
+    int32_t *sums;  /* of the block's values */
+};
+
+size_t AT_LEVEL(packed_rows_bytes)(const struct weight *w, int num_rows);
+
+/* Pack x[row_ids[i]] for i in [0, num_rows) (row i itself when row_ids is NULL) into memory of packed_rows_bytes. */
+struct packed_rows AT_LEVEL(pack_rows)(const struct weight *w, const float *x, const int32_t *row_ids, int num_rows,
+                                       char *memory);
+
+/* y[row][output] = sum over inputs + bias, for the outputs of panels [first_panel, last_panel). */
+void AT_LEVEL(multiply)(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
+                        int first_panel, int last_panel);
+
+#endif

@@ -1,0 +1,56 @@
+/* What the kernels share: the packed weight, parallel_for and scratch memory. */
+#ifndef EXPERTMESH_NATIVE_H
+#define EXPERTMESH_NATIVE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* A weight matrix [num_outputs, num_inputs], packed in panels of 32 outputs (the last one padded with zeros).
+ * Within a panel the inputs come one after the other, each with its 32 outputs side by side, so that a multiply
+ * reads a panel from one end to the other and needs no sum across lanes:
+ *
+ *   FLOAT32, FLOAT16   [panel][input][32]
+ *   BFLOAT16           [panel][input][16][2]        output o next to output 16 + o: one load widens to two vectors
+ *   INT8               [panel][input / 4][32][4]    weight + 128 as uint8; four inputs side by side for VNNI
+ *   INT4               [panel][input / 4][16][4]    low nibble: output o, high nibble: output 16 + o; 0..15
+ *
+ * INT8: weight = scales[output] * (byte - 128).
+ * INT4: weight = scales[panel][group][32] * (nibble - zeros[panel][group][32]), groups of `block_size` inputs.
+ * Inputs of INT8 and INT4 are quantized to 8 bits with one scale for each row and each `block_size` inputs.
+ * input_order, if any: packed input k is input input_order[k] of the layer (GPTQ's act-order).
+ */
+enum format { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3, INT4 = 4 };
+enum { PANEL = 32 };
+
+struct weight {
+    const void *data;
+    const float *scales;
+    const uint8_t *zeros;
+    const int32_t *input_order;
+    int32_t format;
+    int32_t num_outputs;
+    int32_t num_inputs;
+    int32_t block_size;
+};
+
+static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+static inline int at_most(int a, int b) { return a < b ? a : b; }
+static inline int is_integer(const struct weight *w) { return w->format >= INT8; }
+static inline int num_panels(const struct weight *w) { return ceil_div(w->num_outputs, PANEL); }
+
+/* Call body(context, i) for i in [0, count), on up to num_threads threads. Waiting threads sleep. */
+void parallel_for(void (*body)(void *context, int i), void *context, int count, int num_threads);
+
+/* At least num_bytes of memory owned by the calling thread, aligned to 64 bytes, valid until its next call with the
+ * same slot. Never given back: steps of one model need the same sizes again and again. */
+enum scratch_slot { SCRATCH_CALL, SCRATCH_BODY, NUM_SCRATCH_SLOTS };
+void *scratch(enum scratch_slot slot, size_t num_bytes);
+
+/* Cut the next num_bytes, rounded up to 64, off a block of scratch memory. */
+static inline void *take(char **memory, size_t num_bytes) {
+    void *start = *memory;
+    *memory += (num_bytes + 63) / 64 * 64;
+    return start;
+}
+
+#endif

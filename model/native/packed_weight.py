@@ -1,0 +1,96 @@
+"""A weight in the kernels' panel layout (drawn in native.h)."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.native.library import Library, WeightStruct, pointer
+
+PANEL = 32
+FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
+"""Their places are `enum format` of native.h."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedWeight:
+    """A weight matrix [N, K] in panels of 32 outputs, the last one padded. Made by `pack_weight`."""
+
+    library: Library
+    format: str
+    shape: tuple[int, int]
+    panels: Tensor
+    """float32, bfloat16 or float16 [panels, K, 32]; uint8 [panels, K / 4, 128] (int8) or [panels, K / 4, 64] (int4)."""
+    scales: Tensor | None = None
+    """float32 [32 panels] (int8) or [panels, groups, 32] (int4)."""
+    zeros: Tensor | None = None
+    """uint8 [panels, groups, 32] (int4)."""
+    input_order: Tensor | None = None
+    """int32 [K]: which input the packed input k is; None: k."""
+    block_size: int = 0
+    """Inputs that share an activation scale, and an int4 scale. 0 for float formats."""
+    struct: WeightStruct = field(init=False)
+    address: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        struct = WeightStruct(
+            pointer(self.panels),
+            pointer(self.scales),
+            pointer(self.zeros),
+            pointer(self.input_order),
+            FORMATS.index(self.format),
+            *self.shape,
+            self.block_size,
+        )
+        object.__setattr__(self, "struct", struct)
+        object.__setattr__(self, "address", ctypes.addressof(struct))
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.panels, self.scales, self.zeros, self.input_order)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.panels.device
+
+    def multiply(self, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
+        num_outputs, num_inputs = self.shape
+        if x_TK.shape[1] != num_inputs or x_TK.dtype != torch.float32:
+            raise ValueError(f"x is {x_TK.dtype} {list(x_TK.shape)}, expected torch.float32 [T, {num_inputs}]")
+        x_TK = x_TK.contiguous()
+        y_TN = torch.empty(x_TK.shape[0], num_outputs)
+        self.library.linear(
+            self.address, pointer(x_TK), x_TK.shape[0], pointer(bias), pointer(y_TN), self.library.num_threads
+        )
+        return y_TN
+
+    def dequantize(self) -> Tensor:
+        num_outputs, num_inputs = self.shape
+        num_panels = len(self.panels)
+        if self.format in ("float32", "float16"):
+            values = self.panels.transpose(1, 2)
+        elif self.format == "bfloat16":
+            values = self.panels.view(num_panels, num_inputs, 16, 2).permute(0, 3, 2, 1)
+        elif self.format == "int8":
+            values = self.panels.view(num_panels, -1, PANEL, 4).transpose(1, 2)
+        else:
+            halves = torch.stack([self.panels & 15, self.panels >> 4], dim=1)
+            values = halves.view(num_panels, 2, -1, 16, 4).transpose(2, 3)
+        matrix = values.reshape(num_panels * PANEL, -1)[:, :num_inputs].float()
+        if self.format == "int8":
+            assert self.scales is not None
+            matrix = (matrix - 128) * self.scales[:, None]
+        elif self.format == "int4":
+            assert self.scales is not None and self.zeros is not None
+            scales, zeros = (
+                t.transpose(1, 2).reshape(num_panels * PANEL, -1).repeat_interleave(self.block_size, dim=1)
+                for t in (self.scales, self.zeros)
+            )
+            matrix = (matrix - zeros[:, :num_inputs]) * scales[:, :num_inputs]
+        if self.input_order is not None:
+            matrix = torch.empty_like(matrix).index_copy_(1, self.input_order.long(), matrix)
+        return matrix[:num_outputs]

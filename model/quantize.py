@@ -1,0 +1,136 @@
+"""Smaller storage for weights: int8 by output channel, int4 in groups of inputs, and GPTQ checkpoints as they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.linear import Int4Weight, Int8Weight
+
+INT4_GROUP_SIZE = 64
+# Rows are quantized in blocks of about this many numbers, so that the float32 copies stay small.
+_BLOCK_ELEMENTS = 1 << 20
+
+
+def quantize_int8(matrix_NK: Tensor) -> Int8Weight:
+    """Symmetric, one scale for each output channel: the largest weight of a row becomes +-127."""
+    values = torch.empty(matrix_NK.shape, dtype=torch.int8, device=matrix_NK.device)
+    scales = torch.empty(matrix_NK.shape[0], device=matrix_NK.device)
+    for rows in _row_blocks(matrix_NK):
+        block = matrix_NK[rows].float()
+        scales[rows] = block.abs().amax(dim=1) / 127
+        values[rows] = (block / scales[rows, None].clamp_min(1e-30)).round_()
+    return Int8Weight(values, scales)
+
+
+def quantize_int4(matrix_NK: Tensor, group_size: int = INT4_GROUP_SIZE) -> Int4Weight:
+    """Asymmetric, 16 steps from the least to the greatest weight of each group of inputs (or to 0).
+
+    group_size is a multiple of 4; the last group may be shorter.
+    """
+    num_outputs, num_inputs = matrix_NK.shape
+    if group_size < 4 or group_size % 4:
+        raise ValueError(f"group_size {group_size} must be a positive multiple of 4: use 32, 64 or 128")
+    num_groups = -(-num_inputs // group_size)
+    values = torch.empty(num_outputs, -(-num_inputs // 2), dtype=torch.uint8, device=matrix_NK.device)
+    scales = torch.empty(num_outputs, num_groups, device=matrix_NK.device)
+    zeros = torch.empty(num_outputs, num_groups, dtype=torch.uint8, device=matrix_NK.device)
+    for rows in _row_blocks(matrix_NK):
+        block = matrix_NK[rows].float()
+        padded = torch.nn.functional.pad(block, (0, num_groups * group_size - num_inputs))
+        groups = padded.view(len(block), num_groups, group_size)
+        low, high = groups.amin(dim=2).clamp_max_(0), groups.amax(dim=2).clamp_min_(0)
+        scale = ((high - low) / 15).clamp_min_(1e-30)
+        zero = (-low / scale).round_().clamp_(0, 15)
+        nibbles = (groups / scale[..., None] + zero[..., None]).round_().clamp_(0, 15).to(torch.uint8)
+        scales[rows], zeros[rows] = scale, zero.to(torch.uint8)
+        values[rows] = _two_to_a_byte(nibbles.flatten(1)[:, :num_inputs])
+    return Int4Weight(shape=(num_outputs, num_inputs), values=values, scales=scales, zeros=zeros, group_size=group_size)
+
+
+def from_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, *, bits: int = 4) -> Int4Weight:
+    """A matrix of a GPTQ checkpoint (AutoGPTQ v1 format), bit by bit the same weights.
+
+    qweight int32 [K / 8, N]: input 8i + j in bits 4j..4j + 3. qzeros int32 [groups, N / 8]: zero points minus one,
+    packed likewise over outputs. scales float16 [groups, N]. g_idx int32 [K]: the group of each input; with act-order
+    they are not consecutive, and the inputs are sorted into their groups here.
+    """
+    if bits != 4:
+        raise ValueError(
+            f"quantization_config bits {bits} is not supported: expected 4 bits; use a 4-bit GPTQ checkpoint"
+        )
+    num_groups, num_outputs = scales.shape
+    num_inputs = qweight.shape[0] * 8
+    if qweight.shape[1] != num_outputs or tuple(qzeros.shape) != (num_groups, num_outputs // 8):
+        raise ValueError(
+            f"GPTQ tensors disagree: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)}, scales "
+            f"{list(scales.shape)}; expected [K / 8, N], [groups, N / 8], [groups, N]; fetch the checkpoint again"
+        )
+    group_size = -(-num_inputs // num_groups)
+    nibbles_KN = _nibbles_of_int32(qweight.T).T
+    zeros = _nibbles_of_int32(qzeros).T + 1
+    input_order = _group_order(g_idx, num_inputs, num_groups, group_size)
+    if input_order is not None:
+        nibbles_KN = nibbles_KN[input_order.long()]
+    return Int4Weight(
+        shape=(num_outputs, num_inputs),
+        values=_two_to_a_byte(nibbles_KN.T),
+        scales=scales.T.float().contiguous(),
+        zeros=zeros.contiguous(),
+        group_size=group_size,
+        input_order=input_order,
+    )
+
+
+def concatenate_int4(weights: list[Int4Weight]) -> Int4Weight:
+    """The outputs of several matrices with the same inputs, groups and input order as one matrix."""
+    first = weights[0]
+    for other in weights[1:]:
+        same_order = (other.input_order is None) == (first.input_order is None) and (
+            first.input_order is None or other.input_order is None or torch.equal(first.input_order, other.input_order)
+        )
+        if (other.shape[1], other.group_size) != (first.shape[1], first.group_size) or not same_order:
+            raise ValueError(
+                "GPTQ matrices with the same input have different groups (g_idx), which can't be run as one: "
+                "quantize the model again without act-order (desc_act=False)"
+            )
+    return Int4Weight(
+        shape=(sum(weight.shape[0] for weight in weights), first.shape[1]),
+        values=torch.cat([weight.values for weight in weights]),
+        scales=torch.cat([weight.scales for weight in weights]),
+        zeros=torch.cat([weight.zeros for weight in weights]),
+        group_size=first.group_size,
+        input_order=first.input_order,
+    )
+
+
+def _row_blocks(matrix_NK: Tensor) -> list[slice]:
+    num_rows, row_elements = matrix_NK.shape
+    step = max(1, _BLOCK_ELEMENTS // max(1, row_elements))
+    return [slice(start, start + step) for start in range(0, num_rows, step)]
+
+
+def _two_to_a_byte(nibbles_NK: Tensor) -> Tensor:
+    """uint8 [N, K] of 0..15 -> [N, ceil(K / 2)], the even input in the low nibble."""
+    nibbles_NK = torch.nn.functional.pad(nibbles_NK, (0, nibbles_NK.shape[1] % 2))
+    return nibbles_NK[:, 0::2] | (nibbles_NK[:, 1::2] << 4)
+
+
+def _nibbles_of_int32(packed: Tensor) -> Tensor:
+    """int32 [R, C] -> uint8 [R, 8 C], the lowest four bits first."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
+    return ((packed[:, :, None] >> shifts) & 15).to(torch.uint8).flatten(1)
+
+
+def _group_order(g_idx: Tensor | None, num_inputs: int, num_groups: int, group_size: int) -> Tensor | None:
+    """The inputs sorted by group, None when they are already in order."""
+    in_order = torch.arange(num_inputs) // group_size
+    if g_idx is None or torch.equal(g_idx.long().cpu(), in_order):
+        return None
+    order = g_idx.long().argsort(stable=True)
+    if not torch.equal(g_idx.long()[order].cpu(), in_order):
+        raise ValueError(
+            f"GPTQ g_idx does not put {group_size} of {num_inputs} inputs into each of {num_groups} groups; "
+            "fetch the checkpoint again"
+        )
+    return order.to(torch.int32)
