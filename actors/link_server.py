@@ -84,6 +84,10 @@ class LinkServer:
             self._server.close()
         for writer in list(self._writers.values()):
             writer.close()
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         owner: str | None = None

@@ -69,6 +69,7 @@ class RouterMembership:
         self._newest: Connection | None = None
         self._latest_epoch = 0
         self._closed = False
+        self._formed_group: str | None = None
         self.view: MeshView | None = None
 
     def start(self) -> None:
@@ -163,6 +164,8 @@ class RouterMembership:
             )
         except FormationError as error:
             raise FormationError(str(error), failures()) from None  # waits no longer than forming did
-        forget_group(self._store, name)
+        if self._formed_group is not None:  # not this one: shards may still be reading each other's addresses
+            forget_group(self._store, self._formed_group)
+        self._formed_group = name
         router_transport = TRANSPORTS[transport][0](group, view.shard_ids)
         return Connection(view, router_transport, routing_tables(view.placement, view.shard_ids))

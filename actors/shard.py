@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -159,7 +160,8 @@ class ExpertShard:
         except ExchangeError as error:
             log.info("%s leaves group %s: %s", self.shard_id, group.name, error)
         except Exception:
-            log.exception("%s closes group %s after an error", self.shard_id, group.name)
+            # As text: a kept traceback would keep the group, and its sockets, open.
+            log.error("%s closes group %s: %s", self.shard_id, group.name, traceback.format_exc())
         finally:
             self._groups.pop(group.name, None)
             del group

@@ -97,7 +97,8 @@ def _nccl_group(
 
 
 def forget_group(store: TCPStore, name: str) -> None:
-    """Delete what a formed group left in the store (its members no longer need the addresses)."""
+    """Delete what a group left in the store. Only when all its members have formed it: rank 0 may be done while
+    others still read each other's addresses, which they would then wait for in vain."""
     for key in store.list_keys():
         if key.startswith(f"{name}/"):
             store.delete_key(key)

@@ -1,0 +1,127 @@
+"""The engine over a mesh whose shards are threads: same answers as with local experts, also when shards come and go."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from actors.remote_exchange import DeadlineEstimate, RemoteExchange
+from cluster.placement import adopt
+from cluster.settings import Timeouts
+from model.moe import LocalExchange
+from tests.actors.conftest import ThreadMesh, ask, placed, prompt_of, wait_until
+
+
+@pytest.fixture
+def expected(start_router):
+    """Answers with all experts in one process."""
+    router, outputs = start_router()
+    answers = {}
+    for i in range(6):
+        ask(router.engine, f"r{i}", prompt_of(i, 5 + 9 * i), 24, temperature=0.7 * (i % 2), seed=i)
+    for i in range(6):
+        answers[f"r{i}"] = outputs.tokens(f"r{i}")
+    return answers
+
+
+def ask_all(router):
+    for i in range(6):
+        ask(router.engine, f"r{i}", prompt_of(i, 5 + 9 * i), 24, temperature=0.7 * (i % 2), seed=i)
+
+
+@pytest.mark.parametrize("transport", ["star", "all_to_all"])
+@pytest.mark.parametrize(("num_shards", "replicas"), [(1, 1), (2, 1), (3, 2), (4, 1)])
+def test_the_mesh_gives_the_same_tokens_as_local_experts(
+    start_router, tiny_model, expected, transport, num_shards, replicas
+):
+    mesh = ThreadMesh(tiny_model)
+    mesh.publish(placed(mesh, num_shards, replicas))
+    router, outputs = start_router(mesh, transport=transport)
+    ask_all(router)
+    assert {name: outputs.tokens(name) for name in expected} == expected
+    rows = [shard.info()["tokens"] for shard in mesh.shards.values()]
+    assert all(count > 0 for count in rows)
+
+
+@pytest.mark.parametrize("transport", ["star", "all_to_all"])
+def test_one_exchange_agrees_with_the_local_one_bit_by_bit(start_router, tiny_model, transport):
+    mesh = ThreadMesh(tiny_model)
+    mesh.publish(placed(mesh, 3))
+    router, _ = start_router(mesh, transport=transport)
+    exchange = router.exchange
+    assert isinstance(exchange, RemoteExchange)
+    wait_until(lambda: exchange.epoch > 0 and not router.engine.scheduler.has_work)
+    local, _ = start_router()
+    assert isinstance(local.exchange, LocalExchange)
+    generator = torch.Generator().manual_seed(0)
+    results = []
+
+    def compare():
+        for num_tokens in (1, 2, 5, 33):
+            x = torch.randn(num_tokens, 64, generator=generator)
+            weights, ids = torch.rand(num_tokens, 8, generator=generator).topk(3)
+            for layer in range(3):
+                over_mesh = exchange.combine(exchange.dispatch(layer, x, ids, weights))
+                here = local.exchange.combine(local.exchange.dispatch(layer, x, ids, weights))
+                results.append(torch.equal(over_mesh, here))
+
+    router.engine.call(compare)
+    wait_until(lambda: len(results) == 12)
+    assert all(results)
+
+
+def test_a_planned_epoch_change_loses_nothing(start_router, tiny_model, expected):
+    mesh = ThreadMesh(tiny_model)
+    mesh.publish(placed(mesh, 2))
+    router, outputs = start_router(mesh)
+    ask_all(router)
+    wait_until(lambda: len(outputs.chunks["r5"]) > 2)
+    mesh.publish(placed(mesh, 3))
+    assert {name: outputs.tokens(name) for name in expected} == expected
+    ask(router.engine, "after", [3, 4, 5])
+    outputs.tokens("after")
+    assert router.exchange.epoch == 2 and mesh.reports == []
+
+
+def test_a_lost_shard_costs_a_pause_and_no_token(start_router, tiny_model, expected):
+    mesh = ThreadMesh(tiny_model)
+    placement = placed(mesh, 3)
+    mesh.publish(placement)
+
+    def heal(epoch, suspects):
+        rest = placement.without(suspects)
+        mesh.publish(rest.adding(adopt(rest, sorted(rest.shards()))), "healed")
+
+    mesh.on_report = heal
+    router, outputs = start_router(mesh)
+    # In the middle of an answer, shard-1 forgets its experts: its next exchange fails and its group closes.
+    ask_all(router)
+    wait_until(lambda: len(outputs.chunks["r5"]) > 2)
+    mesh.shards["shard-1"].keep_only([])
+    assert {name: outputs.tokens(name) for name in expected} == expected
+    assert mesh.reports[0] == (1, ("shard-1",))
+    assert router.exchange.epoch == 2 and router.exchange.num_recoveries == 1
+
+
+def test_without_any_mesh_requests_are_refused_by_name_and_served_once_it_is_there(start_router, tiny_model):
+    mesh = ThreadMesh(tiny_model)
+    router, outputs = start_router(mesh, timeouts=Timeouts(recovery_s=0.5, formation_s=3.0))
+    ask(router.engine, "early", [3, 4, 5])
+    assert outputs.wait("early")[-1].error["code"] == "mesh_unavailable"
+    assert outputs.wait("early")[-1].error["status"] == 503
+    mesh.publish(placed(mesh, 2))
+    wait_until(lambda: router.is_ready)
+    ask(router.engine, "later", [3, 4, 5])
+    assert len(outputs.tokens("later")) == 24
+
+
+def test_exchange_deadlines_follow_what_exchanges_take():
+    estimate = DeadlineEstimate(Timeouts(exchange_min_s=1.0, exchange_max_s=30.0, exchange_factor=4.0))
+    assert estimate.deadline_s(1) == 30.0
+    for _ in range(8):
+        estimate.observe(2.0, 1)
+    assert estimate.deadline_s(1) == 8.0
+    for _ in range(1000):
+        estimate.observe(0.001, 1)
+    assert estimate.deadline_s(1) == 1.0
+    assert estimate.deadline_s(1000) == pytest.approx(4.0, rel=0.1)
