@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,12 +86,13 @@ async def complete(service: Service, plan: CompletionPlan) -> dict[str, Any]:
     choices = []
     for index, sequence in enumerate(sequences):
         delta = sequence.as_delta(index)
+        delta = _without_output(delta) if plan.body.max_tokens == 0 else delta
         usage.count(delta)
         choices.append(_Choice(plan, index).render(delta, streaming=False))
     return {**plan.head, "choices": choices, "usage": usage.to_dict()}
 
 
-async def complete_stream(service: Service, plan: CompletionPlan) -> AsyncIterator[bytes]:
+async def complete_stream(service: Service, plan: CompletionPlan) -> AsyncGenerator[bytes]:
     """The answer as server-sent events."""
     options = plan.body.stream_options
     include_usage = options is not None and options.include_usage
@@ -101,6 +102,7 @@ async def complete_stream(service: Service, plan: CompletionPlan) -> AsyncIterat
         stream_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
     ) as deltas:
         async for delta in deltas:
+            delta = _without_output(delta) if plan.body.max_tokens == 0 else delta
             usage.count(delta)
             choice = choices[delta.index]
             if not choice.has_news(delta):
@@ -133,8 +135,6 @@ class _Choice:
         prompt_ids = plan.requests[self._index].prompt_ids
         is_first, self._is_first = self._is_first, False
         tokens, text = delta.tokens, delta.text
-        if body.max_tokens == 0:
-            tokens, text = [], ""
         echo = plan.texts[self._index // plan.n] if body.echo else ""
         if body.logprobs is None:
             logprobs = None
@@ -149,7 +149,7 @@ class _Choice:
             "index": self._index,
             "text": echo + text if is_first else text,
             "logprobs": logprobs,
-            "finish_reason": "length" if body.max_tokens == 0 and delta.finish_reason else delta.finish_reason,
+            "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
         if body.prompt_logprobs is not None and delta.prompt_logprobs is not None:
@@ -160,6 +160,12 @@ class _Choice:
         if body.return_routed_experts and delta.routed_experts is not None:
             choice["routed_experts"] = delta.routed_experts
         return choice
+
+
+def _without_output(delta: Delta) -> Delta:
+    """max_tokens = 0 asks for the prompt alone; the one token that was drawn is not shown."""
+    reason = "length" if delta.finish_reason else None
+    return replace(delta, text="", tokens=[], num_tokens=0, finish_reason=reason, stop_reason=None)
 
 
 def _shifted(token: Token, offset: int) -> Token:

@@ -48,7 +48,8 @@ class ApiError(Exception):
 
 
 class InvalidRequest(ApiError):
-    status, type, code = 400, "invalid_request_error", None
+    status, type = 400, "invalid_request_error"
+    code: str | None = None
 
 
 class ContextTooLong(InvalidRequest):

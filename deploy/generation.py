@@ -1,10 +1,10 @@
-"""From router chunks to text: detokenizes as tokens come, ends at stop strings, and runs many sequences as one answer."""
+"""From router chunks to text: detokenizes as tokens come, ends at stop strings, runs many sequences as one answer."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ class TextOptions:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """An output token. `text_offset` is where it begins in the output's text; `alternatives` when logprobs were asked."""
+    """An output token. `text_offset` is where it begins in the output's text; `alternatives` if asked for."""
 
     token_id: int
     text_offset: int
@@ -121,7 +121,8 @@ class TextStream:
             match = self._grow(self._detokenizer.push(token_id))
             if match is not None:
                 break
-        finish_reason, stop_reason = chunk.finish_reason, self._stop_reason(chunk)
+        finish_reason = chunk.finish_reason
+        stop_reason: int | str | None = self._stop_reason(chunk)
         if match is None and finish_reason is not None:
             match = self._grow(self._detokenizer.finish())
         if match is not None:
@@ -167,7 +168,7 @@ class TextStream:
 
 async def stream_sequence(
     pool: RouterPool, request: GenerateRequest, tokenizer: Tokenizer, options: TextOptions, index: int
-) -> AsyncIterator[Delta]:
+) -> AsyncGenerator[Delta]:
     """The deltas of one sequence. A stop string, or closing the iterator, aborts the request at the router."""
     stream = TextStream(tokenizer, options)
     async with contextlib.aclosing(pool.generate(request)) as chunks:
@@ -180,7 +181,7 @@ async def stream_sequence(
 
 async def stream_all(
     pool: RouterPool, requests: Sequence[GenerateRequest], tokenizer: Tokenizer, options: TextOptions
-) -> AsyncIterator[Delta]:
+) -> AsyncGenerator[Delta]:
     """The deltas of several sequences as they come; `index` says whose. The first error ends them all."""
     if len(requests) == 1:
         async with contextlib.aclosing(stream_sequence(pool, requests[0], tokenizer, options, 0)) as deltas:

@@ -25,6 +25,7 @@ class Asked:
 
     max_tokens: int | None
     max_tokens_name: str = "max_tokens"
+    prompt_param: str = "prompt"
     clamps_max_tokens: bool = False  # the number is our default, not the client's: shorten it to what fits
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -231,19 +232,19 @@ def _max_tokens(asked: Asked, model: ServedModel, prompt_len: int) -> int:
     room = model.max_model_len - prompt_len
     if room < 1:
         raise ContextTooLong(
-            f"This model's maximum context length is {model.max_model_len} tokens, and the prompt has {prompt_len} tokens, "
-            "which leaves no room for an answer. Shorten the prompt.",
-            param="messages" if asked.max_tokens_name == "max_completion_tokens" else "prompt",
+            f"This model's maximum context length is {model.max_model_len} tokens, and the prompt has {prompt_len} "
+            "tokens already, which leaves no room for an answer. Shorten the prompt.",
+            param=asked.prompt_param,
         )
     if asked.max_tokens is None:
-        return min(room, model.sampling_defaults.get("max_new_tokens", room))
+        return min(room, int(model.sampling_defaults.get("max_new_tokens", room)))
     if asked.clamps_max_tokens:
         return min(room, asked.max_tokens)
     if asked.max_tokens > room:
         raise ContextTooLong(
-            f"This model's maximum context length is {model.max_model_len} tokens, but {prompt_len + asked.max_tokens} were "
-            f"asked for: {prompt_len} in the prompt and {asked.max_tokens} for the answer. Shorten the prompt or lower "
-            f"{asked.max_tokens_name}.",
+            f"This model's maximum context length is {model.max_model_len} tokens, but {prompt_len + asked.max_tokens} "
+            f"were asked for: {prompt_len} in the prompt and {asked.max_tokens} for the answer. Shorten the prompt or "
+            f"lower {asked.max_tokens_name}.",
             param=asked.max_tokens_name,
         )
     return max(1, asked.max_tokens)  # 0 asks for the prompt alone: one token is drawn and not shown

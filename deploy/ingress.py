@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy import operations, text_endpoints
+from deploy import operations, text_endpoints, token_endpoints
 from deploy.auth import ApiKeys
 from deploy.errors import ApiError, HttpError
 from deploy.router_pool import RouterPool
@@ -70,6 +70,7 @@ def create_api(
             allow_headers=["*"],
         )
     text_endpoints.add_to(api, service)
+    token_endpoints.add_to(api, service)
     operations.add_to(api, service, mesh_info)
     return api
 

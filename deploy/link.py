@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-MAX_LINE_BYTES = 64 << 20
+from actors.request import MAX_LINE_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,7 @@ class RouterLink:
         timeout_s: float,
         on_change: Callable[[], None],
     ) -> RouterLink:
-        """Raises OSError or TimeoutError when the router doesn't answer, ConnectionError when it answers something else."""
+        """Raises OSError or TimeoutError when nobody answers, ConnectionError when it isn't that router."""
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(address.host, address.port, limit=MAX_LINE_BYTES)
             try:

@@ -72,7 +72,9 @@ def prompt_tokens(
     tokens = []
     offset = 0
     for token_id, alternatives in zip(prompt_ids, per_token, strict=True):
-        tokens.append(Token(token_id, offset, [tuple(one) for one in alternatives] if alternatives else None))
+        tokens.append(
+            Token(token_id, offset, [(one[0], one[1], one[2]) for one in alternatives] if alternatives else None)
+        )
         offset += len(detokenizer.push(token_id))
     return tokens
 
@@ -95,4 +97,4 @@ def _name(tokenizer: Tokenizer, token_id: int, as_ids: bool) -> str:
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, LOWEST)
+    return max(LOWEST, logprob)  # NaN too

@@ -33,11 +33,11 @@ class StreamOptions(RequestBody):
 class StructuredOutputs(RequestBody):
     """vLLM's `structured_outputs`: exactly one of these."""
 
-    json_: str | dict[str, Any] | bool | None = Field(None, alias="json")
+    json_: str | dict[str, Any] | bool | None = Field(default=None, alias="json")
     json_object: bool | None = None
-    regex: str | None = Field(None, max_length=100_000)
-    choice: list[str] | None = Field(None, min_length=1, max_length=10_000)
-    grammar: str | None = Field(None, max_length=1_000_000)
+    regex: str | None = Field(default=None, max_length=100_000)
+    choice: list[str] | None = Field(default=None, min_length=1, max_length=10_000)
+    grammar: str | None = Field(default=None, max_length=1_000_000)
 
 
 class GenerationBody(RequestBody):
@@ -46,35 +46,35 @@ class GenerationBody(RequestBody):
     model: str | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: int | None = Field(1, ge=1)
-    temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=INT64_MAX)  # 0 and -1: all, as in vLLM
-    min_p: float | None = Field(None, ge=0, le=1)
-    frequency_penalty: float | None = Field(0, ge=-2, le=2)
-    presence_penalty: float | None = Field(0, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0)
-    seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
-    max_tokens: int | None = Field(None, ge=0, le=INT64_MAX)
-    min_tokens: int | None = Field(0, ge=0, le=INT64_MAX)
+    n: int | None = Field(default=1, ge=1)
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, le=INT64_MAX)  # 0 and -1: all, as in vLLM
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    frequency_penalty: float | None = Field(default=0, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=0, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    seed: int | None = Field(default=None, ge=-INT64_MAX - 1, le=INT64_MAX)
+    max_tokens: int | None = Field(default=None, ge=0, le=INT64_MAX)
+    min_tokens: int | None = Field(default=0, ge=0, le=INT64_MAX)
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logit_bias: dict[str, float] | None = None
-    bad_words: list[str] | None = Field(None, max_length=1000)
-    allowed_token_ids: list[int] | None = Field(None, min_length=1)
-    prompt_logprobs: int | None = Field(None, ge=0)
+    bad_words: list[str] | None = Field(default=None, max_length=1000)
+    allowed_token_ids: list[int] | None = Field(default=None, min_length=1)
+    prompt_logprobs: int | None = Field(default=None, ge=0)
     skip_special_tokens: bool = True
-    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=INT64_MAX)  # -1: to what the model takes
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1, le=INT64_MAX)  # -1: to what the model takes
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None
     return_routed_experts: bool = False
     response_format: dict[str, Any] | None = None
     structured_outputs: StructuredOutputs | None = None
-    priority: int = Field(0, ge=-INT64_MAX - 1, le=INT64_MAX)
-    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
-    request_id: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[!-~]+$")
+    priority: int = Field(default=0, ge=-INT64_MAX - 1, le=INT64_MAX)
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
+    request_id: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[!-~]+$")
 
     @field_validator("stop")
     @classmethod
@@ -91,18 +91,18 @@ class GenerationBody(RequestBody):
 
 class CompletionRequest(GenerationBody):
     prompt: Any = None  # str | list[str] | list[int] | list[list[int]]: read in deploy.completions
-    max_tokens: int | None = Field(16, ge=0, le=INT64_MAX)
-    logprobs: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(default=16, ge=0, le=INT64_MAX)
+    logprobs: int | None = Field(default=None, ge=0)
     echo: bool | None = False
     add_special_tokens: bool = True
 
 
 class ChatCompletionRequest(GenerationBody):
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=100_000)
-    max_completion_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=INT64_MAX)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=1024)
+    top_logprobs: int | None = Field(default=None, ge=0)
+    tools: list[dict[str, Any]] | None = Field(default=None, max_length=1024)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
     add_generation_prompt: bool = True
@@ -117,7 +117,7 @@ class TokenizeRequest(RequestBody):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = Field(None, min_length=1)
+    messages: list[dict[str, Any]] | None = Field(default=None, min_length=1)
     tools: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None  # default: true for a text, false for a chat
     return_token_strs: bool | None = False

@@ -1,8 +1,8 @@
 """All routers of the mesh, as one: the least loaded takes the next request, and a request outlives its router.
 
 The pool keeps a log of each request's output tokens. When a link is lost, the request goes to another router with
-`prompt_ids` and `output_ids` so far and the same seed; sampling is keyed by (seed, position), so the tokens go on as they
-would have. What was handed out is never handed out again, and a line cut off in the middle counts as never said.
+`prompt_ids` and `output_ids` so far and the same seed; sampling is keyed by (seed, position), so the tokens go on as
+they would have. What was handed out is never handed out again, and a line cut off in the middle counts as never said.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ class PoolOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """One sequence to generate. `deadline` is in the event loop's time; `sampling` is `SamplingParams.to_dict()` with a seed."""
+    """One sequence to generate. `deadline` is in the loop's time; `sampling` is `SamplingParams.to_dict()`, seeded."""
 
     prompt_ids: list[int]
     sampling: Mapping[str, Any]
@@ -52,7 +52,7 @@ class GenerateRequest:
 class RouterPool:
     """Links to every router that `discover` names ([{"router_id", "host", "port"}, ...]).
 
-    `discover` is awaited at start, at every interval and at once after a loss; when it fails, the last answer stands."""
+    `discover` is awaited at start, at intervals and at once after a loss; when it fails, the last answer stands."""
 
     def __init__(self, discover: Discover, options: PoolOptions | None = None) -> None:
         self._discover = discover
@@ -88,7 +88,7 @@ class RouterPool:
     def num_in_flight(self) -> int:
         return sum(link.num_open for link in self.links)
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk]:
         """The chunks of one request, to its finish. Close the iterator early to abort the request at its router.
 
         Raises Unavailable, DeadlineExceeded or EngineError; tokens already yielded stay valid."""
@@ -140,7 +140,7 @@ class RouterPool:
 
     async def _run(
         self, message: Mapping[str, Any], deadline: float, *, replays_output: bool = False
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk]:
         """Sends the message to one router after another until one has finished it."""
         loop = asyncio.get_running_loop()
         request_id = message["request_id"]
@@ -197,7 +197,7 @@ class RouterPool:
         return [link for link in links if link.is_listed] or links
 
     async def _pick(self, deadline: float, full: set[RouterLink], *, may_give_up: bool) -> RouterLink:
-        """The least loaded router; waits for one while there is none. A stream that has begun waits until its deadline."""
+        """The least loaded router; waits while there is none. A stream that has begun waits until its deadline."""
         loop = asyncio.get_running_loop()
         give_up = min(deadline, loop.time() + self._options.router_wait_s) if may_give_up else deadline
         while True:

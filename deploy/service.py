@@ -1,4 +1,4 @@
-"""What every endpoint needs, in one value: settings, models, routers, threads for long texts, and who is being served."""
+"""What every endpoint needs, in one value: settings, models, routers, threads for long texts, who is being served."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Service:
             raise Unavailable(f"this server holds {limits.max_queue} requests already; try again", code="queue_full")
         if limits.max_requests_per_key is not None and self._active_by_key[client] >= limits.max_requests_per_key:
             raise TooManyRequests(
-                f"this API key has {limits.max_requests_per_key} requests in flight already, the most it may have; wait for one"
+                f"this API key has {limits.max_requests_per_key} requests in flight, the most it may have; wait for one"
             )
         self.num_active += 1
         self._active_by_key[client] += 1

@@ -38,17 +38,17 @@ class ModelSettings(Section):
     tokenizer: str | None = None  # directory of another tokenizer
     chat_template: str | None = None  # file with another chat template
     generation_config: Literal["auto", "none"] = "auto"  # sampling defaults from generation_config.json
-    max_model_len: int | None = Field(None, ge=1)  # tokens of prompt and output; None: what the checkpoint says
+    max_model_len: int | None = Field(default=None, ge=1)  # tokens of prompt and output; None: what the checkpoint says
 
 
 class ServerSettings(Section):
     """Where and for whom the HTTP API is."""
 
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=0, le=65535)
     api_keys: tuple[str, ...] = ()  # empty: no authentication
     allowed_origins: tuple[str, ...] = ()  # browsers' origins that may call (CORS)
-    num_ingresses: int = Field(1, ge=1)
+    num_ingresses: int = Field(default=1, ge=1)
 
     @field_validator("api_keys")
     @classmethod
@@ -61,17 +61,19 @@ class ServerSettings(Section):
 class LimitSettings(Section):
     """What one client or one request may ask for."""
 
-    max_body_bytes: int = Field(8 << 20, ge=1024)
-    max_queue: int = Field(1024, ge=1)  # requests that one ingress holds at once; more are answered with 503
-    max_requests_per_key: int | None = Field(None, ge=1)  # at once, for each API key; more are answered with 429
-    max_n: int = Field(128, ge=1)  # choices per prompt
-    max_prompts: int = Field(1024, ge=1)  # prompts per completion request
-    max_logprobs: int = Field(20, ge=0)
-    max_stop_strings: int = Field(64, ge=0)
-    request_timeout_s: float = Field(600.0, gt=0)  # from admission to the last token
-    router_wait_s: float = Field(60.0, ge=0)  # how long a new request waits for a router when there is none
-    template_timeout_s: float = Field(5.0, gt=0)
-    max_template_chars: int = Field(16 << 20, ge=1)  # size of a rendered chat
+    max_body_bytes: int = Field(default=8 << 20, ge=1024)
+    max_queue: int = Field(default=1024, ge=1)  # requests that one ingress holds at once; more are answered with 503
+    max_requests_per_key: int | None = Field(
+        default=None, ge=1
+    )  # at once, for each API key; more are answered with 429
+    max_n: int = Field(default=128, ge=1)  # choices per prompt
+    max_prompts: int = Field(default=1024, ge=1)  # prompts per completion request
+    max_logprobs: int = Field(default=20, ge=0)
+    max_stop_strings: int = Field(default=64, ge=0)
+    request_timeout_s: float = Field(default=600.0, gt=0)  # from admission to the last token
+    router_wait_s: float = Field(default=60.0, ge=0)  # how long a new request waits for a router when there is none
+    template_timeout_s: float = Field(default=5.0, gt=0)
+    max_template_chars: int = Field(default=16 << 20, ge=1)  # size of a rendered chat
 
 
 class EngineSettings(Section):
@@ -80,33 +82,31 @@ class EngineSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["int8", "int4"] | None = None
     kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    block_size: int = Field(16, ge=1)
-    num_kv_blocks: int | None = Field(None, ge=1)  # None: as many as kv_cache_bytes holds
-    kv_cache_bytes: int = Field(1 << 30, ge=1)
-    max_num_seqs: int = Field(64, ge=1)
-    max_num_batched_tokens: int = Field(2048, ge=1)
-    max_waiting: int = Field(512, ge=0)  # requests in a router's queue; more are answered with queue_full
+    block_size: int = Field(default=16, ge=1)
+    num_kv_blocks: int | None = Field(default=None, ge=1)  # None: as many as kv_cache_bytes holds
+    kv_cache_bytes: int = Field(default=1 << 30, ge=1)
+    max_num_seqs: int = Field(default=64, ge=1)
+    max_num_batched_tokens: int = Field(default=2048, ge=1)
+    max_waiting: int = Field(default=512, ge=0)  # requests in a router's queue; more are answered with queue_full
     prefix_cache: bool = True
-    seed: int = Field(0, ge=0)
-    threads: int = Field(1, ge=1)
+    seed: int = Field(default=0, ge=0)
+    threads: int = Field(default=1, ge=1)
 
 
 class MeshSettings(Section):
     """How many of each part there are and how they talk."""
 
-    shards: int = Field(2, ge=1)
-    routers: int = Field(1, ge=1)
-    replicas: int = Field(1, ge=1)  # copies of each expert
+    shards: int = Field(default=2, ge=1)
+    routers: int = Field(default=1, ge=1)
+    replicas: int = Field(default=1, ge=1)  # copies of each expert
     transport: Literal["auto", "star", "all_to_all"] = "auto"
     bind_host: str = "127.0.0.1"  # address of this node's links and process groups
     token: str | None = None  # shared secret of the links; None: a random one at start
-    connect_timeout_s: float = Field(5.0, gt=0)
-    step_timeout_s: float = Field(30.0, gt=0)  # upper bound; the deadline of a step adapts below it
-    discover_interval_s: float = Field(1.0, gt=0)
-    router_silence_s: float = Field(
-        10.0, gt=0
-    )  # a router that says nothing for so long is left; it reports load each 0.5 s
-    recovery_timeout_s: float = Field(120.0, gt=0)
+    connect_timeout_s: float = Field(default=5.0, gt=0)
+    step_timeout_s: float = Field(default=30.0, gt=0)  # upper bound; the deadline of a step adapts below it
+    discover_interval_s: float = Field(default=1.0, gt=0)
+    router_silence_s: float = Field(default=10.0, gt=0)  # a router silent for so long is left; it reports each 0.5 s
+    recovery_timeout_s: float = Field(default=120.0, gt=0)
 
 
 class Settings(Section):
@@ -185,7 +185,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _sections() -> dict[str, type[Section]]:
-    return {name: field.annotation for name, field in Settings.model_fields.items() if field.annotation is not None}
+    return {
+        name: field.annotation
+        for name, field in Settings.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
 
 
 def _check_name(name: str, source: str) -> None:
@@ -211,14 +215,14 @@ def _flatten(data: Mapping[str, Any], source: str) -> Iterable[tuple[str, Any]]:
         if section not in sections:
             raise ValueError(f"unknown section {section!r} ({source}){nearest(str(section), sections)}")
         if not isinstance(fields, dict):
-            raise ValueError(f"section {section!r} ({source}): expected settings, found {type(fields).__name__}")
+            raise ValueError(f"section {section!r} ({source}): expected settings, found {type(fields).__name__}")  # noqa: TRY004
         for field, value in fields.items():
             _check_name(f"{section}.{field}", source)
             yield f"{section}.{field}", value
 
 
 def _from_text(name: str, text: str) -> Any:
-    """Environment text to a value: lists are YAML or comma-separated, dicts are YAML, the rest is pydantic's to read."""
+    """Environment text to a value: lists are YAML or comma-separated, dicts are YAML, the rest pydantic reads."""
     section, field = name.split(".")
     annotation = _sections()[section].model_fields[field].annotation
     if type(None) in get_args(annotation) and text.strip().lower() in ("", "none", "null"):

@@ -89,8 +89,12 @@ async def start_stream(
     request: Request, events: AsyncIterator[bytes], end_with_error: Callable[[ApiError], bytes] | None = None
 ) -> Response:
     """The response for a stream of events. Raises what the first event raises."""
+
+    async def begin() -> bytes:
+        return await anext(events)
+
     try:
-        first = await until_disconnect(request, anext(events))  # type: ignore[arg-type]
+        first = await until_disconnect(request, begin())
     except BaseException:
         await _close(events)
         raise

@@ -10,8 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from deploy.body import read_json
+from deploy.chat import chat, chat_stream, plan_chat
 from deploy.completions import complete, complete_stream, plan_completion
-from deploy.openai_requests import CompletionRequest, GenerationBody, parse
+from deploy.openai_requests import ChatCompletionRequest, CompletionRequest, GenerationBody, parse
 from deploy.service import Service
 from deploy.sse import JsonAnswer, client_left, start_stream, until_disconnect
 
@@ -23,6 +24,10 @@ def add_to(api: FastAPI, service: Service) -> None:
     @api.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await _serve(request, service, CompletionRequest, "cmpl", plan_completion, complete, complete_stream)
+
+    @api.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await _serve(request, service, ChatCompletionRequest, "chatcmpl", plan_chat, chat, chat_stream)
 
 
 async def _serve(

@@ -1,8 +1,8 @@
 """Chat templates: Jinja from the checkpoint, in a sandbox, with caps on what it may produce.
 
-Templates come with the checkpoint, messages from clients; messages are only ever data. Even so a template could be made to
-work hard, so: loops over `range` end at 100,000 (Jinja's own cap), `*` and `**` can't build giants, and the output is
-counted as it grows against a number of characters and a deadline.
+Templates come with the checkpoint, messages from clients; messages are only ever data. Even so a template could be made
+to work hard, so: loops over `range` end at 100,000 (Jinja's own cap), `*` and `**` can't build giants, and the output
+is counted as it grows against a number of characters and a deadline.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RESERVED = frozenset(
 
 
 class ChatTemplate:
-    """A checkpoint's templates by name ("default", maybe "tool_use"). `render` raises ValueError for all that goes wrong."""
+    """A checkpoint's templates by name ("default", maybe "tool_use"). `render` raises ValueError for any failure."""
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         self.sources = dict(templates)
@@ -59,9 +59,9 @@ class ChatTemplate:
         max_chars: int = 16 << 20,
         timeout_s: float = 5.0,
     ) -> str:
-        """The prompt. With `continue_final_message` it ends with the last message's content, so that the model goes on."""
+        """The prompt. With `continue_final_message` it ends with the last message's content, to go on there."""
         if taken := RESERVED & (variables or {}).keys():
-            raise ValueError(f"chat_template_kwargs: {sorted(taken)[0]!r} is set by the server; remove it")
+            raise ValueError(f"chat_template_kwargs: {min(taken)!r} is set by the server; remove it")
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         template = self._templates.get(name) or next(iter(self._templates.values()))
         context = {

@@ -54,7 +54,7 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             raise ValueError(f"{config_path}: not JSON ({error})") from None
         if not isinstance(config, dict):
-            raise ValueError(f"{config_path}: expected an object, found {type(config).__name__}")
+            raise ValueError(f"{config_path}: expected an object, found {type(config).__name__}")  # noqa: TRY004
         templates = find_templates(directory, config, chat_template_file)
         tokens = {name: _content(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         chat_template = (
@@ -154,7 +154,7 @@ def _content(token: Any) -> str | None:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable alphabet for bytes: printable Latin-1 stands for itself, the rest are moved to U+0100 and up."""
+    """GPT-2's printable alphabet for bytes: printable Latin-1 stands for itself, the rest is at U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(moved)}

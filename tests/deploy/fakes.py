@@ -1,4 +1,4 @@
-"""A tiny checkpoint without weights, fake routers that speak the real wire on real sockets, and the API behind real uvicorn."""
+"""A tiny checkpoint without weights, fake routers on real sockets with the real wire, and the API behind uvicorn."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CONFIG = {
     "moe_intermediate_size": 8,
     "shared_expert_intermediate_size": 8,
     "intermediate_size": 16,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
     "eos_token_id": 2,
 }
 

@@ -1,5 +1,12 @@
 from __future__ import annotations
 
+import asyncio
+import itertools
+import json
+import time
+from typing import Any
+
+import httpx
 import openai
 import pytest
 
@@ -12,21 +19,46 @@ def client(api: RunningApi) -> openai.OpenAI:
     return openai.OpenAI(base_url=api.url + "/v1", api_key="any", max_retries=0)
 
 
-def text_of(served: ServedModel, seed: int, start: int, num: int) -> str:
-    return served.tokenizer.decode([token_at(seed, start + i) for i in range(num)])
+def post(api: RunningApi, body: Any, path: str = "/v1/completions") -> httpx.Response:
+    return httpx.post(api.url + path, json=body, timeout=20)
+
+
+def events(api: RunningApi, body: dict[str, Any], path: str = "/v1/completions") -> list[dict[str, Any]]:
+    response = post(api, {**body, "stream": True}, path)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line[6:] for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def expected_ids(seed: int, start: int, num: int) -> list[int]:
+    return [token_at(seed, start + i) for i in range(num)]
+
+
+def scripts(api: RunningApi, served: ServedModel, text: str, *, ends: bool = True) -> None:
+    """The next requests' output is this text, in single-character tokens."""
+    ids = [token for char in text for token in served.tokenizer.encode(char)]
+    api.router.script = lambda _: [*ids, 2] if ends else ids
+
+
+@pytest.fixture(autouse=True)
+def _fresh(api: RunningApi) -> None:
+    api.router.script = lambda _: None
+    api.router.token_s = 0.0
 
 
 def test_a_completion_has_openai_shape(client: openai.OpenAI, served: ServedModel) -> None:
     prompt = "the expert"
     start = len(served.tokenizer.encode(prompt))
     answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=8, seed=3)
-    assert answer.id.startswith("cmpl-") and answer.object == "text_completion"
-    assert answer.choices[0].text == text_of(served, 3, start, 8)
+    assert answer.id.startswith("cmpl-") and answer.object == "text_completion" and answer.system_fingerprint
+    assert answer.choices[0].text == served.tokenizer.decode(expected_ids(3, start, 8))
     assert answer.choices[0].finish_reason == "length"
-    assert answer.usage and (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (start, 8)
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (start, 8)
 
 
-def test_a_stream_joins_to_the_same_text(client: openai.OpenAI, served: ServedModel) -> None:
+def test_a_stream_joins_to_the_same_text(client: openai.OpenAI) -> None:
     whole = client.completions.create(model="tiny", prompt="the shard", max_tokens=30, seed=3)
     chunks = list(
         client.completions.create(
@@ -34,4 +66,240 @@ def test_a_stream_joins_to_the_same_text(client: openai.OpenAI, served: ServedMo
         )
     )
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
-    assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+    assert chunks[-1].usage == whole.usage
+    assert not chunks[-1].choices
+
+
+def test_every_shape_of_prompt_and_n_gives_choices_prompt_by_prompt(api: RunningApi, served: ServedModel) -> None:
+    ids = served.tokenizer.encode("the expert")
+    for prompt in (["the expert", "the shard"], [ids, ids[:2]]):
+        answer = post(api, {"prompt": prompt, "n": 2, "seed": 7, "max_tokens": 3, "return_token_ids": True}).json()
+        lens = [len(served.tokenizer.encode(one)) if isinstance(one, str) else len(one) for one in prompt]
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+        for choice, (start, seed) in zip(answer["choices"], itertools.product(lens, (7, 8)), strict=True):
+            assert choice["token_ids"] == expected_ids(seed, start, 3)
+        assert answer["usage"]["prompt_tokens"] == sum(lens)
+        assert answer["usage"]["completion_tokens"] == 12
+        assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+    single = post(api, {"prompt": ids, "max_tokens": 1, "return_token_ids": True}).json()
+    assert single["choices"][0]["prompt_token_ids"] == ids
+
+
+def test_streamed_choices_join_to_the_whole_ones(api: RunningApi) -> None:
+    body = {"prompt": ["a", "bb"], "n": 2, "seed": 1, "max_tokens": 9, "logprobs": 2, "return_token_ids": True}
+    whole = post(api, body).json()["choices"]
+    joined = [{"text": "", "token_ids": [], "tokens": [], "text_offset": []} for _ in whole]
+    for event in events(api, body):
+        for choice in event["choices"]:
+            into = joined[choice["index"]]
+            into["text"] += choice["text"]
+            into["token_ids"] += choice["token_ids"]
+            if choice["logprobs"]:
+                into["tokens"] += choice["logprobs"]["tokens"]
+                into["text_offset"] += choice["logprobs"]["text_offset"]
+            if choice["prompt_token_ids"]:
+                into["prompt_token_ids"] = choice["prompt_token_ids"]
+    for choice, into in zip(whole, joined, strict=True):
+        for name in ("text", "token_ids", "prompt_token_ids"):
+            assert choice[name] == into[name]
+        assert choice["logprobs"]["tokens"] == into["tokens"]
+        assert choice["logprobs"]["text_offset"] == into["text_offset"]
+
+
+def test_no_part_of_a_stop_string_is_streamed_and_the_router_is_told_to_stop(
+    api: RunningApi, served: ServedModel
+) -> None:
+    scripts(api, served, "one ENE two END three", ends=False)
+    before = len(api.router.aborted)
+    chunks = events(api, {"prompt": "x", "max_tokens": 100, "stop": ["END", "nope"]})
+    texts = [choice["text"] for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(texts) == "one ENE two "
+    last = chunks[-1]["choices"][0]
+    assert (last["finish_reason"], last["stop_reason"]) == ("stop", "END")
+    kept = post(api, {"prompt": "x", "max_tokens": 100, "stop": "END", "include_stop_str_in_output": True}).json()
+    assert kept["choices"][0]["text"] == "one ENE two END"
+    late = post(api, {"prompt": "x", "max_tokens": 100, "stop": "E", "min_tokens": 7}).json()
+    assert late["choices"][0]["text"] == "one ENE two "
+    time.sleep(0.1)
+    assert len(api.router.aborted) == before + 3
+
+
+def test_held_back_text_comes_out_when_no_stop_string_came_of_it(api: RunningApi, served: ServedModel) -> None:
+    scripts(api, served, "abc EN")
+    assert post(api, {"prompt": "x", "max_tokens": 100, "stop": "END"}).json()["choices"][0]["text"] == "abc EN"
+    chunks = events(api, {"prompt": "x", "max_tokens": 100, "stop": "END"})
+    assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == "abc EN"
+
+
+def test_stop_tokens_end_the_text_without_being_in_it(api: RunningApi, served: ServedModel) -> None:
+    scripts(api, served, "abcXdef")
+    stop_id = served.tokenizer.encode("X")[0]
+    choice = post(api, {"prompt": "x", "max_tokens": 99, "stop_token_ids": [stop_id], "return_token_ids": True}).json()[
+        "choices"
+    ][0]
+    assert (choice["text"], choice["stop_reason"], choice["token_ids"][-1]) == ("abc", stop_id, stop_id)
+    ended = post(api, {"prompt": "x", "max_tokens": 99}).json()["choices"][0]
+    assert (ended["text"], ended["finish_reason"], ended["stop_reason"]) == ("abcXdef", "stop", None)
+
+
+def test_characters_cut_between_tokens_come_whole(api: RunningApi, served: ServedModel) -> None:
+    text = "naïve 你好 🙂!"
+    scripts(api, served, text)
+    chunks = events(api, {"prompt": "x", "max_tokens": 100})
+    pieces = [choice["text"] for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_logprobs_are_in_the_shape_of_completions(api: RunningApi, served: ServedModel) -> None:
+    scripts(api, served, "abc", ends=False)
+    logprobs = post(api, {"prompt": "x", "max_tokens": 3, "logprobs": 2}).json()["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["a", "b", "c"]
+    assert logprobs["text_offset"] == [0, 1, 2]
+    assert logprobs["token_logprobs"] == [-0.5] * 3
+    assert [len(top) for top in logprobs["top_logprobs"]] == [2, 2, 2]
+    named = post(api, {"prompt": "x", "max_tokens": 1, "logprobs": 0, "return_tokens_as_token_ids": True}).json()
+    token_id = served.tokenizer.encode("a")[0]
+    assert named["choices"][0]["logprobs"]["tokens"] == [f"token_id:{token_id}"]
+
+
+def test_echo_puts_the_prompt_before_text_and_logprobs(api: RunningApi, served: ServedModel) -> None:
+    scripts(api, served, "abc", ends=False)
+    body = {"prompt": "the router", "max_tokens": 3, "echo": True, "logprobs": 1}
+    choice = post(api, body).json()["choices"][0]
+    assert choice["text"] == "the routerabc"
+    joined = "".join(choice["logprobs"]["tokens"])
+    assert joined == choice["text"]
+    for token, offset in zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"], strict=True):
+        assert choice["text"].startswith(token, offset)
+    assert choice["logprobs"]["token_logprobs"][0] is None
+    chunks = events(api, body)
+    assert "".join(one["choices"][0]["text"] for one in chunks) == choice["text"]
+    only = post(api, {**body, "max_tokens": 0}).json()
+    assert only["choices"][0]["text"] == "the router"
+    assert only["usage"]["completion_tokens"] == 0
+    assert len(only["choices"][0]["logprobs"]["tokens"]) == only["usage"]["prompt_tokens"]
+
+
+def test_prompt_logprobs_are_in_vllm_shape(api: RunningApi) -> None:
+    answer = post(api, {"prompt": [10, 11, 12], "max_tokens": 1, "prompt_logprobs": 1}).json()
+    first, second, _ = answer["choices"][0]["prompt_logprobs"]
+    assert first is None
+    assert second["11"]["rank"] == 1 and second["11"]["logprob"] == -0.5
+    refused = post(api, {"prompt": "x", "prompt_logprobs": 1, "stream": True})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "prompt_logprobs"
+
+
+def test_every_sampling_field_reaches_the_router(api: RunningApi, served: ServedModel) -> None:
+    body = {
+        "prompt": "x",
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "frequency_penalty": 0.3,
+        "presence_penalty": -0.4,
+        "logit_bias": {"5": 2.5},
+        "min_tokens": 2,
+        "max_tokens": 4,
+        "stop_token_ids": [9],
+        "ignore_eos": True,
+        "seed": -1,
+        "bad_words": ["no"],
+        "allowed_token_ids": [1, 2, 3],
+        "priority": 3,
+        "cache_salt": "tenant",
+        "return_routed_experts": True,
+        "structured_outputs": {"choice": ["a", "b"]},
+    }
+    assert post(api, body).status_code == 200
+    message = api.router.requests[-1]
+    sampling = message["sampling"]
+    words = [served.tokenizer.encode("no"), served.tokenizer.encode(" no")]
+    assert sampling.pop("bad_words_ids") == words
+    assert sampling.pop("seed") == 2**63 - 1
+    assert sampling == {
+        **{name: body[name] for name in sampling if name not in ("structured",)},
+        "structured": {"kind": "choice", "payload": '["a", "b"]'},
+    }
+    assert set(sampling) >= {"temperature", "top_p", "top_k", "min_p", "logit_bias", "ignore_eos", "allowed_token_ids"}
+    assert (message["priority"], message["cache_salt"], message["return_routed_experts"]) == (3, "tenant", True)
+
+
+def test_a_seed_is_always_set(api: RunningApi) -> None:
+    for _ in range(2):
+        post(api, {"prompt": "x", "max_tokens": 1})
+    first, second = (request["sampling"]["seed"] for request in api.router.requests[-2:])
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("structured", "kind"),
+    [
+        ({"structured_outputs": {"json": {"type": "object"}}}, "json_schema"),
+        ({"structured_outputs": {"json": '{"type": "object"}'}}, "json_schema"),
+        ({"structured_outputs": {"json_object": True}}, "json_object"),
+        ({"structured_outputs": {"regex": "a+"}}, "regex"),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, "grammar"),
+        ({"response_format": {"type": "json_object"}}, "json_object"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}}, "json_schema"),
+    ],
+)
+def test_structured_outputs_reach_the_router(api: RunningApi, structured: dict[str, Any], kind: str) -> None:
+    assert post(api, {"prompt": "x", "max_tokens": 1, **structured}).status_code == 200
+    assert api.router.requests[-1]["sampling"]["structured"]["kind"] == kind
+
+
+def test_truncation_keeps_the_end_of_the_prompt(api: RunningApi) -> None:
+    post(api, {"prompt": [10, 11, 12, 13], "max_tokens": 1, "truncate_prompt_tokens": 2})
+    assert api.router.requests[-1]["prompt_ids"] == [12, 13]
+    post(api, {"prompt": [10] * 1000, "max_tokens": 6, "truncate_prompt_tokens": -1})
+    assert len(api.router.requests[-1]["prompt_ids"]) == 506
+
+
+def test_too_long_prompts_are_refused_with_both_numbers(api: RunningApi) -> None:
+    for body in ({"prompt": [5] * 600}, {"prompt": [5] * 100, "max_tokens": 500}):
+        response = post(api, body)
+        error = response.json()["error"]
+        assert response.status_code == 400 and error["code"] == "context_length_exceeded"
+        assert "512" in error["message"] and str(len(body["prompt"])) in error["message"]  # type: ignore[arg-type]
+    assert post(api, {"prompt": [5] * 506}).json()["usage"]["completion_tokens"] == 6  # our own 16 gives way
+
+
+def _left(api: RunningApi, num: int) -> None:
+    deadline = time.monotonic() + 5
+    while len(api.router.aborted) < num and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(api.router.aborted) == num
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_aborts_its_requests(api: RunningApi, stream: bool) -> None:
+    api.router.token_s = 0.05
+    before = len(api.router.aborted)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            api.url + "/v1/completions",
+            json={"prompt": "x", "max_tokens": 200, "n": 2, "stream": stream},
+            timeout=httpx.Timeout(0.4, read=0.4 if not stream else 0.01),
+        )
+    _left(api, before + 2)
+    assert api.pool.num_in_flight == 0
+    assert httpx.get(api.url + "/load").json() == {"server_load": 0}
+
+
+def test_the_async_client_streams_many_at_once(api: RunningApi, served: ServedModel) -> None:
+    async def run() -> None:
+        async with openai.AsyncOpenAI(base_url=api.url + "/v1", api_key="x") as client:
+
+            async def one(seed: int) -> str:
+                stream = await client.completions.create(
+                    model="tiny", prompt="x", max_tokens=20, seed=seed, stream=True
+                )
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            texts = await asyncio.gather(*(one(seed) for seed in range(20)))
+        assert texts == [served.tokenizer.decode(expected_ids(seed, 1, 20)) for seed in range(20)]
+
+    asyncio.run(run())

@@ -1,0 +1,142 @@
+"""Tools of a chat: what a request offers, what it demands, and the constraint that a demand puts on the output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from deploy.errors import InvalidRequest
+from model.sampling_params import StructuredSpec
+
+PREAMBLE = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{signatures}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUse:
+    """The tools that the model may see, and how it must use them. `name` is set when one function is demanded."""
+
+    tools: tuple[Mapping[str, Any], ...] = ()
+    mode: Literal["none", "auto", "required", "named"] = "none"
+    name: str | None = None
+    is_parallel: bool = True
+
+    def structured(self) -> StructuredSpec | None:
+        """What the output must be: for a named function its arguments, for `required` a list of calls."""
+        if self.mode == "named":
+            schema: Any = next(_parameters(tool) for tool in self.tools if _name(tool) == self.name)
+        elif self.mode == "required":
+            schema = _calls_schema(self.tools, is_parallel=self.is_parallel)
+        else:
+            return None
+        return StructuredSpec("json_schema", json.dumps(schema, ensure_ascii=False))
+
+    def preamble(self) -> str:
+        """The tools as text, in Hermes' and Qwen's form, for chat templates that don't know tools."""
+        return PREAMBLE.format(signatures="\n".join(json.dumps(tool, ensure_ascii=False) for tool in self.tools))
+
+
+def read_tool_use(
+    tools: Sequence[Mapping[str, Any]] | None, tool_choice: str | Mapping[str, Any] | None, *, is_parallel: bool
+) -> ToolUse:
+    """Checks both fields. Raises InvalidRequest."""
+    checked = tuple(_checked(tool, f"tools[{i}]") for i, tool in enumerate(tools or ()))
+    names = [_name(tool) for tool in checked]
+    if len(set(names)) < len(names):
+        raise InvalidRequest("tools: two functions have the same name; rename one", param="tools")
+    if tool_choice is None or tool_choice == "auto":
+        return ToolUse(tools=checked, mode="auto" if checked else "none", is_parallel=is_parallel)
+    if tool_choice == "none":
+        return ToolUse()
+    if not checked:
+        raise InvalidRequest("tool_choice: there are no tools to choose from; send tools", param="tool_choice")
+    if tool_choice == "required":
+        return ToolUse(tools=checked, mode="required", is_parallel=is_parallel)
+    if isinstance(tool_choice, Mapping) and tool_choice.get("type") == "function":
+        function = tool_choice.get("function")
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if name not in names:
+            raise InvalidRequest(f"tool_choice: no function {str(name)[:80]!r} among tools", param="tool_choice")
+        return ToolUse(tools=checked, mode="named", name=name, is_parallel=False)
+    if isinstance(tool_choice, Mapping) and tool_choice.get("type") == "allowed_tools":
+        return _allowed(checked, tool_choice.get("allowed_tools"), is_parallel=is_parallel)
+    raise InvalidRequest(
+        'tool_choice: use "none", "auto", "required", {"type": "function", "function": {"name": ...}} or allowed_tools',
+        param="tool_choice",
+    )
+
+
+def _allowed(tools: Sequence[Mapping[str, Any]], given: Any, *, is_parallel: bool) -> ToolUse:
+    try:
+        wanted = {one["function"]["name"] for one in given["tools"]}
+        mode = given["mode"]
+    except (KeyError, TypeError):
+        wanted, mode = set(), None
+    kept = tuple(tool for tool in tools if _name(tool) in wanted)
+    if mode not in ("auto", "required") or not kept or len(kept) < len(wanted):
+        raise InvalidRequest("tool_choice.allowed_tools: a mode and names from tools are required", param="tool_choice")
+    return ToolUse(tools=kept, mode=mode, is_parallel=is_parallel)
+
+
+def _checked(tool: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    if tool.get("type", "function") != "function":
+        raise InvalidRequest(f"{where}.type: {str(tool['type'])[:80]!r} is not supported; use function", param=where)
+    function = tool.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InvalidRequest(f"{where}.function: an object with a name is required", param=where)
+    if not 1 <= len(function["name"]) <= 128:
+        raise InvalidRequest(f"{where}.function.name: 1 to 128 characters are required", param=where)
+    if not isinstance(function.get("parameters") or {}, Mapping):
+        raise InvalidRequest(f"{where}.function.parameters: a JSON schema object is required", param=where)
+    return tool
+
+
+def _name(tool: Mapping[str, Any]) -> str:
+    name: str = tool["function"]["name"]
+    return name
+
+
+def _parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(tool["function"].get("parameters") or {"type": "object", "properties": {}})
+
+
+def _calls_schema(tools: Sequence[Mapping[str, Any]], *, is_parallel: bool) -> dict[str, Any]:
+    """A list of {"name", "parameters"}, as vLLM has it. Definitions move to the top, where references look for them."""
+    shared: dict[str, dict[str, Any]] = {}
+    calls = []
+    for tool in tools:
+        parameters = _parameters(tool)
+        for group in ("$defs", "definitions"):
+            for name, definition in dict(parameters.pop(group, None) or {}).items():
+                if shared.setdefault(group, {}).setdefault(name, definition) != definition:
+                    raise InvalidRequest(
+                        f"tools: two different definitions are called {name!r}; rename one", param="tools"
+                    )
+        calls.append(
+            {
+                "type": "object",
+                "properties": {"name": {"type": "string", "enum": [_name(tool)]}, "parameters": parameters},
+                "required": ["name", "parameters"],
+                "additionalProperties": False,
+            }
+        )
+    return {
+        "type": "array",
+        "minItems": 1,
+        **({} if is_parallel else {"maxItems": 1}),
+        "items": {"anyOf": calls},
+        **shared,
+    }

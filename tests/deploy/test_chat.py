@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from deploy.served_model import ServedModel
+from tests.deploy.fakes import RunningApi
+from tests.deploy.test_completions import events, post, scripts
+
+CHAT = "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "hello"}]
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+    },
+}
+CALLS = "I add." + "".join(f'\n<tool_call>\n{{"name": "add", "arguments": {{"a": {i}}}}}\n</tool_call>' for i in (1, 2))
+
+
+@pytest.fixture
+def client(api: RunningApi) -> openai.OpenAI:
+    return openai.OpenAI(base_url=api.url + "/v1", api_key="any", max_retries=0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(api: RunningApi) -> None:
+    api.router.script = lambda _: None
+
+
+def prompt_of(api: RunningApi, served: ServedModel) -> str:
+    return served.tokenizer.decode(api.router.requests[-1]["prompt_ids"])
+
+
+def test_a_chat_has_openai_shape(client: openai.OpenAI, api: RunningApi, served: ServedModel) -> None:
+    scripts(api, served, "hi there")
+    answer = client.chat.completions.create(model="tiny", messages=HELLO, max_completion_tokens=50)  # type: ignore[arg-type]
+    assert answer.id.startswith("chatcmpl-") and answer.object == "chat.completion"
+    assert answer.choices[0].message.role == "assistant" and answer.choices[0].message.content == "hi there"
+    assert answer.choices[0].finish_reason == "stop" and answer.choices[0].message.tool_calls is None
+    assert prompt_of(api, served) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_streamed_chat_begins_with_the_role_and_joins(api: RunningApi, served: ServedModel) -> None:
+    scripts(api, served, "hi there")
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events(api, {"messages": HELLO, "stream_options": options, "return_token_ids": True}, CHAT)
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert chunks[0]["prompt_token_ids"] == api.router.requests[-1]["prompt_ids"]
+    deltas = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(one["delta"].get("content", "") for one in deltas) == "hi there"
+    assert deltas[-1]["token_ids"][-1] == 2
+    assert deltas[-1]["finish_reason"] == "stop"
+    assert chunks[-1]["usage"]["completion_tokens"] == 9
+    assert all(chunk["usage"]["prompt_tokens"] > 0 for chunk in chunks)
+
+
+def test_chat_logprobs_have_tokens_bytes_and_alternatives(api: RunningApi, served: ServedModel) -> None:
+    scripts(api, served, "é!", ends=False)
+    answer = post(api, {"messages": HELLO, "logprobs": True, "top_logprobs": 2, "n": 2}, CHAT).json()
+    content = answer["choices"][1]["logprobs"]["content"]
+    assert b"".join(bytes(one["bytes"]) for one in content) == "é!".encode()
+    assert all(len(one["top_logprobs"]) == 2 for one in content)
+    assert post(api, {"messages": HELLO, "top_logprobs": 2}, CHAT).json()["error"]["param"] == "top_logprobs"
+
+
+def test_text_parts_and_all_roles_are_rendered(api: RunningApi, served: ServedModel) -> None:
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "2"},
+    ]
+    assert post(api, {"messages": messages, "max_tokens": 1}, CHAT).status_code == 200
+    prompt = prompt_of(api, served)
+    assert "<|im_start|>system\nbe brief" in prompt and "<|im_start|>user\na\nb<|im_end|>" in prompt
+    assert '{"name": "add", "arguments": {"a": 1}}' in prompt and "<|im_start|>tool\n2" in prompt
+
+
+def test_the_final_message_can_be_continued(api: RunningApi, served: ServedModel) -> None:
+    messages = [*HELLO, {"role": "assistant", "content": "Once upon "}]
+    scripts(api, served, "a time")
+    body = {"messages": messages, "continue_final_message": True, "echo": True}
+    answer = post(api, body, CHAT).json()
+    assert prompt_of(api, served).endswith("<|im_start|>assistant\nOnce upon ")
+    assert answer["choices"][0]["message"]["content"] == "Once upon a time"
+    assert post(api, {**body, "add_generation_prompt": True}, CHAT).status_code == 400
+
+
+def test_tool_calls_are_parsed_whole_and_streamed(client: openai.OpenAI, api: RunningApi, served: ServedModel) -> None:
+    scripts(api, served, CALLS)
+    body: dict[str, Any] = {"model": "tiny", "messages": HELLO, "tools": [ADD], "max_completion_tokens": 200}
+    whole = client.chat.completions.create(**body).choices[0]
+    assert whole.finish_reason == "tool_calls" and whole.message.content == "I add."
+    calls = [(one.function.name, json.loads(one.function.arguments)) for one in whole.message.tool_calls or []]  # type: ignore[union-attr]
+    assert calls == [("add", {"a": 1}), ("add", {"a": 2})]
+    assert '"name": "add"' in prompt_of(api, served)
+    with client.chat.completions.stream(**body) as stream:
+        final = stream.get_final_completion().choices[0]
+    assert final.finish_reason == "tool_calls" and final.message.content == "I add."
+    assert [one.function.arguments for one in final.message.tool_calls or []] == ['{"a": 1}', '{"a": 2}']
+    single = post(api, {"messages": HELLO, "tools": [ADD], "parallel_tool_calls": False}, CHAT).json()
+    assert len(single["choices"][0]["message"]["tool_calls"]) == 1
+    unused = post(api, {"messages": HELLO, "tools": [ADD], "tool_choice": "none"}, CHAT).json()
+    assert unused["choices"][0]["message"]["content"] == CALLS
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_demanded_call_constrains_the_output(
+    client: openai.OpenAI, api: RunningApi, served: ServedModel, stream: bool
+) -> None:
+    cases = [
+        ("required", '[{"name": "add", "parameters": {"a": 1}}]', "tool_calls"),
+        ({"type": "function", "function": {"name": "add"}}, '{"a": 1}', "stop"),
+    ]
+    for choice, text, reason in cases:
+        scripts(api, served, text)
+        body: dict[str, Any] = {"model": "tiny", "messages": HELLO, "tools": [ADD], "tool_choice": choice}
+        if stream:
+            with client.chat.completions.stream(**body) as events_:
+                answer: Any = events_.get_final_completion().choices[0]
+        else:
+            answer = client.chat.completions.create(**body).choices[0]
+        assert [(one.function.name, one.function.arguments) for one in answer.message.tool_calls] == [
+            ("add", '{"a": 1}')
+        ]
+        assert answer.finish_reason == reason and not answer.message.content
+        assert api.router.requests[-1]["sampling"]["structured"]["kind"] == "json_schema"
+
+
+def test_parsed_models_work_with_the_client(client: openai.OpenAI, api: RunningApi, served: ServedModel) -> None:
+    class Point(BaseModel):
+        x: int
+
+    scripts(api, served, '{"x": 4}')
+    answer = client.chat.completions.parse(model="tiny", messages=HELLO, response_format=Point)  # type: ignore[arg-type]
+    assert answer.choices[0].message.parsed == Point(x=4)
+    structured = api.router.requests[-1]["sampling"]["structured"]
+    assert json.loads(structured["payload"])["properties"]["x"]["type"] == "integer"
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content[0]",
+        ),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"tools": [{"type": "custom"}]}, "tools[0]"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"tools": [ADD], "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
+        ({"functions": []}, "functions"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template"),
+        ({"chat_template_kwargs": {"messages": []}}, "messages"),
+        ({"stop": [""]}, "stop"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_refused_by_name(api: RunningApi, extra: dict[str, Any], param: str) -> None:
+    response = post(api, {"messages": HELLO, **extra}, CHAT)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
