@@ -326,8 +326,8 @@ def _resolve_gptq(values: Mapping[str, Any]) -> GPTQConfig | None:
         )
     bits = quantization.get("bits")
     group_size = quantization.get("group_size", 128)
-    if bits not in (4, 8):
-        raise ValueError(f"quantization_config.bits {bits!r} is not implemented: expected 4 or 8")
+    if bits != 4:
+        raise ValueError(f"quantization_config.bits {bits!r} is not implemented: expected 4")
     if isinstance(group_size, bool) or not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
         raise ValueError(
             f"quantization_config.group_size {group_size!r} must be a positive integer, or -1 for one group"

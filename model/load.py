@@ -17,8 +17,9 @@ from model.gate import Gate
 from model.heads import Head
 from model.kernels import REFERENCE_KERNELS, Kernels
 from model.layers import MLP, Rope
-from model.linear import DenseWeight, Weight
+from model.linear import DenseWeight, Int4Weight, Weight
 from model.moe import MoeBlock
+from model.quantize import concatenate_int4, from_gptq, quantize_int4, quantize_int8
 
 QUANTIZATIONS = ("int8", "int4")
 _HEAD_MODULES: dict[HeadKind, str] = {
@@ -41,7 +42,7 @@ def load_decoder(
     `quantization` (int8 | int4 | None) applies to attention and MLPs; embedding, norms and gates keep the checkpoint's
     storage, rounded to `config.dtype` where that is narrower. Raises ValueError as `Checkpoint` does.
     """
-    read = _Reader(checkpoint, config, quantization, device)
+    read = _Reader(checkpoint, config, quantization, device, kernels)
     return Decoder(
         config=config,
         embedding_VH=read.matrix("embed_tokens.weight", (config.vocab_size, config.hidden_size)),
@@ -59,9 +60,10 @@ def load_expert(
     expert_id: int,
     quantization: str | None = None,
     device: torch.device | str = "cpu",
+    kernels: Kernels = REFERENCE_KERNELS,
 ) -> ExpertWeights:
     """One routed expert, from per-expert tensors or a slice of fused ones. Raises ValueError as `Checkpoint` does."""
-    read = _Reader(checkpoint, config, quantization, device)
+    read = _Reader(checkpoint, config, quantization, device, kernels)
     hidden, inner = config.hidden_size, config.moe_intermediate_size
     experts = f"layers.{layer_idx}.mlp.experts"
     if f"{checkpoint.prefix}{experts}.gate_up_proj" in checkpoint:
@@ -79,6 +81,7 @@ def load_head(
     quantization: str | None = None,
     device: torch.device | str = "cpu",
     decoder: Decoder | None = None,
+    kernels: Kernels = REFERENCE_KERNELS,
 ) -> Head:
     """The head that `config.head_kind` names. A tied LM head shares the decoder's embedding where one is given.
 
@@ -89,7 +92,7 @@ def load_head(
         raise ValueError(
             "architectures ['Qwen2MoeModel'] has no head: serve one of the four heads, or add one to the checkpoint"
         )
-    read = _Reader(checkpoint, config, quantization, device)
+    read = _Reader(checkpoint, config, quantization, device, kernels)
     if kind == "causal_lm":
         shape = (config.vocab_size, hidden)
         if not config.tie_word_embeddings:
@@ -104,7 +107,7 @@ def load_head(
     has_bias = kind == "question_answering" or (kind == "token_classification" and config.token_classification_bias)
     return Head(
         kind=kind,
-        weight=DenseWeight(read.matrix(f"{module}.weight", (num_outputs, hidden), base=False)),
+        weight=read.dense(f"{module}.weight", (num_outputs, hidden), base=False),
         bias=read.vector(f"{module}.bias", num_outputs, base=False) if has_bias else None,
     )
 
@@ -117,6 +120,7 @@ class _Reader:
     config: ModelConfig
     quantization: str | None
     device: torch.device | str
+    kernels: Kernels
 
     def __post_init__(self) -> None:
         if self.quantization not in (None, *QUANTIZATIONS):
@@ -132,19 +136,42 @@ class _Reader:
         """Norms and biases: float32, since they meet float32 activations elementwise."""
         return self.checkpoint.float_tensor(self._name(name, base), (length,), None).float().to(self.device)
 
-    def quantized(self, matrix: Tensor) -> Weight:
-        if self.quantization is None:
-            return DenseWeight(matrix)
-        from model.quantize import quantize_int4, quantize_int8
+    def dense(self, name: str, shape: tuple[int, int], *, base: bool = True) -> Weight:
+        """A matrix that is never quantized: gates and small heads."""
+        return self.kernels.pack_weight(DenseWeight(self.matrix(name, shape, base=base)))
 
-        return quantize_int8(matrix) if self.quantization == "int8" else quantize_int4(matrix)
+    def quantized(self, matrix: Tensor) -> Weight:
+        if self.quantization == "int8":
+            return self.kernels.pack_weight(quantize_int8(matrix))
+        if self.quantization == "int4":
+            return self.kernels.pack_weight(quantize_int4(matrix))
+        return self.kernels.pack_weight(DenseWeight(matrix))
 
     def linear(self, modules: Sequence[tuple[str, int]], num_inputs: int) -> Weight:
         """The weights of several modules (name, outputs) with the same input, as one matrix of all their rows."""
         if f"{self.checkpoint.prefix}{modules[0][0]}.qweight" in self.checkpoint:
-            raise NotImplementedError
+            parts = [self._gptq(name, (num_outputs, num_inputs)) for name, num_outputs in modules]
+            return self.kernels.pack_weight(parts[0] if len(parts) == 1 else concatenate_int4(parts))
         matrices = [self.matrix(f"{name}.weight", (num_outputs, num_inputs)) for name, num_outputs in modules]
         return self.quantized(matrices[0] if len(matrices) == 1 else torch.cat(matrices))
+
+    def _gptq(self, name: str, shape: tuple[int, int]) -> Int4Weight:
+        gptq = self.config.gptq
+        if gptq is None:
+            raise ValueError(f"tensor '{name}.qweight' is GPTQ's, but config.json has no quantization_config; add it")
+        qweight, qzeros, scales = (
+            self.checkpoint.tensor(self._name(f"{name}.{part}", True)).to(self.device)
+            for part in ("qweight", "qzeros", "scales")
+        )
+        g_idx_name = self._name(f"{name}.g_idx", True)
+        g_idx = self.checkpoint.tensor(g_idx_name) if g_idx_name in self.checkpoint else None
+        weight = from_gptq(qweight, qzeros, scales, g_idx, zero_point_offset=gptq.zero_point_offset)
+        if weight.shape != shape:
+            raise ValueError(
+                f"GPTQ tensor '{name}.qweight' is a matrix of shape {list(weight.shape)}, expected {list(shape)} by "
+                "config.json; the weights and config.json belong to different models"
+            )
+        return weight
 
     def _name(self, name: str, base: bool) -> str:
         return f"{self.checkpoint.prefix}{name}" if base else name
@@ -157,12 +184,12 @@ def _load_layer(read: _Reader, config: ModelConfig, layer_idx: int) -> DecoderLa
         mlp = MoeBlock(
             layer_idx=layer_idx,
             gate=Gate(
-                DenseWeight(read.matrix(f"{layer}.mlp.gate.weight", (config.num_experts, hidden))),
+                read.dense(f"{layer}.mlp.gate.weight", (config.num_experts, hidden)),
                 config.num_experts_per_tok,
                 config.norm_topk_prob,
             ),
             shared_expert=_load_mlp(read, f"{layer}.mlp.shared_expert", hidden, config.shared_expert_intermediate_size),
-            shared_expert_gate=DenseWeight(read.matrix(f"{layer}.mlp.shared_expert_gate.weight", (1, hidden))),
+            shared_expert_gate=read.dense(f"{layer}.mlp.shared_expert_gate.weight", (1, hidden)),
         )
     else:
         mlp = _load_mlp(read, f"{layer}.mlp", hidden, config.intermediate_size)

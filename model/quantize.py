@@ -48,17 +48,15 @@ def quantize_int4(matrix_NK: Tensor, group_size: int = INT4_GROUP_SIZE) -> Int4W
     return Int4Weight(shape=(num_outputs, num_inputs), values=values, scales=scales, zeros=zeros, group_size=group_size)
 
 
-def from_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, *, bits: int = 4) -> Int4Weight:
-    """A matrix of a GPTQ checkpoint (AutoGPTQ v1 format), bit by bit the same weights.
+def from_gptq(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, *, zero_point_offset: int = 1
+) -> Int4Weight:
+    """A matrix of a 4-bit GPTQ checkpoint: bit by bit the same weights.
 
-    qweight int32 [K / 8, N]: input 8i + j in bits 4j..4j + 3. qzeros int32 [groups, N / 8]: zero points minus one,
-    packed likewise over outputs. scales float16 [groups, N]. g_idx int32 [K]: the group of each input; with act-order
-    they are not consecutive, and the inputs are sorted into their groups here.
+    qweight int32 [K / 8, N]: input 8i + j in bits 4j..4j + 3. qzeros int32 [groups, N / 8]: zero points minus
+    zero_point_offset, packed likewise over outputs. scales float16 [groups, N]. g_idx int32 [K]: the group of each
+    input; with act-order they are not consecutive, and the inputs are sorted into their groups here.
     """
-    if bits != 4:
-        raise ValueError(
-            f"quantization_config bits {bits} is not supported: expected 4 bits; use a 4-bit GPTQ checkpoint"
-        )
     num_groups, num_outputs = scales.shape
     num_inputs = qweight.shape[0] * 8
     if qweight.shape[1] != num_outputs or tuple(qzeros.shape) != (num_groups, num_outputs // 8):
@@ -68,7 +66,7 @@ def from_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | N
         )
     group_size = -(-num_inputs // num_groups)
     nibbles_KN = _nibbles_of_int32(qweight.T).T
-    zeros = _nibbles_of_int32(qzeros).T + 1
+    zeros = _nibbles_of_int32(qzeros).T + zero_point_offset
     input_order = _group_order(g_idx, num_inputs, num_groups, group_size)
     if input_order is not None:
         nibbles_KN = nibbles_KN[input_order.long()]

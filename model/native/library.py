@@ -105,7 +105,7 @@ def load_library(level: str | None = None, num_threads: int = 1, path: Path | No
         linear=function(f"linear_{level}", None, address, address, integer, address, address, integer),
         run_experts=function(
             f"run_experts_{level}",
-            ctypes.c_long,
+            None,
             *(address, integer, address, integer, integer, address, address, address, integer, address, integer),
         ),
         paged_attention=function(f"paged_attention_{level}", None, address, integer),
