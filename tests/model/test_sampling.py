@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model.candidates import chunk_maxima, top_candidates
 from model.random_bits import gumbels, row_streams
 from model.sampler_state import SamplerState, SamplingRow
 from model.sampling import SampleOutput, sample
 from model.sampling_params import SamplingParams
+from model.tail import HeadRow, draw_with_tail
 
 END = 2
 
@@ -174,25 +176,45 @@ def test_a_real_vocabulary_gives_the_same_bits_alone_in_a_batch_and_with_two_thr
         torch.set_num_threads(num_threads)
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(),
-        SamplingParams(temperature=0.7, top_p=0.95),
-        SamplingParams(top_p=0.5),
-        SamplingParams(min_p=0.001),
-        SamplingParams(top_k=400),
-        SamplingParams(top_k=400, top_p=0.9),
-        SamplingParams(min_p=0.01, top_p=0.8),
-        SamplingParams(top_k=10),
-    ],
-)
+TAIL_PARAMS = [
+    SamplingParams(),
+    SamplingParams(temperature=0.7, top_p=0.95),
+    SamplingParams(top_p=0.5),
+    SamplingParams(min_p=0.001),
+    SamplingParams(top_k=400),
+    SamplingParams(top_k=400, top_p=0.9),
+    SamplingParams(min_p=0.01, top_p=0.8),
+]
+
+
+@pytest.mark.parametrize("params", [SamplingParams(top_k=10), *TAIL_PARAMS])
 def test_frequencies_are_those_of_the_distribution(params: SamplingParams) -> None:
     """1,000 tokens of which the head holds some 256: most of these draws need the tail."""
     logits = random_logits(1, 1, 1000, with_ties=False) * 0.5
     rows = [row(replace(params, seed=seed)) for seed in range(2500)]
     tokens = draw(logits.expand(2500, -1), rows).token_ids
     assert_frequencies(tokens, *reference_distribution(logits[0].tolist(), params))
+
+
+@pytest.mark.parametrize("params", TAIL_PARAMS)
+def test_bounds_on_the_tail_never_change_a_draw(params: SamplingParams) -> None:
+    logits = random_logits(2, 1, 1000, with_ties=False) * 0.7
+    rows = [row(replace(params, seed=seed)) for seed in range(300)]
+    head = top_candidates(logits, chunk_maxima(logits), 256)
+    ids_W = head.ids_RW[0, : int(head.counts_R[0])]
+    z_W = (logits[0, ids_W].double() - logits[0, ids_W[0]].double()) / params.temperature
+    expected = []
+    for seed in range(300):
+        stream = row_streams([seed], [2], torch.device("cpu"))
+        scored = HeadRow(ids_W=ids_W, scores_W=z_W + gumbels(stream, ids_W[None])[0])
+        expected.append(draw_with_tail(logits[0], scored, params, stream))
+    assert draw(logits.expand(300, -1), rows).token_ids == expected
+
+
+def test_a_nucleus_one_token_wider_than_the_head_reaches_that_token() -> None:
+    rows = [row(SamplingParams(seed=seed, top_p=0.2565)) for seed in range(2000)]
+    tokens = sample(torch.zeros(2000, 1000), rows).token_ids  # equals: the head is the first 256 ids
+    assert max(tokens) == 256
 
 
 def test_positions_of_one_seed_draw_independently() -> None:
