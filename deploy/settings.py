@@ -33,6 +33,8 @@ class ModelSettings(Section):
     """What is served."""
 
     path: str = "demo"  # directory of the checkpoint, a Hub id, or "demo" for the model in the package
+    revision: str | None = None  # of a Hub id
+    download_dir: str | None = None  # where Hub files go; None: the Hub's own cache
     served_names: tuple[str, ...] = ()  # names in the API; empty: the last part of the path
     heads: dict[str, str] = {}  # further checkpoints on the same backbone: served name -> directory
     tokenizer: str | None = None  # directory of another tokenizer
@@ -100,7 +102,15 @@ class MeshSettings(Section):
     routers: int = Field(default=1, ge=1)
     replicas: int = Field(default=1, ge=1)  # copies of each expert
     transport: Literal["auto", "star", "all_to_all"] = "auto"
-    bind_host: str = "127.0.0.1"  # address of this node's links and process groups
+    name: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")  # part of the actors' names
+    local: bool = False  # no shards: each router holds all experts itself
+    spares: int = Field(default=0, ge=0)  # further shards that run empty, ready to take over
+    spread: Literal["pack", "strict"] = "pack"  # strict: each shard on a node of its own
+    shard_cpus: float = Field(default=1.0, ge=0)
+    shard_gpus: float = Field(default=0.0, ge=0)
+    shard_resources: dict[str, float] = {}  # custom Ray resources that each shard asks for
+    router_cpus: float = Field(default=1.0, ge=0)
+    router_gpus: float = Field(default=0.0, ge=0)
     token: str | None = None  # shared secret of the links; None: a random one at start
     connect_timeout_s: float = Field(default=5.0, gt=0)
     step_timeout_s: float = Field(default=30.0, gt=0)  # upper bound; the deadline of a step adapts below it

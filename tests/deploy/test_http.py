@@ -1,0 +1,290 @@
+"""Errors, keys, limits, hostile bodies and the operators' endpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deploy.errors import InvalidRequest
+from deploy.openai_requests import ChatCompletionRequest, CompletionRequest, parse
+from deploy.served_model import ServedModel
+from deploy.settings import Settings
+from tests.deploy.fakes import FakeRouter, RunningApi, running_api
+
+SPEC = Path("/work/shared/openai/openapi.yaml")
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def send(api: RunningApi, body: bytes | Any, path: str = "/v1/chat/completions", **headers: str) -> httpx.Response:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return httpx.post(api.url + path, content=data, headers={"content-type": "application/json", **headers}, timeout=30)
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert 0 < len(error["message"]) <= 600
+    assert "Traceback" not in error["message"] and "\n" not in error["message"]
+    return error
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"messages":' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b'{"messages":[{"role":"user","content":"\\ud800"}]}',
+        b'{"messages":[{"role":"user","content":"x"}],"temperature":NaN}',
+        b'{"messages":[{"role":"user","content":"x"}],"temperature":1e999}',
+        b'{"messages":[{"role":"user","content":"x"}],"max_tokens":' + b"9" * 5000 + b"}",
+        b'{"messages":[{"role":"user","content":"x"}],"max_tokens":' + b"9" * 400 + b"}",
+        b'{"messages":[{"role":"user","content":"x"}],"seed":' + b"9" * 30 + b"}",
+        b'{"messages":[{"role":"user","content":"x"}],"logit_bias":{"x":1}}',
+        b'{"messages":[{"role":"user","content":"x"}],"logit_bias":{"99999":1}}',
+        b'{"messages":[{"role":"user","content":"x"}],"stop":[1]}',
+        b'{"messages":[{"role":"user","content":"x"}],"' + b"k" * 5000 + b'":1}',
+        b'{"prompt":"x","response_format":{"type":"json_schema","json_schema":{"name":"x","schema":{"a":1e999}}}}',
+        b'{"messages":[{"role":"user","content":"x"}],"n":1000000}',
+        b'{"messages":[{"role":"user","content":"x"}],"top_logprobs":1000,"logprobs":true}',
+        b'{"messages":"x"}',
+        b'{"messages":[[]]}',
+        b'{"messages":[{"role":"user","content":{"a":1}}]}',
+    ],
+)
+def test_hostile_bodies_are_refused(api: RunningApi, body: bytes) -> None:
+    response = send(api, body)
+    assert response.status_code == 400
+    assert error_of(response)["type"] == "invalid_request_error"
+
+
+def test_templates_in_messages_are_only_text(api: RunningApi, served: ServedModel) -> None:
+    for text in ("{{ 7 * 7 }}", "{% for i in range(10**9) %}x{% endfor %}", "{{ ''.__class__.__mro__ }}"):
+        assert send(api, {"messages": [{"role": "user", "content": text}], "max_tokens": 1}).status_code == 200
+        assert text in served.tokenizer.decode(api.router.requests[-1]["prompt_ids"])
+
+
+def test_giant_bodies_are_413_and_long_ones_400(api: RunningApi) -> None:
+    huge = send(api, {"messages": [{"role": "user", "content": "x" * (10 << 20)}]})
+    assert huge.status_code == 413 and error_of(huge)["code"] == "body_too_large"
+    chunked = httpx.post(
+        api.url + "/v1/completions",
+        content=(b"x" * 65536 for _ in range(200)),
+        headers={"content-type": "application/json"},
+    )
+    assert chunked.status_code == 413
+    long = send(api, {"messages": [{"role": "user", "content": "ab " * 300_000}]})
+    assert long.status_code == 400 and error_of(long)["code"] == "context_length_exceeded"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+FIELDS = sorted({*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields, "best_of", "store", "zzz"})
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4), st.booleans())
+def test_no_body_makes_the_server_fail(api: RunningApi, body: dict[str, Any], is_chat: bool) -> None:
+    base = {"messages": HELLO} if is_chat else {"prompt": "x"}
+    path = "/v1/chat/completions" if is_chat else "/v1/completions"
+    response = send(api, json.dumps({**base, "max_tokens": 1, **body}).encode(), path)
+    assert response.status_code in (200, 400, 404)
+    if response.status_code != 200:
+        error_of(response)
+
+
+def test_unknown_things_are_named_and_the_nearest_known_is_offered(api: RunningApi) -> None:
+    typo = send(api, {"messages": HELLO, "temprature": 1})
+    assert typo.status_code == 400 and "'temperature'" in error_of(typo)["message"]
+    assert error_of(typo)["param"] == "temprature"
+    model = send(api, {"messages": HELLO, "model": "gpt-9"})
+    assert model.status_code == 404 and error_of(model)["code"] == "model_not_found"
+    path = httpx.get(api.url + "/v1/nothing")
+    assert path.status_code == 404 and error_of(path)["code"] == "not_found"
+    method = httpx.get(api.url + "/v1/completions")
+    assert method.status_code == 405 and error_of(method)["code"] == "method_not_allowed"
+    media = send(api, {"messages": HELLO}, **{"content-type": "text/plain"})
+    assert media.status_code == 415 and error_of(media)["code"] == "unsupported_media_type"
+
+
+@pytest.mark.skipif(not SPEC.exists(), reason="OpenAI's specification is not at hand")
+@pytest.mark.parametrize(
+    ("schema", "model"),
+    [("CreateChatCompletionRequest", ChatCompletionRequest), ("CreateCompletionRequest", CompletionRequest)],
+)
+def test_every_field_of_openais_specification_is_known(schema: str, model: Any) -> None:
+    schemas = yaml.load(SPEC.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["components"]["schemas"]
+
+    def properties(one: dict[str, Any]) -> dict[str, Any]:
+        found = dict(one.get("properties", {}))
+        for part in one.get("allOf", []):
+            found |= properties(schemas[part["$ref"].rsplit("/", 1)[-1]] if "$ref" in part else part)
+        return found
+
+    base = {"messages": HELLO} if model is ChatCompletionRequest else {"prompt": "x"}
+    names = properties(schemas[schema])
+    assert len(names) > 15
+    for name in names:
+        if name not in base:
+            parse({**base, name: None}, model)  # null is the default
+        with contextlib.suppress(InvalidRequest):
+            parse({**base, name: {"odd": "value"}}, model)
+            continue
+        with pytest.raises(InvalidRequest, match=name) as caught:
+            parse({**base, name: {"odd": "value"}}, model)
+        assert "unknown field" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("user", "me"),
+        ("metadata", {"a": "b"}),
+        ("store", False),
+        ("service_tier", "auto"),
+        ("best_of", 1),
+        ("stop", None),
+    ],
+)
+def test_harmless_fields_are_accepted(api: RunningApi, field: str, value: Any) -> None:
+    body = {"prompt": "x", "max_tokens": 1, field: value}
+    assert send(api, body, "/v1/completions").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("store", True),
+        ("service_tier", "flex"),
+        ("best_of", 3),
+        ("suffix", "x"),
+        ("use_beam_search", True),
+        ("audio", {}),
+    ],
+)
+def test_what_is_not_done_is_refused_by_name(api: RunningApi, field: str, value: Any) -> None:
+    response = send(api, {"prompt": "x", field: value}, "/v1/completions")
+    assert response.status_code == 400 and error_of(response)["param"] == field
+
+
+def test_an_error_in_the_middle_of_a_stream_is_an_event_and_the_stream_ends(served: ServedModel) -> None:
+    router = FakeRouter(token_s=0.02, dies_after=5)
+    with running_api(served, Settings.model_validate({"limits": {"request_timeout_s": 0.8}}), router) as api:
+        response = send(api, {"prompt": "x", "max_tokens": 99, "stream": True}, "/v1/completions")
+        assert response.status_code == 200
+        lines = [line[6:] for line in response.text.split("\n\n") if line]
+        assert lines[-1] == "[DONE]"
+        assert json.loads(lines[-2])["error"]["type"] == "server_error"
+        assert len(lines) == 7
+        late = send(api, {"prompt": "x", "stream": True}, "/v1/completions")
+        assert late.status_code == 503 and error_of(late)["code"] == "no_router"
+        assert late.headers["retry-after"] == "1"
+        assert httpx.get(api.url + "/ready").status_code == 503
+        assert httpx.get(api.url + "/health").status_code == 200
+
+
+def test_a_full_queue_is_503_also_for_streams(served: ServedModel) -> None:
+    with running_api(served, router=FakeRouter(max_running=0)) as api:
+        for stream in (False, True):
+            response = send(api, {"prompt": "x", "stream": stream}, "/v1/completions")
+            assert response.status_code == 503 and error_of(response)["code"] == "queue_full"
+            assert "retry-after" in response.headers
+
+
+def test_an_ingress_holds_only_so_many_requests(served: ServedModel) -> None:
+    limited = Settings.model_validate(
+        {"limits": {"max_queue": 2, "max_requests_per_key": 1}, "server": {"api_keys": ["a", "b", "c"]}}
+    )
+    with running_api(served, limited, FakeRouter(token_s=0.05)) as api, httpx.Client() as http:
+
+        def begin(key: str) -> Any:
+            body = {"prompt": "x", "max_tokens": 300, "stream": True}
+            return http.stream(
+                "POST", api.url + "/v1/completions", json=body, headers={"authorization": f"Bearer {key}"}
+            )
+
+        with begin("a") as first:
+            assert first.status_code == 200
+            with begin("a") as again:
+                assert again.status_code == 429 and "retry-after" in again.headers
+            with begin("b") as second:
+                assert second.status_code == 200
+                with begin("c") as third:
+                    assert third.status_code == 503
+
+
+def test_keys_are_checked_everywhere_but_for_probes(served: ServedModel) -> None:
+    keyed = Settings.model_validate({"server": {"api_keys": ["key-1", "key-2"]}})
+    with running_api(served, keyed) as api:
+        for path in ("/v1/models", "/mesh", "/server_info", "/load", "/v1/nothing"):
+            response = httpx.get(api.url + path)
+            assert response.status_code == 401 and error_of(response)["code"] == "invalid_api_key"
+        for path in ("/health", "/ping"):
+            assert httpx.get(api.url + path).status_code == 200
+        for headers in ({"authorization": "Bearer key-1"}, {"authorization": "bearer key-2"}, {"x-api-key": "key-1"}):
+            assert httpx.get(api.url + "/v1/models", headers=headers).status_code == 200
+        for headers in ({"authorization": "Bearer key-3"}, {"authorization": "key-1"}, {"x-api-key": ""}):
+            assert httpx.get(api.url + "/v1/models", headers=headers).status_code == 401
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=api.url + "/v1", api_key="wrong", max_retries=0).models.list()
+        assert "key-1" not in httpx.get(api.url + "/server_info", headers={"x-api-key": "key-1"}).text
+
+
+def test_request_ids_are_echoed_and_name_the_answer(api: RunningApi) -> None:
+    response = send(api, {"prompt": "x", "max_tokens": 1}, "/v1/completions", **{"x-request-id": "abc-1"})
+    assert response.headers["x-request-id"] == "abc-1" and response.json()["id"] == "cmpl-abc-1"
+    fresh = send(
+        api, {"prompt": "x", "max_tokens": 1, "request_id": "mine"}, "/v1/completions", **{"x-request-id": "a b"}
+    )
+    assert fresh.headers["x-request-id"] != "a b" and fresh.json()["id"] == "cmpl-mine"
+    assert api.router.requests[-1]["request_id"] != "mine"  # two clients may choose the same
+
+
+def test_the_operators_endpoints_answer(api: RunningApi, served: ServedModel) -> None:
+    client = openai.OpenAI(base_url=api.url + "/v1", api_key="x")
+    assert [model.id for model in client.models.list()] == ["tiny", "tiny-alias"]
+    assert client.models.retrieve("tiny").model_dump()["max_model_len"] == 512
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("none")
+    assert httpx.get(api.url + "/version").json() == {"version": "0.1.0"}
+    assert httpx.get(api.url + "/ready").json() == {"routers": 1}
+    assert httpx.post(api.url + "/ping").status_code == 200
+    assert httpx.get(api.url + "/mesh").json()["routers"][0]["router_id"] == "router-0"
+    assert httpx.get(api.url + "/server_info").json()["settings"]["server"]["port"] == 8000
+    assert httpx.post(api.url + "/reset_prefix_cache").json() == {"routers": {"router-0": {"ok": True}}}
+    assert api.router.commands == ["reset_prefix_cache"]
+    assert "/v1/chat/completions" in httpx.get(api.url + "/openapi.json").json()["paths"]
+
+
+def test_tokens_go_both_ways(api: RunningApi, served: ServedModel) -> None:
+    answer = send(api, {"prompt": "the expert 🙂", "return_token_strs": True}, "/tokenize").json()
+    assert answer["tokens"] == served.tokenizer.encode("the expert 🙂")
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
+    assert answer["max_model_len"] == 512
+    assert send(api, {"tokens": answer["tokens"]}, "/detokenize").json() == {"prompt": "the expert 🙂"}
+    chat = send(api, {"messages": HELLO}, "/tokenize").json()
+    text = send(api, {"tokens": chat["tokens"]}, "/detokenize").json()["prompt"]
+    assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert send(api, {}, "/tokenize").status_code == 400
+    assert send(api, {"tokens": [512]}, "/detokenize").status_code == 400
+    assert send(api, {"tokens": [-1]}, "/detokenize").status_code == 400
+    long = send(api, {"prompt": "word " * 20_000}, "/tokenize").json()
+    assert long["count"] > 20_000
+    assert "chat_template" in httpx.get(api.url + "/tokenizer_info").json()

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from model.chat_template import ChatTemplate
+from model.tokenizer import Tokenizer
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " Once upon "}]
+
+
+def byte_level() -> Tokenizer:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["the quick brown fox, naïve 你好 🙂"] * 3, trainer)
+    backend.add_tokens(["<tool call>"])
+    return Tokenizer(backend, {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}})
+
+
+def byte_fallback() -> Tokenizer:
+    """As sentencepiece models have it: characters, and bytes for the rest."""
+    vocab = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}
+    vocab |= {char: 257 + i for i, char in enumerate("abcdefghijklmnopqrstuvwxyz▁")}
+    backend = Backend(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return Tokenizer(backend, {})
+
+
+BYTE_LEVEL, BYTE_FALLBACK = byte_level(), byte_fallback()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 300), max_size=40), st.booleans())
+def test_pieces_join_to_the_decoded_text_for_any_tokens(token_ids: list[int], skips: bool) -> None:
+    detokenizer = BYTE_LEVEL.detokenizer(skip_special_tokens=skips)
+    text = "".join(detokenizer.push(token_id) for token_id in token_ids) + detokenizer.finish()
+    assert text == BYTE_LEVEL.decode(token_ids, skip_special_tokens=skips)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK])
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.sampled_from("ab 你🙂é"), max_size=20))
+def test_a_character_comes_only_when_it_is_whole(tokenizer: Tokenizer, text: str) -> None:
+    text = text if tokenizer is BYTE_LEVEL else text.replace(" ", "")
+    detokenizer = tokenizer.detokenizer()
+    pieces = [detokenizer.push(token_id) for token_id in tokenizer.encode(text)]
+    assert "".join(pieces) + detokenizer.finish() == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_token_bytes_join_to_the_text() -> None:
+    text = "the naïve 你好 🙂 <tool call>"
+    assert b"".join(BYTE_LEVEL.token_bytes(token_id) for token_id in BYTE_LEVEL.encode(text)) == text.encode()
+    assert BYTE_LEVEL.token_bytes(10_000) == b""
+
+
+def test_special_tokens_are_known() -> None:
+    assert (BYTE_LEVEL.eos_token_id, BYTE_LEVEL.pad_token_id, BYTE_LEVEL.bos_token_id) == (2, 0, None)
+    assert BYTE_LEVEL.special_ids == {0, 1, 2}
+
+
+def test_lone_surrogates_are_refused() -> None:
+    with pytest.raises(ValueError, match="surrogate"):
+        BYTE_LEVEL.encode("\ud800")
+
+
+def save(directory: Path, **config: object) -> Path:
+    BYTE_LEVEL.backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_a_tokenizer_must_fit_the_vocabulary(tmp_path: Path) -> None:
+    save(tmp_path)
+    assert Tokenizer.from_directory(tmp_path, vocab_size=BYTE_LEVEL.max_token_id + 1)
+    with pytest.raises(ValueError, match=r"token id \d+ is outside the model's vocab_size = \d+"):
+        Tokenizer.from_directory(tmp_path, vocab_size=BYTE_LEVEL.max_token_id)
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer\.json: no such file"):
+        Tokenizer.from_directory(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a tokenizer"):
+        Tokenizer.from_directory(tmp_path)
+    save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(ValueError, match="not JSON"):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_templates_are_found_wherever_they_are(tmp_path: Path) -> None:
+    assert Tokenizer.from_directory(save(tmp_path)).chat_template is None
+
+    def shown(**config: object) -> str:
+        template = Tokenizer.from_directory(save(tmp_path, **config)).chat_template
+        assert template is not None
+        return template.render(MESSAGES)
+
+    assert shown(chat_template="A{{ eos_token }}", eos_token="E") == "AE"
+    assert shown(chat_template=[{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]) == "D"
+    (tmp_path / "chat_template.jinja").write_text("J{{ messages | length }}")
+    assert shown(chat_template="A") == "J2"
+    (tmp_path / "other.jinja").write_text("O")
+    other = Tokenizer.from_directory(tmp_path, chat_template_file=tmp_path / "other.jinja").chat_template
+    assert other is not None and other.render(MESSAGES) == "O"
+    with pytest.raises(ValueError, match="chat template"):
+        Tokenizer.from_directory(tmp_path, chat_template_file=tmp_path / "none.jinja")
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_chat_is_rendered_as_transformers_does() -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=BYTE_LEVEL.backend)
+    template = ChatTemplate({"default": CHATML}, {})
+    for options in (
+        {"add_generation_prompt": True},
+        {"add_generation_prompt": False},
+        {"add_generation_prompt": False, "continue_final_message": True},
+    ):
+        expected = theirs.apply_chat_template(MESSAGES, chat_template=CHATML, tokenize=False, **options)
+        assert template.render(MESSAGES, **options) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ 'x' * 10000000 }}",
+        "{{ 10000000 * [1] }}",
+        "{{ 9 ** 999999 }}",
+        "{% for i in range(1000000000) %}x{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}",
+        "{{ raise_exception('no') }}",
+        "{{ messages[99].content.nothing }}",
+        "{{ 1 / 0 }}",
+        "{% include 'x' %}",
+        "{{ cycler.__init__.__globals__.os }}",
+    ],
+)
+def test_templates_can_neither_escape_nor_exhaust(source: str) -> None:
+    template = ChatTemplate({"default": source}, {})
+    with pytest.raises(ValueError):  # noqa: PT011
+        template.render(MESSAGES, max_chars=100_000, timeout_s=1.0)
+
+
+def test_what_a_template_shows_is_known() -> None:
+    assert ChatTemplate({"default": "{% if tools %}{{ tools }}{% endif %}"}, {}).takes_tools()
+    assert not ChatTemplate({"default": CHATML}, {}).takes_tools()
+    with pytest.raises(ValueError, match="chat template 'default'"):
+        ChatTemplate({"default": "{% if %}"}, {})
+    with pytest.raises(ValueError, match="set by the server"):
+        ChatTemplate({"default": CHATML}, {}).render(MESSAGES, variables={"messages": []})
+    assert ChatTemplate({"default": "{{ style }}"}, {}).render(MESSAGES, variables={"style": "x"}) == "x"
