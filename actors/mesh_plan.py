@@ -11,7 +11,10 @@ from cluster.rebalance import level
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshPlan:
-    """num_spares: further shards that run empty, ready to take over a lost one's experts."""
+    """num_spares: further shards that run empty, ready to take over a lost one's experts.
+
+    num_shards 0: no shards at all, routers hold the experts themselves (`--local`).
+    """
 
     moe_layers: tuple[int, ...]
     num_experts: int
@@ -20,6 +23,8 @@ class MeshPlan:
     num_spares: int = 0
 
     def __post_init__(self) -> None:
+        if self.num_shards == 0:
+            return
         if not 1 <= self.num_shards <= self.num_experts * self.replicas:
             raise ValueError(
                 f"shards={self.num_shards} must lie between 1 and {self.num_experts * self.replicas} "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+
+from model.config import ModelConfig
 
 HUB_FILES = [
     "*.safetensors",
@@ -38,3 +41,9 @@ def locate_model(model: str, revision: str | None = None, download_dir: str | No
             f"model {model!r} is no directory here and could not be fetched from the hub: {reason}. "
             "Give a local directory, or check the name, the network and HF_TOKEN"
         ) from None
+
+
+def load_config(directory: Path, dtype: str | None) -> ModelConfig:
+    """The model's config, with another weight dtype where one is asked for."""
+    config = ModelConfig.from_directory(directory)
+    return config if dtype is None else replace(config, dtype=dtype)

@@ -24,7 +24,7 @@ from cluster.settings import Timeouts
 from cluster.view import MeshView
 
 if TYPE_CHECKING:
-    from actors.shard import ShardSpec
+    from actors.specs import ShardSpec
 
 log = logging.getLogger("expertmesh.ray")
 

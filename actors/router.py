@@ -11,8 +11,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,10 @@ from actors.engine import Engine, EngineModel, StepExchange
 from actors.link_server import LinkServer
 from actors.local_exchange import LocalSteps
 from actors.membership import MeshClient, RouterMembership
-from actors.model_source import locate_model
+from actors.model_source import load_config, locate_model
 from actors.remote_exchange import RemoteExchange
-from actors.scheduler import Scheduler, SchedulerLimits
-from cluster.settings import Timeouts
+from actors.scheduler import Scheduler
+from actors.specs import RouterSpec
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.heads import Head
@@ -38,61 +36,32 @@ from model.structured import GrammarCompiler
 log = logging.getLogger("expertmesh.router")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterSpec:
-    """What every router of a mesh is told. model: directory or hub id; heads: served name -> directory.
-
-    num_kv_blocks: of the full-attention group; None: what kv_cache_bytes holds. local: experts in this process.
-    """
-
-    model: str
-    served_name: str
-    revision: str | None = None
-    heads: Mapping[str, str] = field(default_factory=dict)
-    quantization: str | None = None
-    kv_dtype: str = "float32"
-    block_size: int = 16
-    num_kv_blocks: int | None = None
-    kv_cache_bytes: int = 1 << 30
-    max_model_len: int | None = None
-    prefix_caching: bool = True
-    limits: SchedulerLimits = SchedulerLimits()
-    timeouts: Timeouts = Timeouts()
-    transport: str = "auto"
-    num_threads: int = 1
-    local: bool = False
-    token: str = ""
-
-
 class Router:
     """Builds everything and runs it. Raises ValueError for a model that can't be served."""
 
     def __init__(
-        self, router_id: str, spec: RouterSpec, *, host: str, device: torch.device, client: MeshClient | None
+        self, router_id: str, spec: RouterSpec, *, host: str, device: torch.device, client: MeshClient
     ) -> None:
         torch.set_num_threads(spec.num_threads)
         self.router_id = router_id
         self.host = host
         self._spec = spec
-        directory = locate_model(spec.model, spec.revision)
-        config = ModelConfig.from_directory(directory)
+        directory = locate_model(spec.model, spec.revision, spec.download_dir)
+        config = load_config(directory, spec.dtype)
         kernels = select_kernels(device)
         model, blocks = _load(spec, directory, config, kernels, device)
-        self.membership: RouterMembership | None = None
+        self.membership = RouterMembership(
+            client,
+            router_id=router_id,
+            host=host,
+            transport=spec.transport,
+            device=device,
+            timeouts=spec.timeouts,
+        )
         exchange: StepExchange
         if spec.local:
             exchange = _local_exchange(spec, directory, config, kernels, device)
         else:
-            if client is None:
-                raise ValueError("a router needs the mesh's supervisor unless it runs with local=True")
-            self.membership = RouterMembership(
-                client,
-                router_id=router_id,
-                host=host,
-                transport=spec.transport,
-                device=device,
-                timeouts=spec.timeouts,
-            )
             exchange = RemoteExchange(
                 self.membership,
                 num_experts=config.num_experts,
@@ -116,18 +85,16 @@ class Router:
 
     def start(self) -> int:
         """Start watching the mesh, computing and listening; returns the link's port."""
-        if self.membership is not None:
-            self.membership.start()
-        self._thread.start()
         self.port = self.server.start(self.engine, self.host)
+        self.membership.start()
+        self._thread.start()
         return self.port
 
     def stop(self) -> None:
         self.server.stop()
         self.engine.stop()
         self._thread.join(timeout=10)
-        if self.membership is not None:
-            self.membership.close()
+        self.membership.close()
 
     @property
     def is_alive(self) -> bool:
@@ -136,7 +103,7 @@ class Router:
     @property
     def is_ready(self) -> bool:
         """A complete mesh is connected, so requests can finish."""
-        return self.is_alive and (self.membership is None or self.membership.newest() is not None)
+        return self.is_alive and (self._spec.local or self.membership.newest() is not None)
 
     def stats(self) -> dict[str, Any]:
         """Figures since the start. Best called on the engine's thread."""
@@ -180,11 +147,13 @@ def _load(
     checkpoint = Checkpoint(directory)
     decoder = load_decoder(checkpoint, config, spec.quantization, device, kernels)
     lm_head = (
-        load_head(checkpoint, config, spec.quantization, device, decoder) if config.head_kind == "causal_lm" else None
+        load_head(checkpoint, config, spec.quantization, device, decoder, kernels)
+        if config.head_kind == "causal_lm"
+        else None
     )
     heads = {name: _load_further_head(path, checkpoint, config, device) for name, path in spec.heads.items()}
     if config.head_kind not in ("causal_lm", "base"):
-        heads[spec.served_name] = load_head(checkpoint, config, None, device, decoder)
+        heads[spec.served_name] = load_head(checkpoint, config, None, device, decoder, kernels)
     max_model_len = min(spec.max_model_len or config.max_context_len, config.max_context_len)
     if spec.kv_dtype not in KV_DTYPES:
         raise ValueError(f"kv_dtype={spec.kv_dtype!r} is unknown; choose one of {', '.join(KV_DTYPES)}")
@@ -266,7 +235,9 @@ def _local_exchange(
 ) -> LocalSteps:
     checkpoint = Checkpoint(directory)
     experts = {
-        (layer_idx, expert_id): load_expert(checkpoint, config, layer_idx, expert_id, spec.quantization, device)
+        (layer_idx, expert_id): load_expert(
+            checkpoint, config, layer_idx, expert_id, spec.quantization, device, kernels
+        )
         for layer_idx in config.moe_layers
         for expert_id in range(config.num_experts)
     }

@@ -16,25 +16,7 @@ from dataclasses import dataclass
 
 from actors.blocks import BlockManager
 from actors.sequence import Sequence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerLimits:
-    """max_queue: requests that may wait; more are refused with 503."""
-
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    max_queue: int = 512
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
-                f"max_num_seqs={self.max_num_seqs}, or decodes would not fit in one step; raise it"
-            )
+from actors.specs import SchedulerLimits
 
 
 @dataclass(frozen=True, slots=True)

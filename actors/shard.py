@@ -14,36 +14,23 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from actors.model_source import locate_model
+from actors.model_source import load_config, locate_model
+from actors.specs import ShardSpec
 from cluster.errors import ExchangeError, FormationError
 from cluster.placement import ExpertKey
 from cluster.process_group import MeshGroup, connect_store, form_group
-from cluster.settings import Timeouts
 from cluster.transport import TRANSPORTS, ShardTransport
 from cluster.wire import Header, Message, Opcode, reply_dtype
 from model.checkpoint import Checkpoint
-from model.config import ModelConfig
 from model.experts import ExpertWeights
 from model.kernels import select_kernels
 from model.load import load_expert
 
 log = logging.getLogger("expertmesh.shard")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardSpec:
-    """What every shard of a mesh is told at its start. model: a directory or a hub id."""
-
-    model: str
-    revision: str | None = None
-    quantization: str | None = None
-    timeouts: Timeouts = Timeouts()
-    num_threads: int = 1
 
 
 class ExpertShard:
@@ -56,8 +43,8 @@ class ExpertShard:
         self._host = host
         self._node_id = node_id
         self._device = device
-        directory = locate_model(spec.model, spec.revision)
-        self._config = ModelConfig.from_directory(directory)
+        directory = locate_model(spec.model, spec.revision, spec.download_dir)
+        self._config = load_config(directory, spec.dtype)
         self._checkpoint = Checkpoint(directory)
         self._kernels = select_kernels(device)
         self._layers: dict[int, dict[int, ExpertWeights]] = {i: {} for i in self._config.moe_layers}
@@ -107,7 +94,13 @@ class ExpertShard:
                 layer = self._layers[layer_idx]
                 if expert_id not in layer:
                     layer[expert_id] = load_expert(
-                        self._checkpoint, self._config, layer_idx, expert_id, self._spec.quantization, self._device
+                        self._checkpoint,
+                        self._config,
+                        layer_idx,
+                        expert_id,
+                        self._spec.quantization,
+                        self._device,
+                        self._kernels,
                     )
         return int(self.info()["weight_bytes"])
 

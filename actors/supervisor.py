@@ -99,6 +99,8 @@ class Supervisor:
 
     async def start(self) -> None:
         """Find the shards that are there already, start the others, load, publish, and keep watch from then on."""
+        if self._plan.num_shards == 0:
+            return
         for shard_id, handle in (await self._starter.find_all()).items():
             await self._enrol(shard_id, handle)
         if self._shards:
@@ -183,6 +185,8 @@ class Supervisor:
 
     async def scale(self, num_shards: int) -> dict[str, Any]:
         """Change the number of shards while requests run; returns when the new placement serves."""
+        if self._plan.num_shards == 0 or num_shards < 1:
+            raise ValueError(f"cannot scale to {num_shards} shards: give at least 1, and a mesh that has shards")
         self._plan = self._plan.with_shards(num_shards)
         await self._restore()
         return {"epoch": self._view.epoch, "shards": list(self._view.shard_ids)}

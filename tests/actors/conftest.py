@@ -15,9 +15,9 @@ import torch
 
 from actors.engine import Engine
 from actors.request import Chunk, GenerateRequest
-from actors.router import Router, RouterSpec
-from actors.scheduler import SchedulerLimits
-from actors.shard import ExpertShard, ShardSpec
+from actors.router import Router
+from actors.shard import ExpertShard
+from actors.specs import RouterSpec, SchedulerLimits, ShardSpec
 from cluster.placement import Placement, spread_evenly
 from cluster.settings import Timeouts
 from cluster.view import Member, MeshView
@@ -142,7 +142,9 @@ def start_router(tiny_model: Path) -> Iterator[Callable[..., tuple[Router, Outpu
 
     def start(mesh: ThreadMesh | None = None, **overrides: Any) -> tuple[Router, Outputs]:
         spec = spec_for(tiny_model, **{"local": mesh is None, **overrides})
-        router = Router(f"router-{len(routers)}", spec, host="127.0.0.1", device=CPU, client=mesh)
+        router = Router(
+            f"router-{len(routers)}", spec, host="127.0.0.1", device=CPU, client=mesh or ThreadMesh(tiny_model)
+        )
         outputs = Outputs()
         router.engine._deliver = outputs.deliver
         router.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from actors.request import PoolRequest
-from actors.scheduler import SchedulerLimits
+from actors.specs import SchedulerLimits
 from tests.actors.conftest import ask, prompt_of, wait_until
 from tests.tiny import load_oracle, oracle_greedy
 

@@ -1,0 +1,204 @@
+"""The Serve application: ingress and router as deployments of their own.
+
+    serve run deploy.app:build_app model.path=/models/qwen mesh.shards=4       (or the same keys under `args` in a YAML)
+
+The supervisor and the shards are detached actors that the first router (or the CLI) starts; they outlive every
+replica. Tokens don't travel through Serve: ingresses talk to routers over links of their own, so a replica that dies
+is noticed in milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+
+from actors.model_source import load_config
+from actors.ray_mesh import NAMESPACE, RayMeshClient, actor_name, ensure_supervisor, worker_environment
+from deploy import specs
+from deploy.ingress import create_api
+from deploy.router_pool import PoolOptions, RouterPool
+from deploy.served_model import ServedModel
+from deploy.settings import Settings, load
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from ray.serve.handle import DeploymentHandle
+
+log = logging.getLogger("expertmesh.app")
+
+APP_NAME = "expertmesh"
+
+
+class RouterReplica:
+    """actors.router.Router as a Serve deployment. Healthy as long as its engine runs."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import torch
+
+        from actors.router import Router
+
+        parsed = Settings.model_validate(settings)
+        context = serve.get_replica_context()
+        router_id = f"router-{context.replica_id.unique_id}"
+        ensure_mesh(parsed)
+        runtime = ray.get_runtime_context()
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        info = {"router_id": router_id, "host": host, "port": 0, "pid": os.getpid(), "node_id": runtime.get_node_id()}
+        spec = specs.router_spec(parsed)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._router = Router(
+            router_id,
+            spec,
+            host=host,
+            device=device,
+            client=RayMeshClient(parsed.mesh.name, lambda: {**info, "port": self._router.port}, spec.timeouts),
+        )
+        self._router.start()
+
+    def check_health(self) -> None:
+        """Serve calls this; an exception makes it replace the replica."""
+        if not self._router.is_alive:
+            raise RuntimeError("the engine's thread has ended")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For Serve's autoscaling: what runs and waits here."""
+        scheduler = self._router.engine.scheduler
+        return {"ongoing": float(len(scheduler.running) + len(scheduler.waiting))}
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self._router.stop()
+
+
+class IngressReplica:
+    """The HTTP face as a Serve deployment: deploy.ingress over the links to the routers. Imports no torch."""
+
+    def __init__(self, settings: dict[str, Any], router: DeploymentHandle[Any]) -> None:
+        self._settings = Settings.model_validate(settings)
+        self._router = router  # keeps the router part of the application; requests go over the links
+        self._supervisor: Any = None
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        settings = self._settings
+        mesh = settings.mesh
+        pool = RouterPool(
+            self._discover,
+            PoolOptions(
+                token=mesh.token,
+                discover_interval_s=mesh.discover_interval_s,
+                connect_timeout_s=mesh.connect_timeout_s,
+                router_silence_s=mesh.router_silence_s,
+                router_wait_s=settings.limits.router_wait_s,
+            ),
+        )
+        return create_api(settings, served_models(settings), pool, mesh_info=self._mesh)
+
+    async def _discover(self) -> list[dict[str, Any]]:
+        return list(await self._ask("routers"))
+
+    async def _mesh(self) -> dict[str, Any]:
+        return dict(await self._ask("mesh"))
+
+    async def _ask(self, method: str) -> Any:
+        """Call the supervisor; after an error look it up again (it may have been restarted)."""
+        try:
+            if self._supervisor is None:
+                name = actor_name(self._settings.mesh.name, "supervisor")
+                self._supervisor = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
+            async with asyncio.timeout(5.0):
+                return await getattr(self._supervisor, method).remote()
+        except Exception:
+            self._supervisor = None
+            raise
+
+
+def build_app(args: Mapping[str, Any]) -> serve.Application:
+    """The application from settings: nested as in the YAML ({"mesh": {"shards": 4}}) or dotted ("mesh.shards": 4).
+
+    EXPERTMESH_* variables fill in what is not given. Raises ValueError with one line.
+    """
+    settings = load(environ=os.environ, flags=_dotted(args)).settings
+    return bind(settings)
+
+
+def bind(settings: Settings) -> serve.Application:
+    """The two deployments with their resources, bound to these settings."""
+    if settings.mesh.token is None:
+        settings = settings.model_copy(
+            update={"mesh": settings.mesh.model_copy(update={"token": secrets.token_hex(16)})}
+        )
+    dumped = settings.model_dump(mode="json")
+    specs.router_spec(settings)  # contradictions show here, not in a replica's log
+    router = serve.deployment(
+        name="router",
+        num_replicas=settings.mesh.routers,
+        max_ongoing_requests=1000,
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=5,
+        ray_actor_options={
+            "num_cpus": settings.mesh.router_cpus,
+            "num_gpus": settings.mesh.router_gpus,
+            "runtime_env": {"env_vars": worker_environment(settings.engine.threads)},
+        },
+    )(RouterReplica)
+    ingress = serve.deployment(
+        name="ingress",
+        num_replicas=settings.server.num_ingresses,
+        max_ongoing_requests=4 * settings.limits.max_queue,  # our own limits answer first, with a reason
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=5,
+        ray_actor_options={"num_cpus": 0},
+    )(serve.ingress()(IngressReplica))
+    application: serve.Application = ingress.bind(dumped, router.bind(dumped))
+    return application
+
+
+def served_models(settings: Settings) -> list[ServedModel]:
+    """The models as the API sees them. Raises ValueError for a config or tokenizer that can't be served."""
+    directory = specs.model_directory(settings)
+    tokenizer = settings.model.tokenizer
+    use_defaults = settings.model.generation_config == "auto"
+    models = [
+        ServedModel.from_directory(
+            directory,
+            names=specs.served_names(settings),
+            tokenizer_directory=tokenizer,
+            chat_template_file=settings.model.chat_template,
+            max_model_len=settings.model.max_model_len,
+            use_generation_config=use_defaults,
+        )
+    ]
+    for name, path in specs.heads(settings).items():
+        models.append(ServedModel.from_directory(path, names=(name,), tokenizer_directory=tokenizer or str(directory)))
+    return models
+
+
+def ensure_mesh(settings: Settings) -> Any:
+    """The mesh's supervisor; started, with its shards, if there is none."""
+    config = load_config(specs.model_directory(settings), None)
+    return ensure_supervisor(
+        settings.mesh.name,
+        specs.mesh_plan(settings, config),
+        specs.shard_spec(settings),
+        specs.shard_resources(settings),
+        specs.timeouts(settings),
+    )
+
+
+def _dotted(args: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in args.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{field}": inner for field, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat

@@ -1,0 +1,140 @@
+"""The `expertmesh` command. Only what a command needs is imported when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+cli = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Serve Qwen2-MoE models: routers run attention, shards hold experts, and a dead part costs a pause.",
+    pretty_exceptions_enable=False,
+)
+Name = Annotated[str | None, typer.Option(help="Mesh name, when several run on one Ray cluster.")]
+
+
+@cli.callback()
+def root() -> None:
+    """Commands below."""
+
+
+@cli.command()
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory, Hugging Face hub id, or nothing for the demo.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings file (YAML).")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    shards: Annotated[int | None, typer.Option(help="Processes that hold experts.")] = None,
+    routers: Annotated[int | None, typer.Option(help="Processes that run attention.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Copies of each expert.")] = None,
+    spares: Annotated[int | None, typer.Option(help="Empty shards, ready to take over.")] = None,
+    transport: Annotated[str | None, typer.Option(help="auto, star or all_to_all.")] = None,
+    local: Annotated[bool | None, typer.Option("--local", help="No shards: experts in the router.")] = None,
+    served_model_name: Annotated[list[str] | None, typer.Option(help="Name in the API; may be repeated.")] = None,
+    api_key: Annotated[list[str] | None, typer.Option(help="Key that clients must show; may be repeated.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="int8 or int4, while loading.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one step.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None,
+    num_kv_blocks: Annotated[int | None, typer.Option(help="KV blocks of a router.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="File with another chat template.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
+    download_dir: Annotated[str | None, typer.Option(help="Where hub files go.")] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Show every setting and its source.")] = False,
+) -> None:
+    """Start the service on this machine and run until Ctrl-C."""
+    flags: dict[str, Any] = {
+        "model.path": model,
+        "server.host": host,
+        "server.port": port,
+        "mesh.shards": shards,
+        "mesh.routers": routers,
+        "mesh.replicas": replicas,
+        "mesh.spares": spares,
+        "mesh.transport": transport,
+        "mesh.local": local,
+        "model.served_names": tuple(served_model_name) if served_model_name else None,
+        "server.api_keys": tuple(api_key) if api_key else None,
+        "engine.dtype": dtype,
+        "engine.quantization": quantization,
+        "model.max_model_len": max_model_len,
+        "engine.max_num_seqs": max_num_seqs,
+        "engine.max_num_batched_tokens": max_num_batched_tokens,
+        "engine.block_size": block_size,
+        "engine.num_kv_blocks": num_kv_blocks,
+        "model.chat_template": chat_template,
+        "model.revision": revision,
+        "model.download_dir": download_dir,
+    }
+    from deploy.settings import load
+
+    try:
+        loaded = load(file=config, environ=os.environ, flags=flags)
+    except ValueError as error:
+        _fail(str(error))
+    if print_config:
+        for name, value, source in loaded.explain():
+            typer.echo(f"{name:32} {value!r:28} {source}")
+        return
+    _serve(loaded.settings)
+
+
+def _serve(settings: Any) -> None:
+    from deploy.launch import StartError, console, running, wait_for_interrupt
+
+    screen = console()
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        screen.print(f"[dim]{time.monotonic() - began:6.1f} s[/dim]  {line}")
+
+    try:
+        with running(settings, say) as service:
+            _greet(service, screen)
+            wait_for_interrupt()
+            screen.print("stopping")
+    except (ValueError, StartError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted before the service was up")
+
+
+def _greet(service: Any, screen: Any) -> None:
+    """Answer one token ourselves, so that the time to the first token is a fact, and print what to try."""
+    from deploy.probe import first_token_s
+
+    first_s = first_token_s(service.url, service.model)
+    total_s = service.start_s + first_s
+    screen.print(f"[bold green]serving {service.model} at {service.url}[/bold green]  ", end="")
+    screen.print(f"(start to first token: {total_s:.1f} s)")
+    screen.print("try:")
+    body = f'{{"model": "{service.model}", "messages": [{{"role": "user", "content": "What does ocean mean?"}}]}}'
+    screen.print(
+        f"  curl {service.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'",
+        soft_wrap=True,
+        markup=False,
+    )
+    screen.print(f"  curl {service.url}/mesh      Ctrl-C ends it")
+
+
+def _fail(message: str) -> None:
+    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point."""
+    cli()
+
+
+if __name__ == "__main__":
+    main()

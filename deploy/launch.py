@@ -1,0 +1,229 @@
+"""`expertmesh serve`: Ray, the mesh and the HTTP front on this machine, and all of it gone again at Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from deploy.settings import Settings
+
+log = logging.getLogger("expertmesh.launch")
+
+START_S = 600.0
+
+
+class StartError(RuntimeError):
+    """The service did not come up; the message is one line that says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A service that is up. url: where it listens."""
+
+    url: str
+    model: str
+    start_s: float
+
+
+@contextlib.contextmanager
+def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]:
+    """Start everything, yield when the first request can be answered, and end every process afterwards.
+
+    Raises ValueError for settings or a model that can't be served, StartError for what went wrong on the way.
+    """
+    began = time.monotonic()
+    _check_port(settings.server.host, settings.server.port)
+    _quiet_environment()
+    import ray
+    from ray import serve
+
+    from deploy import app as application
+    from deploy import specs
+
+    models = application.served_models(settings)  # config and tokenizer: refused before anything is started
+    specs.router_spec(settings)
+    say("starting Ray")
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, _cpus_wanted(settings)),
+        resources=_custom_resources(settings),
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        namespace="expertmesh",
+    )
+    supervisor: Any = None
+    try:
+        say(f"Ray is up after {time.monotonic() - began:.1f} s; loading {models[0].names[0]}")
+        supervisor = application.ensure_mesh(settings)
+        with _progress(supervisor, say):
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": settings.server.host, "port": settings.server.port},
+                logging_config={"log_level": "ERROR", "enable_access_log": False},
+            )
+            handle = threading.Thread(
+                target=_run_app, args=(application.bind(settings), application.APP_NAME), daemon=True
+            )
+            handle.start()
+            _wait_for_mesh(supervisor)
+            _wait_for_app(application.APP_NAME)
+            url = f"http://{settings.server.host}:{settings.server.port}"
+            _wait_ready(url)
+        yield Running(url, models[0].names[0], time.monotonic() - began)
+    finally:
+        _end(supervisor)
+
+
+def wait_for_interrupt() -> None:
+    """Return at SIGINT or SIGTERM."""
+    done = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: done.set())
+    while not done.wait(0.5):
+        pass
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"port {port} on {host} can't be used: {error.strerror}; choose another with --port"
+            ) from None
+
+
+def _quiet_environment() -> None:
+    """Before Ray is imported: token authentication on, no usage reports, no chatter."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+
+
+def _cpus_wanted(settings: Settings) -> int:
+    """Ray's count of CPUs is only bookkeeping here: on one machine everything shares the cores that there are."""
+    mesh = settings.mesh
+    shards = 0 if mesh.local else 2 * (mesh.shards + mesh.spares) + 4  # room to replace and to scale
+    return int(shards * mesh.shard_cpus + 2 * mesh.routers * mesh.router_cpus) + 4
+
+
+def _custom_resources(settings: Settings) -> dict[str, float]:
+    count = 4 * (settings.mesh.shards + settings.mesh.spares + 1)
+    return {name: amount * count for name, amount in settings.mesh.shard_resources.items()}
+
+
+@contextlib.contextmanager
+def _progress(supervisor: Any, say: Callable[[str], None]) -> Iterator[None]:
+    """Repeat what the supervisor says about loading while the body runs."""
+    import ray
+
+    stop = threading.Event()
+
+    def repeat() -> None:
+        seen = 0
+        while True:
+            last = stop.is_set()
+            try:
+                lines = ray.get(supervisor.progress.remote(seen), timeout=5)
+            except Exception:
+                return
+            for line in lines:
+                say(line)
+            seen += len(lines)
+            if last:
+                return
+            stop.wait(0.2)
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=3)
+
+
+def _run_app(app: Any, name: str) -> None:
+    from ray import serve
+
+    with contextlib.suppress(Exception):  # its state is read from serve.status()
+        serve.run(app, name=name, route_prefix="/", blocking=False)
+
+
+def _wait_for_mesh(supervisor: Any) -> None:
+    import ray
+
+    try:
+        ray.get(supervisor.started.remote(), timeout=START_S)
+    except ray.exceptions.RayError as error:
+        raise StartError(root_cause(str(error))) from None
+
+
+def _wait_for_app(name: str) -> None:
+    from ray import serve
+
+    end = time.monotonic() + START_S
+    while time.monotonic() < end:
+        status = serve.status().applications.get(name)
+        if status is not None and status.status == "RUNNING":
+            return
+        if status is not None:
+            messages = [d.message for d in status.deployments.values() if "Error" in d.message]
+            if messages or status.status == "DEPLOY_FAILED":
+                raise StartError(root_cause((messages or [status.message])[0]))
+        time.sleep(0.1)
+    raise StartError(f"the service was not up within {START_S:.0f} s; see the logs under /tmp/ray/session_latest/logs")
+
+
+def _wait_ready(url: str) -> None:
+    """The ingress has found its routers."""
+    import urllib.error
+    import urllib.request
+
+    end = time.monotonic() + 60.0
+    while time.monotonic() < end:
+        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{url}/ready", timeout=2):
+            return
+        time.sleep(0.05)
+    raise StartError("the ingress found no router within 60 s; see the logs under /tmp/ray/session_latest/logs")
+
+
+def _end(supervisor: Any) -> None:
+    import ray
+    from ray import serve
+
+    with contextlib.suppress(Exception):
+        if supervisor is not None:
+            ray.get(supervisor.shutdown.remote(), timeout=10)
+    with contextlib.suppress(Exception):
+        serve.shutdown()  # type: ignore[no-untyped-call]
+    ray.shutdown()
+
+
+def root_cause(text: str) -> str:
+    """The line of a remote traceback that says it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for line in reversed(lines):
+        name, _, message = line.partition(": ")
+        if name.rpartition(".")[2].endswith(("Error", "Exception")) and message:
+            return message[:500]
+    return (lines[-1] if lines else "unknown error")[:500]
+
+
+def console() -> Console:
+    return Console(stderr=True, highlight=False)
