@@ -26,12 +26,12 @@ class AttentionInputs:
     query_starts: Tensor
     context_lens_S: Tensor
     block_ids_SB: Tensor
-    write_blocks_T: Tensor
-    write_offsets_T: Tensor
+    write_rows_TG: Tensor
+    """`KVCache.rows` of the slots."""
 
     @classmethod
     def of_group(
-        cls, batch: ForwardBatch, table: BlockTable, block_size: int, cos_sin: tuple[Tensor, Tensor]
+        cls, batch: ForwardBatch, table: BlockTable, kv_cache: KVCache, cos_sin: tuple[Tensor, Tensor]
     ) -> AttentionInputs:
         return cls(
             cos_T1D=cos_sin[0],
@@ -39,8 +39,7 @@ class AttentionInputs:
             query_starts=batch.query_starts,
             context_lens_S=batch.context_lens_S,
             block_ids_SB=table.block_ids_SB,
-            write_blocks_T=table.slots_T // block_size,
-            write_offsets_T=table.slots_T % block_size,
+            write_rows_TG=kv_cache.rows(table.slots_T),
         )
 
 
@@ -68,7 +67,7 @@ class Attention:
         qkv_THD = linear(x_TH, self.qkv, self.qkv_bias).view(-1, num_rotated + self.num_kv_heads, self.head_dim)
         qk_THD = rotate(qkv_THD[:, :num_rotated], inputs.cos_T1D, inputs.sin_T1D)
         q_TAD, k_TGD = qk_THD[:, : self.num_heads], qk_THD[:, self.num_heads :]
-        kv_cache.write(self.layer_idx, inputs.write_blocks_T, inputs.write_offsets_T, k_TGD, qkv_THD[:, num_rotated:])
+        kv_cache.write(self.layer_idx, inputs.write_rows_TG, k_TGD, qkv_THD[:, num_rotated:])
         out_TAD = paged_attention(
             q_TAD.contiguous(),
             kv_cache.keys[self.layer_idx],

@@ -44,7 +44,7 @@ class Decoder:
         """
         eps = self.config.rms_norm_eps
         cos_sin = self.rope.cos_sin(batch.positions_T, batch.rope_lens_T)
-        groups = [AttentionInputs.of_group(batch, table, kv_cache.block_size, cos_sin) for table in batch.tables]
+        groups = [AttentionInputs.of_group(batch, table, kv_cache, cos_sin) for table in batch.tables]
         x_TH = F.embedding(batch.token_ids_T, self.embedding_VH).float()
         for layer in self.layers:
             normed_TH = rms_norm(x_TH, layer.input_norm_H, eps)

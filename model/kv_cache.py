@@ -52,11 +52,18 @@ class KVCache:
             block_size=block_size,
         )
 
-    def write(self, layer_idx: int, block_ids_T: Tensor, offsets_T: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> None:
-        """Put one step's keys and values into their slots, rounding to the cache's dtype."""
+    def rows(self, slots_T: Tensor) -> Tensor:
+        """int64 [T, G]: where each head of a slot is in a layer's cache seen as [num_blocks * G * block_size, D]."""
+        num_kv_heads = self.keys[0].shape[1]
+        blocks_T, offsets_T = slots_T // self.block_size, slots_T % self.block_size
+        heads_TG = blocks_T[:, None] * num_kv_heads + torch.arange(num_kv_heads, device=slots_T.device)
+        return heads_TG * self.block_size + offsets_T[:, None]
+
+    def write(self, layer_idx: int, rows_TG: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> None:
+        """Put one step's keys and values into their rows, rounding to the cache's dtype."""
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[block_ids_T, :, offsets_T] = k_TGD.to(keys.dtype)
-        values[block_ids_T, :, offsets_T] = v_TGD.to(values.dtype)
+        keys.view(-1, keys.shape[-1])[rows_TG] = k_TGD.to(keys.dtype)
+        values.view(-1, values.shape[-1])[rows_TG] = v_TGD.to(values.dtype)
 
 
 def kv_block_bytes(config: ModelConfig, *, block_size: int, dtype: torch.dtype = torch.float32) -> tuple[int, ...]:

@@ -69,5 +69,7 @@ class MoeBlock:
         receipt = exchange.dispatch(self.layer_idx, x_TH, topk_ids_TK, topk_weights_TK)
         # The shared expert runs while the tokens are away, and hides the exchange.
         shared_TH = self.shared_expert.forward(x_TH)
-        shared_TH *= linear(x_TH, self.shared_expert_gate).sigmoid()
+        # In float64: of a whole [T, 1] tensor, float32's last elements take a scalar path that rounds otherwise, so a
+        # token's bits would depend on its place in the batch.
+        shared_TH *= linear(x_TH, self.shared_expert_gate).double().sigmoid().float()
         return exchange.combine(receipt).add_(shared_TH)

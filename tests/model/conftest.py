@@ -111,10 +111,14 @@ class TinyEngine:
         self.checkpoint = Checkpoint(path)
         self.decoder = load_decoder(self.checkpoint, self.config, quantization, kernels=kernels)
         self.head = (
-            None if self.config.head_kind == "base" else load_head(self.checkpoint, self.config, decoder=self.decoder)
+            None
+            if self.config.head_kind == "base"
+            else load_head(self.checkpoint, self.config, quantization, decoder=self.decoder, kernels=kernels)
         )
         experts = {
-            (layer_idx, expert_id): load_expert(self.checkpoint, self.config, layer_idx, expert_id, quantization)
+            (layer_idx, expert_id): load_expert(
+                self.checkpoint, self.config, layer_idx, expert_id, quantization, kernels=kernels
+            )
             for layer_idx in self.config.moe_layers
             for expert_id in range(self.config.num_experts)
         }

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.kernels import REFERENCE_KERNELS, select_kernels
+
 ARCHITECTURES = [
     "Qwen2MoeForCausalLM",
     "Qwen2MoeForSequenceClassification",
@@ -48,7 +50,7 @@ def random_config(seed: int, tiny_values: dict[str, Any]) -> dict[str, Any]:
     rng = random.Random(seed)
     num_kv_heads = rng.choice([1, 2, 3])
     num_layers = rng.choice([1, 2, 3, 4])
-    num_experts = rng.choice([1, 3, 8, 8])
+    num_experts = rng.choice([0, 1, 3, 8, 8])
     values = {
         **tiny_values,
         "vocab_size": rng.choice([37, 64]),
@@ -60,7 +62,7 @@ def random_config(seed: int, tiny_values: dict[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": num_kv_heads,
         "num_attention_heads": num_kv_heads * rng.choice([1, 2, 4]),
         "num_experts": num_experts,
-        "num_experts_per_tok": rng.randint(1, min(4, num_experts)),
+        "num_experts_per_tok": rng.randint(1, max(1, min(4, num_experts))),
         "norm_topk_prob": rng.random() < 0.5,
         "decoder_sparse_step": rng.choice([1, 1, 2]),
         "mlp_only_layers": rng.choice([[], [], [0], [1]]),
@@ -112,7 +114,10 @@ def test_scores_equal_those_of_transformers(seed: int, architecture: str, tiny: 
     rng = random.Random(seed)
     tokens = [rng.randrange(1, values["vocab_size"]) for _ in range(rng.choice([1, 7, 23]))]
 
-    scores = tiny.engine(path).scores(tokens, chunk=rng.choice([None, 5]))
+    kernels = rng.choice([REFERENCE_KERNELS, select_kernels()])
+    engine = tiny.engine(path, block_size=rng.choice([4, 16]), kernels=kernels)
+
+    scores = engine.scores(tokens, chunk=rng.choice([None, 5]))
 
     if architecture == "Qwen2MoeForSequenceClassification":
         scores = scores[-1]
