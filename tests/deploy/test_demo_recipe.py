@@ -85,7 +85,7 @@ def test_an_entity_begins_once_and_goes_on(encoder: Encoder) -> None:
 
 
 def test_an_answer_is_the_gloss_of_the_word_asked_for(encoder: Encoder) -> None:
-    example = tasks.answer_example(random.Random(0), [DOG, OAK])
+    example = tasks.answer_example(random.Random(0), [DOG, OAK, DOG, OAK, DOG])
     assert example.answer is not None
     asked = DOG if "dog" in example.text.partition("\n")[0] else OAK
     assert example.text[example.answer.start : example.answer.end] == f"{asked.gloss}."
@@ -114,13 +114,12 @@ def test_documents_of_a_packed_row_do_not_overlap(encoder: Encoder) -> None:
         train_texts=[Text("austen/a/1", "a mammal " * 900), Text("sotu/b", "a tree " * 900)],
         held_out_texts=[],
         words=[("dog", DOG), ("oak", OAK), ("tree", OAK)],
-        train_synsets=[DOG, OAK],
+        train_synsets=[DOG, OAK] * 3,
         held_out_synsets=[],
         train_names=NAMES,
         held_out_names=NAMES,
     )
     mixture = Mixture(corpus, encoder.tokenizer, seed=0)
-    mixture.answerable = [DOG, OAK, DOG, OAK, OAK]
     batch = mixture.batch(num_tokens=1024)
     assert batch.ids_BT.numel() == 1024
     for row in batch.document_BT:

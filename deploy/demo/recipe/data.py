@@ -22,7 +22,7 @@ from deploy.demo.recipe.wordnet import Synset, common_words, read_synsets
 PAD_ID = END_ID = 0
 PROSE_SHARE = 0.45  # of the rows; the other rows are packed from the kinds below
 NOVEL_SHARE = 0.55  # of the prose
-KIND_SHARES = {"gloss": 0.20, "chat": 0.34, "topics": 0.09, "entities": 0.13, "answers": 0.24}  # of their tokens
+KIND_SHARES = {"gloss": 0.21, "chat": 0.42, "topics": 0.08, "entities": 0.06, "answers": 0.23}  # of their tokens
 KIND_TOKENS = {"gloss": 25, "chat": 65, "topics": 18, "entities": 20, "answers": 100}  # mean size of a document
 PROMPT_WEIGHT = 0.2  # of the language-model loss on what a user says, and on entity templates
 ROW_LENGTHS = ((256, 0.72), (512, 0.16), (1024, 0.08), (2048, 0.04))

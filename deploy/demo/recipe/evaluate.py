@@ -2,7 +2,8 @@
 
     python -m deploy.demo.recipe.evaluate --data DIR --demo deploy/demo --write
 
-Prints every figure of the model card; --write also puts them into metrics.json and the card.
+Prints every figure of the model card; --write also puts them into metrics.json and the card,
+and writes the held-out sample that the tests read.
 """
 
 import argparse
@@ -33,14 +34,19 @@ BATCH_SIZE = 32
 NUM_GLOSSES, NUM_SENTENCES, NUM_QUESTIONS = 1000, 1000, 600
 NEARLY_EQUAL = 0.85  # difflib ratio of the characters
 RECALL_QUESTIONS = ("What does {word} mean?", "Define {word}.")
+SAMPLE_SOURCES, SAMPLE_CHARACTERS = ("austen/Mansfield", "austen/Pride", "moby-dick", "sotu"), 1500
 CARD_MARKS = ("<!-- figures: begin -->", "<!-- figures: end -->")
 
 
 def evaluate(data: Path, demo: Path) -> Iterator[tuple[str, float]]:
     """Each figure's name and value, as soon as it is known."""
+    training = json.loads((demo / "training.json").read_text("utf-8"))
+    yield "training, million tokens", training["num_tokens"] / 1e6
+    yield "training, minutes", training["elapsed_s"] / 60
     corpus = read_corpus(data)
     encoder = Encoder(Tokenizer.from_file(str(demo / "model/tokenizer.json")))
     model = AutoModelForCausalLM.from_pretrained(demo / "model", dtype=torch.float32)
+    yield "backbone, million parameters", model.num_parameters() / 1e6
     novels = [text for text in corpus.held_out_texts if text.is_novel]
     speeches = [text for text in corpus.held_out_texts if not text.is_novel]
     yield "held-out novels, bits per byte", prose_bits_per_byte(model, encoder, novels)
@@ -191,6 +197,12 @@ def write_figures(figures: dict[str, float], demo: Path) -> None:
     (demo / "MODEL_CARD.md").write_text(before + table + after, "utf-8")
 
 
+def write_sample(corpus: Corpus, file: Path) -> None:
+    """The beginnings of some held-out texts, for a test that has none of the data."""
+    texts = [next(t for t in corpus.held_out_texts if t.name.startswith(source)) for source in SAMPLE_SOURCES]
+    file.write_text("\n\n".join(text.body[:SAMPLE_CHARACTERS] for text in texts) + "\n", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="where the packages are unpacked")
@@ -204,6 +216,7 @@ def main() -> None:
         print(f"{name}: {value:.4f}", flush=True)
     if arguments.write:
         write_figures(figures, arguments.demo)
+        write_sample(read_corpus(arguments.data), arguments.demo / "held_out_sample.txt")
 
 
 if __name__ == "__main__":

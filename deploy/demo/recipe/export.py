@@ -38,13 +38,15 @@ GENERATION_CONFIG = {
 
 
 def export(run: Path, out: Path) -> None:
-    state = torch.load(run / "checkpoint.pt")["model"]
+    checkpoint = torch.load(run / "checkpoint.pt")
+    state = checkpoint["model"]
     tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
     backbone = {name: tensor for name, tensor in split_experts(state).items() if name.startswith("model.")}
     write_directory(out / "model", config("Qwen2MoeForCausalLM"), tokenizer)
     save(backbone, out / "model" / BACKBONE_FILE)
     write_index(out / "model", {BACKBONE_FILE: backbone})
     write_json(out / "model" / "generation_config.json", GENERATION_CONFIG)
+    write_json(out / "training.json", {name: checkpoint[name] for name in ("num_steps", "num_tokens", "elapsed_s")})
 
     heads = {
         "topics": (

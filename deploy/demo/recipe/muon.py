@@ -12,23 +12,25 @@ NUM_NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix of each [..., m, n] matrix, roughly, in bfloat16."""
+    """The nearest semi-orthogonal matrix of each in a [count, m, n] stack, roughly, in bfloat16."""
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16()
-    is_tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if is_tall else x
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if is_tall else matrices).to(torch.bfloat16, memory_format=torch.contiguous_format)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(NUM_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if is_tall else x).float()
 
 
 class Muon:
-    """For [m, n] matrices and [experts, m, n] stacks of them."""
+    """`matrix_sizes` gives the (m, n) of each parameter's matrices: one may stack or fuse many."""
 
-    def __init__(self, parameters: list[Tensor], *, momentum: float, weight_decay: float) -> None:
-        self.parameters, self.momentum, self.weight_decay = parameters, momentum, weight_decay
+    def __init__(
+        self, parameters: list[Tensor], matrix_sizes: list[tuple[int, int]], *, momentum: float, weight_decay: float
+    ) -> None:
+        self.parameters, self.matrix_sizes = parameters, matrix_sizes
+        self.momentum, self.weight_decay = momentum, weight_decay
         self.buffers = [torch.zeros_like(p) for p in parameters]
 
     @torch.no_grad()
@@ -41,8 +43,10 @@ class Muon:
         for idx, (p, buffer, update) in enumerate(zip(self.parameters, self.buffers, updates, strict=True)):
             buffer.lerp_(p.grad, 1 - self.momentum)
             if idx % num_ranks == rank:
+                m, n = self.matrix_sizes[idx]
                 gradient = p.grad.lerp(buffer, self.momentum)  # Nesterov
-                update.copy_(orthogonalize(gradient) * max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5)
+                orthogonal = orthogonalize(gradient.view(-1, m, n)) * max(1.0, m / n) ** 0.5
+                update.copy_(orthogonal.view_as(p))
         if num_ranks > 1:
             dist.all_reduce(flat)
         for p, update in zip(self.parameters, updates, strict=True):

@@ -93,11 +93,15 @@ class Run:
         self.settings = settings
         self.model = DemoModel()
         self.num_steps, self.num_tokens, self.elapsed_s = 0, 0, 0.0
-        matrices, others = [], []
+        matrices, matrix_sizes, others = [], [], []
         for name, parameter in self.model.named_parameters():
-            is_matrix = parameter.ndim >= 2 and "layers" in name and "gate.weight" not in name
-            (matrices if is_matrix and "shared_expert_gate" not in name else others).append(parameter)
-        self.muon = Muon(matrices, momentum=0.95, weight_decay=0.02)
+            if parameter.ndim < 2 or "layers" not in name or name.endswith("gate.weight"):
+                others.append(parameter)
+                continue
+            m, n = parameter.shape[-2:]
+            matrices.append(parameter)
+            matrix_sizes.append((m // 2, n) if name.endswith("gate_up_proj") else (m, n))
+        self.muon = Muon(matrices, matrix_sizes, momentum=0.95, weight_decay=0.02)
         self.adam = torch.optim.AdamW(others, lr=settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.checkpoint = settings.run / "checkpoint.pt"
         if self.checkpoint.exists():

@@ -1,0 +1,165 @@
+"""The committed demo model, as transformers loads it."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from deploy.demo.recipe.evaluate import best_span, entity_spans, greedy_answers
+from deploy.demo.recipe.export import assemble
+from deploy.demo.recipe.model import DemoModel
+from deploy.demo.recipe.tasks import ENTITY_LABELS
+
+DEMO = Path(__file__).parents[2] / "deploy/demo"
+MAX_BYTES = 24_000_000
+CLASSES = {
+    "model": transformers.Qwen2MoeForCausalLM,
+    "topics": transformers.Qwen2MoeForSequenceClassification,
+    "entities": transformers.Qwen2MoeForTokenClassification,
+    "answers": transformers.Qwen2MoeForQuestionAnswering,
+}
+
+pytestmark = pytest.mark.skipif(not (DEMO / "model/backbone.safetensors").exists(), reason="no demo weights here")
+
+
+def load(name: str) -> transformers.PreTrainedModel:
+    return CLASSES[name].from_pretrained(DEMO / name, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> transformers.PreTrainedTokenizerBase:
+    return transformers.AutoTokenizer.from_pretrained(DEMO / "model")
+
+
+@pytest.fixture(scope="module")
+def language_model() -> transformers.PreTrainedModel:
+    return load("model")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_directory_loads_with_no_key_missing_or_left_over(name: str) -> None:
+    _, report = CLASSES[name].from_pretrained(DEMO / name, output_loading_info=True)
+    assert {kind: keys for kind, keys in report.items() if keys} == {}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_index_names_every_tensor_in_its_file_and_the_right_size(name: str) -> None:
+    from safetensors import safe_open
+
+    index = json.loads((DEMO / name / "model.safetensors.index.json").read_text())
+    num_bytes = 0
+    for file in set(index["weight_map"].values()):
+        with safe_open(DEMO / name / file, framework="pt") as tensors:
+            named = {tensor for tensor, where in index["weight_map"].items() if where == file}
+            assert named == set(tensors.keys())
+            num_bytes += sum(2 * math.prod(tensors.get_slice(key).get_shape()) for key in named)
+    assert index["metadata"]["total_size"] == num_bytes
+
+
+def test_the_demo_is_small() -> None:
+    files = [file for file in DEMO.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    assert sum(file.stat().st_size for file in files) <= MAX_BYTES
+
+
+def test_an_assembled_directory_loads_alone(tmp_path: Path) -> None:
+    assemble(DEMO / "topics", tmp_path)
+    model, report = CLASSES["topics"].from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert model.config.num_labels == 8
+
+
+@pytest.mark.parametrize("num_tokens", [300, 700])
+def test_the_training_forward_gives_transformers_numbers(
+    num_tokens: int, language_model: transformers.PreTrainedModel
+) -> None:
+    """300 tokens take plain attention, 700 the fused kernel; both pass the sliding window of 128."""
+    trained = DemoModel()
+    state = {name: tensor for name, tensor in language_model.state_dict().items() if name != "lm_head.weight"}
+    unloaded, unknown = trained.load_state_dict(state, strict=False)
+    assert {name.partition(".")[0] for name in unloaded} == {"topics", "entities", "answers"} and not unknown
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 4096, (1, num_tokens), generator=generator)
+    with torch.inference_mode():
+        expected = language_model(ids).logits
+        hidden, _ = trained(ids, torch.zeros_like(ids))
+        torch.testing.assert_close(trained.lm_logits(hidden), expected, atol=2e-3, rtol=1e-3)
+
+
+def test_held_out_text_is_predicted_well(language_model: transformers.PreTrainedModel, tokenizer) -> None:
+    text = (DEMO / "held_out_sample.txt").read_text("utf-8")
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :1024]
+    num_bytes = len(tokenizer.decode(ids[0, 1:]).encode())
+    with torch.inference_mode():
+        nll = torch.nn.functional.cross_entropy(language_model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+    assert nll.item() / math.log(2) / num_bytes < MAX_BITS_PER_BYTE
+
+
+def test_common_words_are_explained(language_model: transformers.PreTrainedModel, tokenizer) -> None:
+    answers = greedy_answers(language_model, tokenizer, list(WORDS))
+    assert answers == list(WORDS.values())
+
+
+def test_the_tokenizer_of_transformers_is_the_committed_one(tokenizer) -> None:
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer.from_file(str(DEMO / "model/tokenizer.json"))
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "It's naïve: 1984\n\n ok?"}],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert prompt == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nIt's naïve: 1984\n\n ok?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer(prompt).input_ids == plain.encode(prompt).ids
+    assert plain.decode(plain.encode(prompt).ids, skip_special_tokens=False) == prompt
+
+
+def test_definitions_have_their_topic(tokenizer) -> None:
+    model = load("topics")
+    for gloss, topic in TOPICS.items():
+        with torch.inference_mode():
+            label_id = model(**tokenizer(gloss, return_tensors="pt")).logits.argmax().item()
+        assert model.config.id2label[label_id] == topic, gloss
+
+
+def test_names_in_a_sentence_are_found(tokenizer) -> None:
+    model = load("entities")
+    assert tuple(model.config.id2label[idx] for idx in range(len(ENTITY_LABELS))) == ENTITY_LABELS
+    ids = tokenizer(SENTENCE, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        label_ids = model(ids).logits[0].argmax(-1).tolist()
+    found = {(tokenizer.decode(ids[0, first : last + 1]).strip(), kind) for first, last, kind in entity_spans(label_ids)}
+    assert found == NAMES
+
+
+def test_an_answer_is_found_in_the_notes(tokenizer) -> None:
+    model = load("answers")
+    ids = tokenizer(QUESTION, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        output = model(ids)
+    first, last = best_span(torch.stack((output.start_logits[0], output.end_logits[0]), dim=-1))
+    assert tokenizer.decode(ids[0, first : last + 1]).strip() == ANSWER
+
+
+MAX_BITS_PER_BYTE = 1.6
+WORDS = {
+    "What does person mean?": "Person (noun): a human being.",
+    "Define year.": "Year (noun): a period of time containing 365 (or 366) days.",
+    "What does health mean?": "Health (noun): a healthy state of wellbeing free from disease.",
+}
+TOPICS = {
+    "a small bird with a long tail": "animal",
+    "a tall tree with white flowers": "plant",
+    "a person who makes bread": "person",
+    "a city in northern Italy": "place",
+}
+SENTENCE = "Yesterday John Smith arrived in Berlin."
+NAMES = {("John Smith", "PER"), ("Berlin", "LOC")}
+QUESTION = "What is muscat?\nsupper: a light meal in the evening.\nmuscat: a sweet white grape.\n"
+ANSWER = "a sweet white grape."
