@@ -30,13 +30,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GPTQConfig:
-    """How a GPTQ checkpoint packs its linear weights."""
+    """How a GPTQ checkpoint packs its linear weights: 4 bits; groups and act-order show in the tensors themselves."""
 
-    bits: int
-    group_size: int
-    desc_act: bool
-    sym: bool
-    """Whether every zero point is the middle of the range."""
     zero_point_offset: int
     """Added to each stored zero point: 1 in the v1 format, 0 in `checkpoint_format: gptq_v2`."""
 
@@ -324,18 +319,6 @@ def _resolve_gptq(values: Mapping[str, Any]) -> GPTQConfig | None:
             f"quantization_config.quant_method {method!r} is not implemented: expected 'gptq', or a checkpoint in "
             "float32, bfloat16 or float16, which expertmesh can quantize itself while loading"
         )
-    bits = quantization.get("bits")
-    group_size = quantization.get("group_size", 128)
-    if bits != 4:
-        raise ValueError(f"quantization_config.bits {bits!r} is not implemented: expected 4")
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
-        raise ValueError(
-            f"quantization_config.group_size {group_size!r} must be a positive integer, or -1 for one group"
-        )
-    return GPTQConfig(
-        bits=bits,
-        group_size=group_size,
-        desc_act=bool(quantization.get("desc_act", False)),
-        sym=bool(quantization.get("sym", True)),
-        zero_point_offset=0 if quantization.get("checkpoint_format") == "gptq_v2" else 1,
-    )
+    if (bits := quantization.get("bits")) != 4:
+        raise ValueError(f"quantization_config.bits {bits!r} is not implemented: GPTQ weights are read with 4 bits")
+    return GPTQConfig(zero_point_offset=0 if quantization.get("checkpoint_format") == "gptq_v2" else 1)

@@ -56,24 +56,28 @@ class Rope:
             self._long_inv_freq_F = _longrope_frequencies(config.rope, config.head_dim, config.rope.long_factor).to(
                 device
             )
-        self._table_P2D: Tensor | None = None
+        self._table_PD: Tensor | None = None
+        """float32 [max_context_len, D]: cos of each pair, then sin."""
         if not config.rope.depends_on_length:
-            positions = torch.arange(config.max_context_len, device=device)
-            self._table_P2D = self._cos_sin(positions.float()[:, None] * self._inv_freq_F)
+            positions = torch.arange(config.max_context_len, device=device).float()[:, None]
+            # In pieces: float64 of the whole would take several times the table's memory.
+            self._table_PD = torch.cat([self._cos_sin(piece * self._inv_freq_F) for piece in positions.split(8192)])
 
     def cos_sin(self, positions_T: Tensor, rope_lens_T: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for `rotate`, each float32 [T, 1, D]; sin carries the sign of the half it is for."""
-        if self._table_P2D is not None:
-            both_T2D = self._table_P2D[positions_T]
+        """cos and sin for `rotate`, each float32 [T, 1, D]; sin carries the sign of the half it is for.
+
+        Positions are below `max_context_len`.
+        """
+        if self._table_PD is not None:
+            both_TD = self._table_PD[positions_T]
         else:
-            both_T2D = self._cos_sin(positions_T.float()[:, None] * self._frequencies(rope_lens_T))
-        cos_TD, sin_TD = both_T2D[:, None].chunk(2, dim=-1)
-        return cos_TD, sin_TD
+            both_TD = self._cos_sin(positions_T.float()[:, None] * self._frequencies(rope_lens_T))
+        cos_T1F, sin_T1F = both_TD[:, None].chunk(2, dim=-1)
+        return torch.cat((cos_T1F, cos_T1F), dim=-1), torch.cat((-sin_T1F, sin_T1F), dim=-1)
 
     def _cos_sin(self, angles_TF: Tensor) -> Tensor:
         angles_TF = angles_TF.double()
-        cos_TF, sin_TF = angles_TF.cos(), angles_TF.sin()
-        return (torch.cat((cos_TF, cos_TF, -sin_TF, sin_TF), dim=-1) * self._config.attention_factor).float()
+        return (torch.cat((angles_TF.cos(), angles_TF.sin()), dim=-1) * self._config.attention_factor).float()
 
     def _frequencies(self, rope_lens_T: Tensor) -> Tensor:
         """float32 [T, D / 2] for tokens of sequences with these lengths."""

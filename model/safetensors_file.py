@@ -89,7 +89,9 @@ def _read_entries(path: Path) -> dict[str, TensorEntry]:
     try:
         for name, info in header.items():
             if name != "__metadata__":
-                start, end = info["data_offsets"]
+                start, end = map(int, info["data_offsets"])
+                if not 0 <= start <= end:
+                    raise ValueError
                 entries[name] = TensorEntry(
                     str(info["dtype"]), tuple(map(int, info["shape"])), 8 + header_bytes + start, end - start
                 )

@@ -141,6 +141,12 @@ NORM = "model.layers.1.input_layernorm.weight"
             ),
             ["'a'", "0 bytes", "expected 8"],
         ),
+        (
+            lambda path: replace_header(
+                path / "model.safetensors", b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}'
+            ),
+            ["model.safetensors", "offsets"],
+        ),
         (damage_tensor(lambda tensors: tensors.pop(NORM)), [NORM, "missing"]),
         (damage_tensor(lambda tensors: tensors.pop("lm_head.weight")), ["lm_head.weight", "missing"]),
         (damage_tensor(lambda tensors: tensors.pop("model.embed_tokens.weight")), ["model.embed_tokens.weight"]),
