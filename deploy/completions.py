@@ -40,19 +40,8 @@ async def plan_completion(service: Service, body: CompletionRequest, answer_id: 
     model = service.models.find_generator(body.model)
     if body.stream and body.prompt_logprobs is not None:
         raise InvalidRequest("prompt_logprobs: not available with stream; set stream to false", param="prompt_logprobs")
-    prompts: list[list[int]] = []
-    texts: list[str] = []
-    for prompt in _prompts(body.prompt):
-        if isinstance(prompt, str):
-            ids = await service.encode(model, prompt, add_special_tokens=body.add_special_tokens)
-        else:
-            ids = prompt
-        ids = truncate_prompt(body, model, ids, body.max_tokens)
-        check_prompt(ids, model, "prompt")
-        prompts.append(ids)
-        if body.echo:
-            is_whole = isinstance(prompt, str) and body.truncate_prompt_tokens is None
-            texts.append(str(prompt) if is_whole else model.tokenizer.decode(ids))
+    sent = _prompts(body.prompt)
+    prompts, texts = await service.run(lambda: _read_prompts(body, model, sent), sum(len(prompt) for prompt in sent))
     asked_prompt_logprobs = body.prompt_logprobs
     if body.echo and body.logprobs is not None:
         asked_prompt_logprobs = max(body.logprobs, body.prompt_logprobs or 0)
@@ -160,6 +149,25 @@ class _Choice:
         if body.return_routed_experts and delta.routed_experts is not None:
             choice["routed_experts"] = delta.routed_experts
         return choice
+
+
+def _read_prompts(
+    body: CompletionRequest, model: ServedModel, sent: Sequence[str | list[int]]
+) -> tuple[list[list[int]], list[str]]:
+    """Token ids of each prompt and, to echo, its text."""
+    prompts: list[list[int]] = []
+    texts: list[str] = []
+    for prompt in sent:
+        ids = prompt
+        if isinstance(ids, str):
+            ids = model.tokenizer.encode(ids, add_special_tokens=body.add_special_tokens)
+        ids = truncate_prompt(body, model, ids, body.max_tokens)
+        check_prompt(ids, model, "prompt")
+        prompts.append(ids)
+        if body.echo:
+            is_whole = isinstance(prompt, str) and body.truncate_prompt_tokens is None
+            texts.append(str(prompt) if is_whole else model.tokenizer.decode(ids))
+    return prompts, texts
 
 
 def _without_output(delta: Delta) -> Delta:

@@ -17,6 +17,7 @@ from deploy.settings import LimitSettings
 from model.sampling_params import SamplingParams, StructuredSpec
 
 SEED_MASK = 2**63 - 1
+MAX_BAD_WORD_CHARS = 20_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +220,8 @@ def _sampling(body: GenerationBody, model: ServedModel, asked: Asked) -> Samplin
 
 def _bad_words(body: GenerationBody, model: ServedModel) -> tuple[tuple[int, ...], ...]:
     """Each word as it begins a text and as it follows a space, as vLLM does."""
+    if (num_chars := sum(len(word) for word in body.bad_words or ())) > MAX_BAD_WORD_CHARS:
+        raise InvalidRequest(f"bad_words: {num_chars} characters are more than {MAX_BAD_WORD_CHARS}", param="bad_words")
     words: list[tuple[int, ...]] = []
     for word in body.bad_words or ():
         for text in (word, " " + word.lstrip()):

@@ -22,9 +22,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy import operations, text_endpoints, token_endpoints
+from deploy import anthropic, operations, text_endpoints, token_endpoints
+from deploy.api_schema import describe_bodies
 from deploy.auth import ApiKeys
 from deploy.errors import ApiError, HttpError
+from deploy.openai_requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    RequestBody,
+    TokenizeRequest,
+)
 from deploy.router_pool import RouterPool
 from deploy.served_model import ModelList, ServedModel
 from deploy.service import Service
@@ -33,6 +41,14 @@ from deploy.sse import error_answer
 
 logger = logging.getLogger(__name__)
 MeshInfo = Callable[[], Awaitable[dict[str, Any]]]
+_BODIES: dict[str, type[RequestBody]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/messages": anthropic.MessagesRequest,
+    "/v1/messages/count_tokens": anthropic.CountTokensRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -71,7 +87,9 @@ def create_api(
         )
     text_endpoints.add_to(api, service)
     token_endpoints.add_to(api, service)
+    anthropic.add_to(api, service)
     operations.add_to(api, service, mesh_info)
+    describe_bodies(api, _BODIES)
     return api
 
 
@@ -113,7 +131,7 @@ class Front:
                 error = ApiError(f"The server failed on this request; its id in the logs is {request_id}.")
             if started:
                 raise
-            await error_answer(error)(scope, receive, send_with_id)
+            await error_answer(error, scope["path"])(scope, receive, send_with_id)
 
     def _admission(self, scope: Scope, client: str) -> AbstractContextManager[None]:
         """Requests for the mesh are counted until their answer has ended; looking around is free."""
@@ -123,12 +141,14 @@ class Front:
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error_answer(error)
+    return error_answer(error, request.url.path)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    answer = error_answer(HttpError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+    answer = error_answer(
+        HttpError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"), request.url.path
+    )
     for name, value in (error.headers or {}).items():
         answer.headers[name] = value
     return answer

@@ -132,12 +132,12 @@ class DetokenizeRequest(RequestBody):
 
 
 # Fields that change nothing in the answer, whatever their value.
-_HARMLESS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+_HARMLESS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "cache_control"})
 
 # Fields that we don't do: the values that ask for nothing, and what to do instead.
 _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "store": ((None, False), "responses are not stored"),
-    "service_tier": ((None, "auto", "default"), "there is one tier"),
+    "service_tier": ((None, "auto", "default", "standard_only"), "there is one tier"),
     "prompt_cache_retention": ((None, "in_memory", "in-memory"), "the prefix cache keeps what fits into memory"),
     "prompt_cache_options": ((None,), "the prefix cache works by itself; use cache_salt to keep tenants apart"),
     "verbosity": ((None, "medium"), "say in the prompt how long the answer should be"),
@@ -165,6 +165,10 @@ _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "kv_transfer_params": ((None,), "KV blocks stay with their router"),
     "vllm_xargs": ((None,), "there are no engine plugins"),
     "thinking_token_budget": ((None,), "these models have no reasoning mode"),
+    "thinking": ((None, {"type": "disabled"}), "these models have no reasoning mode"),
+    "container": ((None,), "there is no code execution"),
+    "mcp_servers": ((None, []), "call MCP servers from the client, as tools"),
+    "context_management": ((None,), "keep the messages that matter in the client"),
     "guided_json": ((None,), "use structured_outputs.json"),
     "guided_regex": ((None,), "use structured_outputs.regex"),
     "guided_choice": ((None,), "use structured_outputs.choice"),

@@ -170,7 +170,7 @@ class RouterPool:
                             str(chunk.error.get("message", "the router failed")),
                         )
                     finished = chunk.finish_reason is not None
-                    output_ids = output_ids + chunk.token_ids  # a new list: the old one may still be in a writer
+                    output_ids += chunk.token_ids
                     num_losses = 0
                     if has_first and chunk.prompt_logprobs is not None:
                         chunk = replace(chunk, prompt_logprobs=None)  # a replay repeats it

@@ -39,8 +39,10 @@ class JsonAnswer(Response):
         super().__init__(to_json(content), status_code=status_code, headers=dict(headers or {}))
 
 
-def error_answer(error: ApiError) -> JsonAnswer:
-    return JsonAnswer(error.body(), error.status, error.headers())
+def error_answer(error: ApiError, path: str) -> JsonAnswer:
+    """An error in the shape of the API that the path belongs to."""
+    body = error.anthropic_body() if path.startswith("/v1/messages") else error.body()
+    return JsonAnswer(body, error.status, error.headers())
 
 
 class EventStream(Response):

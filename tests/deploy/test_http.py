@@ -58,7 +58,8 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         b'{"messages":[{"role":"user","content":"x"}],"logit_bias":{"99999":1}}',
         b'{"messages":[{"role":"user","content":"x"}],"stop":[1]}',
         b'{"messages":[{"role":"user","content":"x"}],"' + b"k" * 5000 + b'":1}',
-        b'{"prompt":"x","response_format":{"type":"json_schema","json_schema":{"name":"x","schema":{"a":1e999}}}}',
+        b'{"messages":[{"role":"user","content":"x"}],"response_format":{"type":"json_schema","json_schema":%s}}'
+        % b'{"name":"x","schema":{"maximum":1e999}}',
         b'{"messages":[{"role":"user","content":"x"}],"n":1000000}',
         b'{"messages":[{"role":"user","content":"x"}],"top_logprobs":1000,"logprobs":true}',
         b'{"messages":"x"}',
@@ -270,7 +271,9 @@ def test_the_operators_endpoints_answer(api: RunningApi, served: ServedModel) ->
     assert httpx.get(api.url + "/server_info").json()["settings"]["server"]["port"] == 8000
     assert httpx.post(api.url + "/reset_prefix_cache").json() == {"routers": {"router-0": {"ok": True}}}
     assert api.router.commands == ["reset_prefix_cache"]
-    assert "/v1/chat/completions" in httpx.get(api.url + "/openapi.json").json()["paths"]
+    document = httpx.get(api.url + "/openapi.json").json()
+    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "messages" in document["components"]["schemas"][body["$ref"].rsplit("/", 1)[-1]]["properties"]
 
 
 def test_tokens_go_both_ways(api: RunningApi, served: ServedModel) -> None:
