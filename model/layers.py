@@ -61,7 +61,9 @@ class Rope:
         if not config.rope.depends_on_length:
             positions = torch.arange(config.max_context_len, device=device).float()[:, None]
             # In pieces: float64 of the whole would take several times the table's memory.
-            self._table_PD = torch.cat([self._cos_sin(piece * self._inv_freq_F) for piece in positions.split(8192)])
+            self._table_PD = torch.cat(
+                [self._cos_sin(piece * self._inv_freq_F) for piece in torch.split(positions, 8192)]
+            )
 
     def cos_sin(self, positions_T: Tensor, rope_lens_T: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin for `rotate`, each float32 [T, 1, D]; sin carries the sign of the half it is for.
