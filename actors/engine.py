@@ -225,7 +225,8 @@ class Engine:
                 drawn[idx] = (token, [list(entry) for entry in logprobs] if logprobs is not None else None)
             else:
                 sequence = work[idx].sequence
-                self._finish(sequence, error_chunk(sequence.request.request_id, 400, "no_token_possible", error))
+                status, code = (500, "not_finite") if "finite" in error else (400, "no_token_possible")
+                self._finish(sequence, error_chunk(sequence.request.request_id, status, code, error))
         return drawn
 
     def _pool(self, item: Scheduled, request: PoolRequest, hidden_NH: Tensor) -> None:
@@ -285,8 +286,11 @@ class Engine:
         assert isinstance(request, GenerateRequest) and sampler is not None
         sequence.token_ids.append(token)
         sampler.append(token)
-        if sequence.matcher is not None:
-            sequence.matcher.accept(token)
+        matcher = sequence.matcher
+        if matcher is not None and not matcher.accept(token):
+            message = f"the grammar could not be followed further: {matcher.error}"
+            self._finish(sequence, error_chunk(request.request_id, 400, "grammar_limit", message))
+            return
         self.stats.num_output_tokens += 1
         chunk = Chunk(
             request_id=request.request_id,
@@ -302,7 +306,7 @@ class Engine:
             chunk.finish_reason = "stop"
         elif token in params.stop_token_ids:
             chunk.finish_reason, chunk.stop_reason = "stop", token
-        elif sequence.matcher is not None and sequence.matcher.is_finished:
+        elif matcher is not None and matcher.is_finished:
             chunk.finish_reason = "stop"
         elif num_outputs == params.max_tokens or len(sequence.token_ids) >= self.model.max_model_len:
             chunk.finish_reason = "length"
@@ -371,6 +375,10 @@ class Engine:
         if isinstance(request, GenerateRequest):
             if model.lm_head is None:
                 return error_chunk(request_id, 400, "task_not_supported", "this model generates no text")
+            try:
+                request.sampling.check_vocabulary(vocab_size)
+            except ValueError as error:
+                return error_chunk(request_id, 400, "invalid_token_id", str(error)[:500])
             sequence.sampler = SamplerState(
                 request.sampling, request.prompt_ids, request.output_ids, model.eos_token_ids
             )

@@ -68,6 +68,15 @@ def actor_name(mesh: str, part: str) -> str:
     return f"expertmesh/{mesh}/{part}"
 
 
+def node_host() -> str:
+    """This node's address on the cluster network, as Ray knows it; loopback where Ray was started on loopback."""
+    node_id = ray.get_runtime_context().get_node_id()
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        if node["NodeID"] == node_id:
+            return str(node["NodeManagerAddress"])
+    raise RuntimeError(f"Ray does not list this node ({node_id})")
+
+
 class ShardActor:
     """ExpertShard as a Ray actor: finds out where it is, and imports torch only in its own process."""
 
@@ -78,7 +87,7 @@ class ShardActor:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         context = ray.get_runtime_context()
-        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        host = node_host()
         self._name = name
         self._shard = ExpertShard(shard_id, spec, host=host, node_id=context.get_node_id(), device=device)
 

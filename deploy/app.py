@@ -21,7 +21,7 @@ import ray
 from ray import serve
 
 from actors.model_source import load_config
-from actors.ray_mesh import NAMESPACE, RayMeshClient, actor_name, ensure_supervisor, worker_environment
+from actors.ray_mesh import NAMESPACE, RayMeshClient, actor_name, ensure_supervisor, node_host, worker_environment
 from deploy import specs
 from deploy.ingress import create_api
 from deploy.router_pool import PoolOptions, RouterPool
@@ -50,7 +50,7 @@ class RouterReplica:
         router_id = f"router-{context.replica_id.unique_id}"
         ensure_mesh(parsed)
         runtime = ray.get_runtime_context()
-        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        host = node_host()
         info = {"router_id": router_id, "host": host, "port": 0, "pid": os.getpid(), "node_id": runtime.get_node_id()}
         spec = specs.router_spec(parsed)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from deploy.processes import descendants, end
 from deploy.settings import Settings
 
 log = logging.getLogger("expertmesh.launch")
@@ -53,6 +54,8 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
 
     models = application.served_models(settings)  # config and tokenizer: refused before anything is started
     specs.router_spec(settings)
+    for name in ("ray.serve", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     say("starting Ray")
     ray.init(
         num_cpus=max(os.cpu_count() or 1, _cpus_wanted(settings)),
@@ -63,7 +66,6 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
         _node_ip_address="127.0.0.1",
         namespace="expertmesh",
     )
-    supervisor: Any = None
     try:
         say(f"Ray is up after {time.monotonic() - began:.1f} s; loading {models[0].names[0]}")
         supervisor = application.ensure_mesh(settings)
@@ -83,7 +85,7 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
             _wait_ready(url)
         yield Running(url, models[0].names[0], time.monotonic() - began)
     finally:
-        _end(supervisor)
+        _end()
 
 
 def wait_for_interrupt() -> None:
@@ -203,16 +205,14 @@ def _wait_ready(url: str) -> None:
     raise StartError("the ingress found no router within 60 s; see the logs under /tmp/ray/session_latest/logs")
 
 
-def _end(supervisor: Any) -> None:
+def _end() -> None:
+    """This Ray cluster is ours alone, so everything in it ends with it; asking each part nicely takes half a minute."""
     import ray
-    from ray import serve
 
+    below = descendants(os.getpid())
     with contextlib.suppress(Exception):
-        if supervisor is not None:
-            ray.get(supervisor.shutdown.remote(), timeout=10)
-    with contextlib.suppress(Exception):
-        serve.shutdown()  # type: ignore[no-untyped-call]
-    ray.shutdown()
+        ray.shutdown()
+    end(below, grace_s=3.0)
 
 
 def root_cause(text: str) -> str:
