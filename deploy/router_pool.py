@@ -148,6 +148,7 @@ class RouterPool:
         full: set[RouterLink] = set()  # routers that had no room
         num_losses = 0
         has_first = False
+        refused_at: float | None = None  # since when there have been only refusals
         while True:
             link = await self._pick(deadline, full, may_give_up=not has_first)
             attempt = {**message, "deadline_s": max(0.0, deadline - loop.time())}
@@ -160,9 +161,10 @@ class RouterPool:
                     if chunk.error is not None:
                         finished = True
                         full.add(link)
-                        if chunk.error.get("status") == 503 and (
-                            has_first or any(one not in full for one in self._usable())
-                        ):
+                        refused_at = refused_at or loop.time()
+                        others = any(one not in full for one in self._usable())
+                        may_wait = has_first and loop.time() - refused_at < self._options.router_wait_s
+                        if chunk.error.get("status") == 503 and (others or may_wait):
                             break
                         raise EngineError(
                             int(chunk.error.get("status", 500)),
@@ -171,7 +173,7 @@ class RouterPool:
                         )
                     finished = chunk.finish_reason is not None
                     output_ids += chunk.token_ids
-                    num_losses = 0
+                    num_losses, refused_at = 0, None
                     if has_first and chunk.prompt_logprobs is not None:
                         chunk = replace(chunk, prompt_logprobs=None)  # a replay repeats it
                     has_first = True

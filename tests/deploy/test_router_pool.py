@@ -241,3 +241,19 @@ def test_closing_the_iterator_early_aborts_at_once() -> None:
             assert router.aborted == [one.request_id] and pool.num_in_flight == 0
 
     asyncio.run(run())
+
+
+def test_a_stream_that_meets_only_refusals_after_a_loss_is_given_up_in_time() -> None:
+    async def run() -> None:
+        first, full = FakeRouter("first", dies_after=3), FakeRouter("full", max_running=0)
+        async with pool_of(first, router_wait_s=0.6) as pool:
+            await linked(pool, 1)
+            await full.start()
+            pool.listed.append(full.entry)  # type: ignore[attr-defined]
+            with pytest.raises(EngineError, match="full"):
+                await tokens_of(pool, request())
+            assert len(full.requests) > 1
+            assert all(one["output_ids"] == expected(3) for one in full.requests)
+            full.kill()
+
+    asyncio.run(run())
