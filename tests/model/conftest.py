@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.forward_batch import BlockTable, ForwardBatch
-from model.kernels import REFERENCE_KERNELS, Kernels
+from model.kernels import REFERENCE_KERNELS, Kernels, select_kernels
 from model.kv_cache import KVCache
 from model.load import load_decoder, load_expert, load_head
 from model.moe import LocalExchange
+from model.native.build import build
 
 TINY: dict[str, Any] = {
     "model_type": "qwen2_moe",
@@ -230,3 +232,11 @@ class Tiny:
 @pytest.fixture
 def tiny() -> Tiny:
     return Tiny(TINY, build_oracle, write_checkpoint, cast_parameters, TinyEngine, TinySequence)
+
+
+@pytest.fixture(scope="session")
+def fast_kernels() -> Kernels:
+    """The native kernels, built when they aren't; the reference on a machine that can't have them."""
+    with contextlib.suppress(RuntimeError):
+        build()
+    return select_kernels()

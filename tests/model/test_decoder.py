@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.kernels import REFERENCE_KERNELS, Kernels, select_kernels
+from model.kernels import REFERENCE_KERNELS, Kernels
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 DYNAMIC = {"max_position_embeddings": 16, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
@@ -68,25 +68,19 @@ def test_a_replay_with_its_output_as_prompt_goes_on_with_the_same_tokens(tiny: A
     assert engine.greedy(PROMPT[:8] + tokens[:11], 19) == tokens[11:]
 
 
-@pytest.fixture(scope="module")
-def native() -> Kernels:
-    kernels = select_kernels()
-    if kernels == REFERENCE_KERNELS:
-        pytest.skip("no native kernels here: they need a C compiler and AVX2")
-    return kernels
-
-
 ALIGNED = {"hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 32, "max_window_layers": 1}
 
 
 @pytest.mark.parametrize("overrides", [{}, {**SLIDING, "sliding_window": 20}, DYNAMIC], ids=["full", "sliding", "dyn"])
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_with_native_kernels_neither_chunks_nor_batchmates_change_a_bit(
-    quantization: str | None, overrides: dict[str, Any], native: Kernels, tiny: Any, tmp_path: Path
+    quantization: str | None, overrides: dict[str, Any], fast_kernels: Kernels, tiny: Any, tmp_path: Path
 ) -> None:
+    if fast_kernels == REFERENCE_KERNELS:
+        pytest.skip("no native kernels here: they need a C compiler and AVX2")
     values = {**tiny.values, **ALIGNED, **overrides}
     tiny.write_checkpoint(tmp_path, values, tiny.build_oracle(values))
-    engine = tiny.engine(tmp_path, block_size=16, quantization=quantization, kernels=native)
+    engine = tiny.engine(tmp_path, block_size=16, quantization=quantization, kernels=fast_kernels)
     rng = random.Random(2)
     prompts = [[rng.randrange(61) for _ in range(length)] for length in (1, 7, 40, 61, 18)]
     sequences = [tiny.sequence(list(prompt)) for prompt in prompts]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.kernels import select_kernels
+from model.kernels import REFERENCE_KERNELS, Kernels
 from model.quantize import quantize_int4, quantize_int8
 
 GROUP = 8
@@ -45,7 +45,9 @@ def is_quantized(name: str) -> bool:
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_a_gptq_checkpoint_computes_with_its_rounded_weights(native: bool, tiny: Any, tmp_path: Path) -> None:
+def test_a_gptq_checkpoint_computes_with_its_rounded_weights(
+    native: bool, fast_kernels: Kernels, tiny: Any, tmp_path: Path
+) -> None:
     tiny.write_checkpoint(tmp_path / "dense", tiny.values, tiny.build_oracle(tiny.values))
     dense, packed = {}, {}
     for name, tensor in load_file(tmp_path / "dense" / "model.safetensors").items():
@@ -60,7 +62,8 @@ def test_a_gptq_checkpoint_computes_with_its_rounded_weights(native: bool, tiny:
 
     expected = tiny.engine(tmp_path / "dense").scores(list(range(1, 20)))
 
-    scores = tiny.engine(tmp_path / "gptq", **({"kernels": select_kernels()} if native else {})).scores(range(1, 20))
+    kernels = fast_kernels if native else REFERENCE_KERNELS
+    scores = tiny.engine(tmp_path / "gptq", kernels=kernels).scores(list(range(1, 20)))
     # The native kernel also rounds activations to 8 bits; tests of the kernel itself compare more closely.
     torch.testing.assert_close(scores, expected, atol=0.5 if native else 1e-4, rtol=0)
 

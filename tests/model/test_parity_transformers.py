@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels import REFERENCE_KERNELS, select_kernels
+from model.kernels import REFERENCE_KERNELS, Kernels
 
 ARCHITECTURES = [
     "Qwen2MoeForCausalLM",
@@ -106,7 +106,9 @@ def oracle_scores(oracle: Any, architecture: str, tokens: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("seed", range(66))
-def test_scores_equal_those_of_transformers(seed: int, architecture: str, tiny: Any, tmp_path: Path) -> None:
+def test_scores_equal_those_of_transformers(
+    seed: int, architecture: str, fast_kernels: Kernels, tiny: Any, tmp_path: Path
+) -> None:
     values = {**random_config(seed, tiny.values), "architectures": [architecture]}
     layout = seed + ARCHITECTURES.index(architecture)
     oracle = tiny.build_oracle(values, seed)
@@ -114,7 +116,7 @@ def test_scores_equal_those_of_transformers(seed: int, architecture: str, tiny: 
     rng = random.Random(seed)
     tokens = [rng.randrange(1, values["vocab_size"]) for _ in range(rng.choice([1, 7, 23]))]
 
-    kernels = rng.choice([REFERENCE_KERNELS, select_kernels()])
+    kernels = rng.choice([REFERENCE_KERNELS, fast_kernels])
     engine = tiny.engine(path, block_size=rng.choice([4, 16]), kernels=kernels)
 
     scores = engine.scores(tokens, chunk=rng.choice([None, 5]))
