@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention import Attention, AttentionInputs
@@ -13,6 +12,7 @@ from model.forward_batch import ForwardBatch
 from model.kernels import Kernels
 from model.kv_cache import KVCache
 from model.layers import MLP, Rope, rms_norm
+from model.linear import DenseWeight, Int8Weight
 from model.moe import Exchange, MoeBlock
 
 
@@ -30,8 +30,8 @@ class Decoder:
     """Built by `load_decoder`. Holds no state between steps; the KV cache comes in with each."""
 
     config: ModelConfig
-    embedding_VH: Tensor
-    """In its storage dtype; the LM head shares it when they are tied."""
+    embedding: DenseWeight | Int8Weight
+    """[V, H]. A tied LM head is made of it."""
     layers: tuple[DecoderLayer, ...]
     norm_H: Tensor
     rope: Rope
@@ -45,7 +45,7 @@ class Decoder:
         eps = self.config.rms_norm_eps
         cos_sin = self.rope.cos_sin(batch.positions_T, batch.rope_lens_T)
         groups = [AttentionInputs.of_group(batch, table, kv_cache, cos_sin) for table in batch.tables]
-        x_TH = F.embedding(batch.token_ids_T, self.embedding_VH).float()
+        x_TH = self.embedding.rows(batch.token_ids_T)
         for layer in self.layers:
             normed_TH = rms_norm(x_TH, layer.input_norm_H, eps)
             x_TH = x_TH + layer.attention.forward(

@@ -67,6 +67,10 @@ class DenseWeight:
     def dequantize(self) -> Tensor:
         return self.tensor.float()
 
+    def rows(self, ids_T: Tensor) -> Tensor:
+        """Rows of the matrix, float32 [T, K]: an embedding's lookup."""
+        return F.embedding(ids_T, self.tensor).float()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Int8Weight:
@@ -94,6 +98,10 @@ class Int8Weight:
 
     def dequantize(self) -> Tensor:
         return self.values * self.scales[:, None]
+
+    def rows(self, ids_T: Tensor) -> Tensor:
+        """Rows of the matrix, float32 [T, K]: an embedding's lookup."""
+        return self.values[ids_T] * self.scales[ids_T, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

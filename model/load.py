@@ -17,7 +17,7 @@ from model.gate import Gate
 from model.heads import Head
 from model.kernels import REFERENCE_KERNELS, Kernels
 from model.layers import MLP, Rope
-from model.linear import DenseWeight, Int4Weight, Weight
+from model.linear import DenseWeight, Int4Weight, Int8Weight, Weight
 from model.moe import MoeBlock
 from model.quantize import concatenate_int4, from_gptq, quantize_int4, quantize_int8
 
@@ -39,13 +39,13 @@ def load_decoder(
 ) -> Decoder:
     """Everything but the routed experts and the head.
 
-    `quantization` (int8 | int4 | None) applies to attention and MLPs; embedding, norms and gates keep the checkpoint's
-    storage, rounded to `config.dtype` where that is narrower. Raises ValueError as `Checkpoint` does.
+    `quantization` (int8 | int4 | None) applies to attention and MLPs, either makes the embedding int8; norms and gates
+    keep the checkpoint's storage, rounded to `config.dtype` where that is narrower. Raises ValueError as `Checkpoint`.
     """
     read = _Reader(checkpoint, config, quantization, device, kernels)
     return Decoder(
         config=config,
-        embedding_VH=read.matrix("embed_tokens.weight", (config.vocab_size, config.hidden_size)),
+        embedding=read.embedding(),
         layers=tuple(_load_layer(read, config, layer_idx) for layer_idx in range(config.num_hidden_layers)),
         norm_H=read.vector("norm.weight", config.hidden_size),
         rope=Rope(config, device),
@@ -83,7 +83,7 @@ def load_head(
     decoder: Decoder | None = None,
     kernels: Kernels = REFERENCE_KERNELS,
 ) -> Head:
-    """The head that `config.head_kind` names. A tied LM head shares the decoder's embedding where one is given.
+    """The head that `config.head_kind` names. A tied LM head is made of the decoder's embedding where one is given.
 
     Raises ValueError as `Checkpoint` does, and for a base model, which has no head.
     """
@@ -94,14 +94,11 @@ def load_head(
         )
     read = _Reader(checkpoint, config, quantization, device, kernels)
     if kind == "causal_lm":
-        shape = (config.vocab_size, hidden)
-        if not config.tie_word_embeddings:
-            table = read.matrix("lm_head.weight", shape, base=False)
-        elif decoder is not None:
-            table = decoder.embedding_VH
+        if config.tie_word_embeddings:
+            weight = kernels.pack_weight(read.embedding() if decoder is None else decoder.embedding)
         else:
-            table = read.matrix("embed_tokens.weight", shape)
-        return Head(kind=kind, weight=read.quantized(table), bias=None)
+            weight = read.quantized(read.matrix("lm_head.weight", (config.vocab_size, hidden), base=False))
+        return Head(kind=kind, weight=weight, bias=None)
     num_outputs = 2 if kind == "question_answering" else config.num_labels
     module = _HEAD_MODULES[kind]
     has_bias = kind == "question_answering" or (kind == "token_classification" and config.token_classification_bias)
@@ -135,6 +132,10 @@ class _Reader:
     def vector(self, name: str, length: int, *, base: bool = True) -> Tensor:
         """Norms and biases: float32, since they meet float32 activations elementwise."""
         return self.checkpoint.float_tensor(self._name(name, base), (length,), None).float().to(self.device)
+
+    def embedding(self) -> DenseWeight | Int8Weight:
+        table = self.matrix("embed_tokens.weight", (self.config.vocab_size, self.config.hidden_size))
+        return DenseWeight(table) if self.quantization is None else quantize_int8(table)
 
     def dense(self, name: str, shape: tuple[int, int], *, base: bool = True) -> Weight:
         """A matrix that is never quantized: gates and small heads."""

@@ -45,7 +45,7 @@ def test_the_parts_together_read_each_tensor_once(tiny: Any, tmp_path: Path) -> 
 def test_a_tied_head_shares_the_embedding(tiny: Any, tmp_path: Path) -> None:
     _, engine = tiny.make(tmp_path, tie_word_embeddings=True)
     assert isinstance(engine.head.weight, DenseWeight)
-    assert engine.head.weight.tensor is engine.decoder.embedding_VH
+    assert engine.head.weight is engine.decoder.embedding
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_weights_are_kept_as_stored_or_narrower(
     expert = load_expert(engine.checkpoint, engine.config, 0, 0)
     for weight in (engine.head.weight, engine.decoder.layers[0].attention.qkv, expert.gate_up, expert.down):
         assert weight.tensor.dtype == kept
-    assert engine.decoder.embedding_VH.dtype == kept
+    assert engine.decoder.embedding.tensor.dtype == kept
 
 
 def test_heads_in_sibling_directories_share_one_backbone(tiny: Any, tmp_path: Path) -> None:

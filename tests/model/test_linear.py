@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.linear import DenseWeight, Weight, linear
+from model.linear import DenseWeight, Int8Weight, Weight, linear
 from model.quantize import quantize_int4, quantize_int8
 
 
@@ -49,3 +49,12 @@ def test_bytes_are_those_of_the_storage() -> None:
     assert weights["bfloat16"].num_bytes == 64 * 96 * 2
     assert weights["int8"].num_bytes == 64 * 96 + 64 * 4
     assert weights["int4"].num_bytes == 64 * 96 // 2 + 64 * 3 * (4 + 1)
+
+
+def test_an_embedding_looks_up_rows_in_any_storage() -> None:
+    ids = torch.tensor([3, 0, 3, 63])
+    weights = _weights(64, 96)
+    for storage in ("float32", "bfloat16", "int8"):
+        weight = weights[storage]
+        assert isinstance(weight, DenseWeight | Int8Weight)
+        assert torch.equal(weight.rows(ids), weight.dequantize()[ids])
