@@ -85,11 +85,12 @@ class IngressReplica:
         self._settings = Settings.model_validate(settings)
         self._router = router  # keeps the router part of the application; requests go over the links
         self._supervisor: Any = None
+        self._pool: RouterPool | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         settings = self._settings
         mesh = settings.mesh
-        pool = RouterPool(
+        self._pool = pool = RouterPool(
             self._discover,
             PoolOptions(
                 token=mesh.token,
@@ -105,7 +106,10 @@ class IngressReplica:
         return list(await self._ask("routers"))
 
     async def _mesh(self) -> dict[str, Any]:
-        return dict(await self._ask("mesh"))
+        """The supervisor's view, and each router's own figures over its link."""
+        assert self._pool is not None
+        mesh, stats = await asyncio.gather(self._ask("mesh"), self._pool.command("stats", timeout_s=2.0))
+        return {**mesh, "routers": [{**r, **stats.get(r["router_id"], {})} for r in mesh["routers"]]}
 
     async def _ask(self, method: str) -> Any:
         """Call the supervisor; after an error look it up again (it may have been restarted)."""
