@@ -40,7 +40,7 @@ async def render(
         )
     tools = list(use.tools)
     if tools and not template.takes_tools():
-        messages, tools = _with_preamble(messages, use.preamble()), []
+        messages, tools = with_preamble(messages, use.preamble()), []
     limits = service.settings.limits
 
     def work() -> str:
@@ -61,7 +61,8 @@ async def render(
         raise InvalidRequest(str(error), param="messages") from None
 
 
-def _with_preamble(messages: Sequence[Mapping[str, Any]], preamble: str) -> list[Mapping[str, Any]]:
+def with_preamble(messages: Sequence[Mapping[str, Any]], preamble: str) -> list[Mapping[str, Any]]:
+    """The messages with the preamble at the end of the system's message, or as one."""
     if messages[0]["role"] == "system":
         first = messages[0]
         return [{**first, "content": f"{first['content']}\n\n{preamble}"}, *messages[1:]]

@@ -11,18 +11,8 @@ from deploy.errors import InvalidRequest
 from model.sampling_params import StructuredSpec
 
 PREAMBLE = """# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>
-{signatures}
-</tools>
-
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
-<tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
-</tool_call>"""
+To call a function write <tool_call>{{"name": ..., "arguments": {{...}}}}</tool_call>. Functions:
+{signatures}"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +35,7 @@ class ToolUse:
         return StructuredSpec("json_schema", json.dumps(schema, ensure_ascii=False))
 
     def preamble(self) -> str:
-        """The tools as text, in Hermes' and Qwen's form, for chat templates that don't know tools."""
+        """The tools as text, for chat templates that don't show them; calls look as Hermes and Qwen write them."""
         return PREAMBLE.format(signatures="\n".join(json.dumps(tool, ensure_ascii=False) for tool in self.tools))
 
 

@@ -107,6 +107,10 @@ class FakeRouter:
         return self
 
     @property
+    def entries(self) -> list[dict[str, Any]]:
+        return [self.entry]
+
+    @property
     def entry(self) -> dict[str, Any]:
         return {"router_id": self.router_id, "host": "127.0.0.1", "port": self.port}
 
@@ -210,15 +214,13 @@ class RunningApi:
     """The API on a loopback port, with its event loop in a thread of its own."""
 
     url: str
-    router: FakeRouter
+    router: Any  # FakeRouter, or whatever has start, entries and kill
     pool: RouterPool
     loop: asyncio.AbstractEventLoop
 
 
 @contextlib.contextmanager
-def running_api(
-    served: ServedModel, settings: Settings | None = None, router: FakeRouter | None = None
-) -> Iterator[RunningApi]:
+def running_api(served: ServedModel, settings: Settings | None = None, router: Any = None) -> Iterator[RunningApi]:
     router = router or FakeRouter()
     ready = threading.Event()
     found: dict[str, Any] = {}
@@ -227,10 +229,12 @@ def running_api(
         await router.start()
 
         async def discover() -> list[dict[str, Any]]:
-            return [router.entry]
+            return router.entries
 
-        pool = RouterPool(discover, PoolOptions(discover_interval_s=0.05, router_wait_s=1.0))
-        api = create_api(settings or Settings(), [served], pool)
+        chosen = settings or Settings()
+        options = PoolOptions(token=chosen.mesh.token, discover_interval_s=0.05, router_wait_s=1.0)
+        pool = RouterPool(discover, options)
+        api = create_api(chosen, [served], pool)
         server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="warning"))
         task = asyncio.create_task(server.serve())
         while not server.started:

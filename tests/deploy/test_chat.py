@@ -7,7 +7,10 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from deploy.chat_messages import with_preamble
+from deploy.errors import InvalidRequest
 from deploy.served_model import ServedModel
+from deploy.tools import read_tool_use
 from tests.deploy.fakes import RunningApi
 from tests.deploy.test_completions import events, post, scripts
 
@@ -175,3 +178,37 @@ def test_what_cannot_be_obeyed_is_refused_by_name(api: RunningApi, extra: dict[s
     response = post(api, {"messages": HELLO, **extra}, CHAT)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+
+
+def test_templates_that_know_no_tools_get_them_as_text() -> None:
+    use = read_tool_use([ADD], None, is_parallel=True)
+    assert '"name": "add"' in use.preamble() and "<tool_call>" in use.preamble()
+    first, second = with_preamble(HELLO, "P"), with_preamble([{"role": "system", "content": "S"}, *HELLO], "P")
+    assert first == [{"role": "system", "content": "P"}, *HELLO]
+    assert second == [{"role": "system", "content": "S\n\nP"}, *HELLO]
+
+
+def test_definitions_of_tools_move_to_where_references_look() -> None:
+    def tool(name: str, definition: dict[str, Any]) -> dict[str, Any]:
+        parameters = {"$defs": {"D": definition}, "type": "object", "properties": {"d": {"$ref": "#/$defs/D"}}}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    same = read_tool_use([tool("a", {"type": "string"}), tool("b", {"type": "string"})], "required", is_parallel=True)
+    structured = same.structured()
+    assert structured is not None
+    schema = json.loads(structured.payload)
+    assert schema["$defs"] == {"D": {"type": "string"}}
+    assert [one["properties"]["name"]["enum"] for one in schema["items"]["anyOf"]] == [["a"], ["b"]]
+    differing = read_tool_use([tool("a", {"type": "string"}), tool("b", {})], "required", is_parallel=True)
+    with pytest.raises(InvalidRequest, match="'D'"):
+        differing.structured()
+
+
+def test_allowed_tools_narrow_the_choice() -> None:
+    other = {"type": "function", "function": {"name": "sub"}}
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [other]}}
+    use = read_tool_use([ADD, other], choice, is_parallel=False)
+    assert (use.mode, [tool["function"]["name"] for tool in use.tools]) == ("required", ["sub"])
+    choice["allowed_tools"]["mode"] = "maybe"  # type: ignore[index]
+    with pytest.raises(InvalidRequest, match="allowed_tools"):
+        read_tool_use([ADD, other], choice, is_parallel=False)

@@ -1,0 +1,149 @@
+"""The API over real routers (all experts in the router's process) in this process: text, constraints, a lost router."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from actors.membership import MeshClient
+from actors.router import Router
+from actors.specs import RouterSpec
+from deploy.served_model import ServedModel
+from deploy.settings import Settings
+from tests.deploy.fakes import RunningApi, running_api
+from tests.tiny import load_oracle, oracle_greedy, write_tiny_model
+
+HELLO: Any = [{"role": "user", "content": "the whale"}]
+
+
+class NoMesh(MeshClient):
+    """There are no shards to hear of."""
+
+    def next_view(self, router_id: str, seen_epoch: int, live_epoch: int) -> None:
+        threading.Event().wait(0.5)
+
+
+class RealRouters:
+    """Two of them; `entries` names those that live."""
+
+    def __init__(self, directory: Path) -> None:
+        spec = RouterSpec(model=str(directory), served_name="tiny", local=True, token="t", num_kv_blocks=256)
+        self.routers = {
+            name: Router(name, spec, host="127.0.0.1", device=torch.device("cpu"), client=NoMesh()) for name in "ab"
+        }
+        self.ports = {name: router.start() for name, router in self.routers.items()}
+
+    async def start(self) -> None:
+        pass
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        return [{"router_id": name, "host": "127.0.0.1", "port": port} for name, port in self.ports.items()]
+
+    def stop(self, name: str) -> None:
+        del self.ports[name]
+        self.routers.pop(name).stop()
+
+    def kill(self) -> None:
+        for name in list(self.ports):
+            self.stop(name)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("real") / "tiny", max_position_embeddings=2048)
+
+
+@pytest.fixture(scope="module")
+def real(directory: Path) -> Iterator[RunningApi]:
+    served = ServedModel.from_directory(directory, names=("tiny",))
+    settings = Settings.model_validate({"mesh": {"token": "t"}})
+    with running_api(served, settings, RealRouters(directory)) as running:
+        yield running
+
+
+@pytest.fixture
+def client(real: RunningApi) -> openai.OpenAI:
+    return openai.OpenAI(base_url=real.url + "/v1", api_key="x", max_retries=0)
+
+
+def test_greedy_text_is_that_of_transformers(client: openai.OpenAI, directory: Path) -> None:
+    prompt = [40, 50, 60, 70]
+    answer = client.completions.create(
+        model="tiny",
+        prompt=prompt,
+        max_tokens=24,
+        temperature=0,
+        logprobs=2,
+        extra_body={"ignore_eos": True, "return_token_ids": True, "prompt_logprobs": 1},
+    )
+    choice = answer.choices[0].model_dump()
+    assert choice["token_ids"] == oracle_greedy(load_oracle(directory), prompt, 24)
+    assert len(choice["logprobs"]["tokens"]) == 24 and len(choice["prompt_logprobs"]) == 4
+    assert all(
+        top[token] == value
+        for top, token, value in zip(
+            choice["logprobs"]["top_logprobs"],
+            choice["logprobs"]["tokens"],
+            choice["logprobs"]["token_logprobs"],
+            strict=True,
+        )
+    )
+
+
+def test_constraints_hold_for_a_model_of_noise(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}, "kind": {"enum": ["x", "y"]}},
+        "required": ["ok", "kind"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=HELLO,
+        response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
+        seed=1,
+    )
+    parsed = json.loads(answer.choices[0].message.content or "")
+    assert isinstance(parsed["ok"], bool) and parsed["kind"] in ("x", "y")
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    for stream in (False, True):
+        body: Any = {"model": "tiny", "messages": HELLO, "tools": [tool], "tool_choice": "required", "seed": 1}
+        body["parallel_tool_calls"] = False
+        if stream:
+            with client.chat.completions.stream(**body) as events:
+                message: Any = events.get_final_completion().choices[0].message
+        else:
+            message = client.chat.completions.create(**body).choices[0].message
+        (call,) = message.tool_calls
+        assert call.function.name == "f" and json.loads(call.function.arguments)["kind"] in ("x", "y")
+    chosen = client.completions.create(
+        model="tiny", prompt="the", extra_body={"structured_outputs": {"choice": ["whale", "ship"]}}
+    )
+    assert chosen.choices[0].text in ("whale", "ship")
+    with pytest.raises(openai.BadRequestError, match=r"regex|grammar"):
+        client.completions.create(model="tiny", prompt="the", extra_body={"structured_outputs": {"regex": "(("}})
+
+
+def test_a_stream_outlives_its_router_and_a_sampled_text_stays_the_same(
+    real: RunningApi, client: openai.OpenAI
+) -> None:
+    body: Any = {"model": "tiny", "prompt": "the sea and the storm", "max_tokens": 300, "seed": 11, "temperature": 1.0}
+    body["extra_body"] = {"ignore_eos": True}
+    whole = client.completions.create(**body).choices[0].text
+    text, stopped = "", False
+    for chunk in client.completions.create(**body, stream=True):
+        text += chunk.choices[0].text
+        if not stopped and len(text) > 20:
+            busy = max(real.pool.links, key=lambda link: link.num_open)
+            real.router.stop(busy.address.router_id)
+            stopped = True
+    assert stopped and real.pool.num_replays == 1
+    assert text == whole
