@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 
+from actors.mesh_plan import MeshPlan
 from actors.model_source import load_config
 from actors.ray_mesh import NAMESPACE, RayMeshClient, actor_name, ensure_supervisor, node_host, worker_environment
 from deploy import specs
@@ -186,12 +187,16 @@ def served_models(settings: Settings) -> list[ServedModel]:
     return models
 
 
+def plan_of(settings: Settings) -> MeshPlan:
+    """The mesh these settings ask for. Raises ValueError where the model doesn't allow it."""
+    return specs.mesh_plan(settings, load_config(specs.model_directory(settings), None))
+
+
 def ensure_mesh(settings: Settings) -> Any:
     """The mesh's supervisor; started, with its shards, if there is none."""
-    config = load_config(specs.model_directory(settings), None)
     return ensure_supervisor(
         settings.mesh.name,
-        specs.mesh_plan(settings, config),
+        plan_of(settings),
         specs.shard_spec(settings),
         specs.shard_resources(settings),
         specs.timeouts(settings),

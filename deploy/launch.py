@@ -54,6 +54,7 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
 
     models = application.served_models(settings)  # config and tokenizer: refused before anything is started
     specs.router_spec(settings)
+    application.plan_of(settings)
     for name in ("ray.serve", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     say("starting Ray")
@@ -115,6 +116,8 @@ def _quiet_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    # Ray's switch for one machine alone (named after where it is the default): every one of its ports is on loopback.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
 
 def _cpus_wanted(settings: Settings) -> int:

@@ -1,4 +1,4 @@
-"""A tiny random Qwen2-MoE model directory with a tokenizer, made by transformers and tokenizers; for end-to-end tests."""
+"""A tiny random Qwen2-MoE model directory with a tokenizer, made by transformers and tokenizers."""
 
 from __future__ import annotations
 

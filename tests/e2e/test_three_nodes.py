@@ -1,0 +1,83 @@
+"""A Ray cluster of three nodes: every shard on a node of its own, and a node that goes away with its shard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import ray
+from ray import serve
+from ray.cluster_utils import Cluster
+
+from deploy.app import bind
+from deploy.settings import load
+from tests.e2e.conftest import free_port, wait_until
+from tests.tiny import load_oracle, oracle_greedy
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """The head has no room for shards; three further nodes have a slot for one each."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
+    for _ in range(3):
+        cluster.add_node(num_cpus=1, resources={"expert": 2})
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    serve.shutdown()
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(cluster: Cluster, served_model) -> str:
+    port = free_port()
+    settings = load(
+        flags={
+            "model.path": str(served_model),
+            "mesh.shards": 3,
+            "mesh.spread": "strict",
+            "mesh.shard_cpus": 0.0,
+            "mesh.shard_resources": {"expert": 1},
+            "server.port": port,
+        }
+    ).settings
+    serve.start(proxy_location="HeadOnly", http_options={"port": port})
+    serve.run(bind(settings), name="expertmesh", route_prefix="/")
+    address = f"http://127.0.0.1:{port}"
+    wait_until(lambda: httpx.get(f"{address}/ready").status_code == 200, 60)
+    wait_until(lambda: httpx.get(f"{address}/mesh").json()["complete"], 60)
+    return address
+
+
+def complete(url: str, prompt: list[int], count: int) -> list[int]:
+    body = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return list(answer.json()["choices"][0]["token_ids"])
+
+
+def test_every_shard_has_a_node_of_its_own_and_answers_are_right(url, served_model):
+    mesh = httpx.get(f"{url}/mesh").json()
+    assert len(mesh["shards"]) == 3
+    assert len({shard["node_id"] for shard in mesh["shards"]}) == 3
+    prompt = list(range(10, 40))
+    assert complete(url, prompt, 32) == oracle_greedy(load_oracle(served_model), prompt, 32)
+    assert all(shard["tokens"] > 0 for shard in httpx.get(f"{url}/mesh").json()["shards"])
+
+
+def test_a_lost_node_is_survived_and_a_new_one_is_used(url, cluster, served_model):
+    prompt = list(range(50, 70))
+    expected = oracle_greedy(load_oracle(served_model), prompt, 32)
+    lost = cluster.list_all_nodes()[-1]
+    cluster.remove_node(lost, allow_graceful=False)
+    assert complete(url, prompt, 32) == expected
+    mesh = httpx.get(f"{url}/mesh").json()
+    assert mesh["complete"] and lost.node_id not in {shard["node_id"] for shard in mesh["shards"]}
+    added = cluster.add_node(num_cpus=1, resources={"expert": 2})
+    end = time.monotonic() + 90
+    while added.node_id not in {shard["node_id"] for shard in httpx.get(f"{url}/mesh").json()["shards"]}:
+        assert time.monotonic() < end, httpx.get(f"{url}/mesh").json()
+        time.sleep(0.5)
+    assert complete(url, prompt, 32) == expected
