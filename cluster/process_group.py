@@ -11,6 +11,7 @@ dropped, never reused and never waited for.
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import cast
@@ -44,8 +45,12 @@ class MeshGroup:
 
 
 def host_store(host: str, port: int = 0, *, timeout_s: float) -> TCPStore:
-    """Start the router's store on `host`; `.port` says where it listens."""
-    return TCPStore(host, port, None, True, timedelta(seconds=timeout_s), wait_for_workers=False)
+    """Start the router's store on `host` and nowhere else (left to itself, TCPStore listens on every address);
+    `.port` says where it listens."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family, backlog=1024) as listening:
+        port, fd = listening.getsockname()[1], listening.detach()  # the store closes it
+    return TCPStore(host, port, None, True, timedelta(seconds=timeout_s), wait_for_workers=False, master_listen_fd=fd)
 
 
 def connect_store(host: str, port: int, *, timeout_s: float) -> TCPStore:

@@ -59,6 +59,7 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
         logging.getLogger(name).setLevel(logging.ERROR)
     say("starting Ray")
     ray.init(
+        address="local",  # never somebody else's cluster
         num_cpus=max(os.cpu_count() or 1, _cpus_wanted(settings)),
         resources=_custom_resources(settings),
         include_dashboard=False,
