@@ -11,7 +11,15 @@ from typing import Any
 from deploy.chat_messages import read_messages, render
 from deploy.errors import InvalidRequest
 from deploy.generation import Delta, TextOptions, gather_all, stream_all
-from deploy.generation_plan import Asked, check_prompt, plan_requests, structured_spec, text_options, truncate_prompt
+from deploy.generation_plan import (
+    Asked,
+    check_length,
+    check_prompt,
+    plan_requests,
+    structured_spec,
+    text_options,
+    truncate_prompt,
+)
 from deploy.logprobs import chat_logprobs, prompt_logprobs
 from deploy.openai_requests import ChatCompletionRequest
 from deploy.router_pool import GenerateRequest
@@ -68,6 +76,7 @@ async def plan_chat(service: Service, body: ChatCompletionRequest, answer_id: st
         variables=body.chat_template_kwargs,
     )
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    check_length(prompt, body, model, "messages")
     prompt_ids = await service.encode(model, prompt, add_special_tokens=body.add_special_tokens)
     prompt_ids = truncate_prompt(body, model, prompt_ids, max_tokens)
     check_prompt(prompt_ids, model, "messages")

@@ -12,6 +12,7 @@ from deploy.service import Service
 from deploy.tools import ToolUse
 
 _FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "refusal", "reasoning_content", "audio"})
+_IGNORED = frozenset({"function_call", "annotations", "reasoning", "cache_control"})  # clients send back what they got
 _TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
 
 
@@ -75,7 +76,7 @@ def _read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise InvalidRequest(
             f"{where}.role: {str(role)[:80]!r} is not system, developer, user, assistant or tool", param=f"{where}.role"
         )
-    if unknown := sorted(message.keys() - _FIELDS - {"function_call", "annotations"}):
+    if unknown := sorted(message.keys() - _FIELDS - _IGNORED):
         raise InvalidRequest(f"{where}: unknown field {unknown[0][:80]!r}", param=where)
     for name in ("audio", "function_call"):
         if message.get(name) is not None:

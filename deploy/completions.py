@@ -9,7 +9,15 @@ from typing import Any
 
 from deploy.errors import InvalidRequest
 from deploy.generation import Delta, TextOptions, Token, gather_all, stream_all
-from deploy.generation_plan import Asked, check_prompt, plan_requests, structured_spec, text_options, truncate_prompt
+from deploy.generation_plan import (
+    Asked,
+    check_length,
+    check_prompt,
+    plan_requests,
+    structured_spec,
+    text_options,
+    truncate_prompt,
+)
 from deploy.logprobs import completion_logprobs, prompt_logprobs, prompt_tokens
 from deploy.openai_requests import CompletionRequest
 from deploy.router_pool import GenerateRequest
@@ -160,6 +168,7 @@ def _read_prompts(
     for prompt in sent:
         ids = prompt
         if isinstance(ids, str):
+            check_length(ids, body, model, "prompt")
             ids = model.tokenizer.encode(ids, add_special_tokens=body.add_special_tokens)
         ids = truncate_prompt(body, model, ids, body.max_tokens)
         check_prompt(ids, model, "prompt")

@@ -45,6 +45,8 @@ def plan_requests(
 
     Raises InvalidRequest for every value that can't be obeyed."""
     n = body.n or 1
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options: only with stream; set stream to true", param="stream_options")
     if n > limits.max_n:
         raise InvalidRequest(f"n: {n} is more than this server's {limits.max_n} choices per prompt", param="n")
     if len(prompts) > limits.max_prompts:
@@ -105,6 +107,17 @@ def truncate_prompt(
     if keep == -1:
         keep = max(1, model.max_model_len - max(1, max_tokens or 1))
     return prompt_ids[-keep:]
+
+
+def check_length(text: str, body: GenerationBody, model: ServedModel, param: str) -> None:
+    """Refuses a text that is too long whatever its tokens are, before seconds go into finding them."""
+    least = model.tokenizer.least_num_tokens(text)
+    if least > model.max_model_len and body.truncate_prompt_tokens is None:
+        raise ContextTooLong(
+            f"This model's maximum context length is {model.max_model_len} tokens, and the prompt has at least {least} "
+            "tokens. Shorten the prompt.",
+            param=param,
+        )
 
 
 def check_prompt(prompt_ids: Sequence[int], model: ServedModel, param: str) -> None:

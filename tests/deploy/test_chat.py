@@ -172,6 +172,8 @@ def test_parsed_models_work_with_the_client(client: openai.OpenAI, api: RunningA
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"chat_template_kwargs": {"messages": []}}, "messages"),
         ({"stop": [""]}, "stop"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"messages": [*HELLO, {"role": "user", "content": "x", "contents": "y"}]}, "messages[1]"),
     ],
 )
 def test_what_cannot_be_obeyed_is_refused_by_name(api: RunningApi, extra: dict[str, Any], param: str) -> None:

@@ -124,6 +124,25 @@ def test_no_part_of_a_stop_string_is_streamed_and_the_router_is_told_to_stop(
     assert len(api.router.aborted) == before + 3
 
 
+def test_the_tokens_of_a_stop_string_are_held_back_with_their_text(api: RunningApi, served: ServedModel) -> None:
+    scripts(api, served, "a EN b END c", ends=False)
+    body = {"prompt": "x", "max_tokens": 100, "stop": "END", "logprobs": 0, "return_token_ids": True}
+    chunks = [chunk["choices"][0] for chunk in events(api, body)]
+    shown = ""
+    for chunk in chunks[:-1]:
+        shown += chunk["text"]
+        assert all(shown.startswith(token, at) for token, at in _placed(chunk))
+    assert shown + chunks[-1]["text"] == "a EN b "
+    whole = post(api, body).json()["choices"][0]
+    assert [token for chunk in chunks for token in chunk["token_ids"]] == whole["token_ids"]
+    assert served.tokenizer.decode(whole["token_ids"]) == "a EN b END"  # all that was drawn, as vLLM has it
+
+
+def _placed(chunk: dict[str, Any]) -> list[tuple[str, int]]:
+    logprobs = chunk["logprobs"] or {"tokens": [], "text_offset": []}
+    return list(zip(logprobs["tokens"], logprobs["text_offset"], strict=True))
+
+
 def test_held_back_text_comes_out_when_no_stop_string_came_of_it(api: RunningApi, served: ServedModel) -> None:
     scripts(api, served, "abc EN")
     assert post(api, {"prompt": "x", "max_tokens": 100, "stop": "END"}).json()["choices"][0]["text"] == "abc EN"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from hypothesis import strategies as st
 
 from deploy.errors import InvalidRequest
 from deploy.openai_requests import ChatCompletionRequest, CompletionRequest, parse
-from deploy.served_model import ServedModel
+from deploy.served_model import ModelList, ServedModel
+from deploy.service import Service
 from deploy.settings import Settings
 from tests.deploy.fakes import FakeRouter, RunningApi, running_api
 
@@ -90,6 +93,24 @@ def test_giant_bodies_are_413_and_long_ones_400(api: RunningApi) -> None:
     assert chunked.status_code == 413
     long = send(api, {"messages": [{"role": "user", "content": "ab " * 300_000}]})
     assert long.status_code == 400 and error_of(long)["code"] == "context_length_exceeded"
+
+
+def test_long_texts_do_not_hold_up_others(api: RunningApi, served: ServedModel) -> None:
+    text = " ".join(f"{i * 7919 % 10_007}" for i in range(300_000))
+
+    async def run() -> tuple[float, float]:
+        began = last = time.monotonic()
+        work = asyncio.ensure_future(api_service.encode(served, text, add_special_tokens=False))
+        worst = 0.0
+        while not work.done():
+            await asyncio.sleep(0.005)
+            now = time.monotonic()
+            worst, last = max(worst, now - last), now
+        return worst, time.monotonic() - began
+
+    api_service = Service(Settings(), ModelList([served]), api.pool, "0", time.time)
+    worst_s, total_s = asyncio.run(run())
+    assert total_s > 0.1 and worst_s < max(0.25, total_s / 2)
 
 
 JSON = st.recursive(
