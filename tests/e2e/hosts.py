@@ -98,6 +98,7 @@ def hosts(count: int) -> Iterator[list[Host]]:
         yield made
     finally:
         for host in made:
+            subprocess.run(["ip", "link", "del", host.link], check=False)
             subprocess.run(["ip", "netns", "del", host.name], check=False)
         subprocess.run(["ip", "link", "del", bridge], check=False)
 
