@@ -6,32 +6,51 @@
 /* Position of output o among the 32 of an input: BFLOAT16 has o and 16 + o side by side. */
 static int position(int format, int o) { return format == BFLOAT16 ? o % 16 * 2 + o / 16 : o; }
 
-#define PACK_FLOATS(name, type)                                                                \
-    static void name(const type *rows, int num_rows, int K, int format, type *panel) {        \
-        if (num_rows < PANEL) memset(panel, 0, (size_t)K * PANEL * sizeof(type));              \
-        for (int o = 0; o < num_rows; o++) {                                                   \
-            type *out = panel + position(format, o);                                           \
-            for (int k = 0; k < K; k++) out[(long)k * PANEL] = rows[(long)o * K + k];          \
-        }                                                                                      \
+/* Inputs at a time: what is written of a panel meanwhile stays in the first-level cache. */
+enum { INPUTS_AT_A_TIME = 128 };
+
+#define PACK_FLOATS(name, type)                                                                                    \
+    static void name(const type *rows, int num_rows, int K, int format, type *panel) {                             \
+        if (num_rows < PANEL) memset(panel, 0, (size_t)K * PANEL * sizeof(type));                                  \
+        for (int first = 0; first < K; first += INPUTS_AT_A_TIME)                                                  \
+            for (int o = 0; o < num_rows; o++) {                                                                   \
+                type *out = panel + position(format, o);                                                           \
+                int last = at_most(K, first + INPUTS_AT_A_TIME);                                                   \
+                for (int k = first; k < last; k++) out[(long)k * PANEL] = rows[(long)o * K + k];                   \
+            }                                                                                                      \
     }
 PACK_FLOATS(pack_32_bits, uint32_t)
 PACK_FLOATS(pack_16_bits, uint16_t)
 
+/* The integer formats keep four inputs of an output side by side: `quad` is where those of output 0 go. */
 static void pack_int8(const int8_t *rows, int num_rows, int K, uint8_t *panel) {
     memset(panel, 128, (size_t)ceil_div(K, 4) * 4 * PANEL);
-    for (int o = 0; o < num_rows; o++)
-        for (int k = 0; k < K; k++) panel[(long)(k / 4) * 4 * PANEL + o * 4 + k % 4] = (uint8_t)(rows[(long)o * K + k] + 128);
+    for (int first = 0; first < K; first += INPUTS_AT_A_TIME)
+        for (int o = 0; o < num_rows; o++)
+            for (int k = first; k < at_most(K, first + INPUTS_AT_A_TIME); k += 4) {
+                uint8_t *quad = panel + (long)k * PANEL;
+                uint32_t four = 0;
+                if (k + 4 <= K) memcpy(&four, rows + (long)o * K + k, 4);
+                else memcpy(&four, rows + (long)o * K + k, K - k);
+                four ^= 0x80808080u; /* + 128 in each byte */
+                memcpy(quad + 4 * o, &four, 4);
+            }
 }
 
 /* Rows of ceil(K / 2) bytes: input 2j in the low nibble of byte j, input 2j + 1 in the high one. */
 static void pack_int4(const uint8_t *rows, int num_rows, int K, uint8_t *panel) {
     int row_bytes = ceil_div(K, 2);
     memset(panel, 0, (size_t)ceil_div(K, 4) * 2 * PANEL);
-    for (int o = 0; o < num_rows; o++)
-        for (int k = 0; k < K; k++) {
-            int nibble = rows[(long)o * row_bytes + k / 2] >> (k % 2 * 4) & 15;
-            panel[(long)(k / 4) * 2 * PANEL + o % 16 * 4 + k % 4] |= (uint8_t)(nibble << (o / 16 * 4));
-        }
+    for (int first = 0; first < K; first += INPUTS_AT_A_TIME)
+        for (int o = 0; o < num_rows; o++)
+            for (int k = first; k < at_most(K, first + INPUTS_AT_A_TIME); k += 4) {
+                uint8_t *quad = panel + (long)k / 2 * PANEL;
+                const uint8_t *two = rows + (long)o * row_bytes + k / 2;
+                uint32_t low = two[0], high = k + 2 < K ? two[1] : 0, four;
+                memcpy(&four, quad + o % 16 * 4, 4);
+                four |= ((low & 15) | (low >> 4) << 8 | (high & 15) << 16 | (high >> 4) << 24) << (o / 16 * 4);
+                memcpy(quad + o % 16 * 4, &four, 4);
+            }
 }
 
 /* Pack the row-major matrix [N, K] (INT4: two to a byte) into `packed`. */
