@@ -17,9 +17,10 @@ from deploy.body import read_json
 from deploy.chat import ChatPlan, plan_chat
 from deploy.errors import InvalidRequest
 from deploy.generation import Delta, gather_all, stream_all
-from deploy.openai_requests import INT64_MAX, ChatCompletionRequest, RequestBody, parse
+from deploy.openai_requests import INT64_MAX, ChatCompletionRequest, RequestBody, StreamingBody, parse
 from deploy.service import Service
-from deploy.sse import JsonAnswer, client_left, event, start_stream, until_disconnect
+from deploy.sse import JsonAnswer, event
+from deploy.text_endpoints import TextEndpoint
 from deploy.tool_parser import CallArguments, CallStart, Content, Piece, parser_for
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
@@ -37,9 +38,8 @@ class CountTokensRequest(RequestBody):
     output_config: dict[str, Any] | None = None
 
 
-class MessagesRequest(CountTokensRequest):
+class MessagesRequest(CountTokensRequest, StreamingBody):
     max_tokens: int = Field(ge=1, le=INT64_MAX)
-    stream: bool | None = False
     stop_sequences: list[str] | None = None
     temperature: float | None = Field(default=None, ge=0, le=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -51,14 +51,7 @@ def add_to(api: FastAPI, service: Service) -> None:
 
     @api.post("/v1/messages")
     async def messages(request: Request) -> Response:
-        body = parse(await read_json(request, max_bytes), MessagesRequest)
-        plan = await plan_chat(service, to_chat(body), f"msg_{request.state.request_id}")
-        if body.stream:
-            return await start_stream(
-                request, _stream(service, plan), lambda error: event(error.anthropic_body(), "error")
-            )
-        answer = await until_disconnect(request, _answer(service, plan))
-        return client_left() if answer is None else JsonAnswer(answer)
+        return await MESSAGES.serve(request, service)
 
     @api.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
@@ -175,8 +168,7 @@ def _output_format(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 async def _answer(service: Service, plan: ChatPlan) -> dict[str, Any]:
-    (sequence,) = await gather_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
-    delta = sequence.as_delta(0)
+    (delta,) = await gather_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
     parser = parser_for(plan.use)
     text, calls = "", []
     for piece in [*parser.feed(delta.text), *parser.finish()]:
@@ -218,6 +210,20 @@ async def _stream(service: Service, plan: ChatPlan) -> AsyncGenerator[bytes]:
     usage = _usage(plan, delta.num_tokens, num_cached)
     yield _event("message_delta", delta=end, usage=usage)
     yield _event("message_stop")
+
+
+async def _plan(service: Service, body: MessagesRequest, answer_id: str) -> ChatPlan:
+    return await plan_chat(service, to_chat(body), answer_id)
+
+
+MESSAGES: TextEndpoint[MessagesRequest, ChatPlan] = TextEndpoint(
+    body=MessagesRequest,
+    id_prefix="msg_",
+    plan=_plan,
+    answer=_answer,
+    stream=_stream,
+    end_with_error=lambda error: event(error.anthropic_body(), "error"),
+)
 
 
 class _Blocks:

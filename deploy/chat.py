@@ -103,18 +103,16 @@ async def plan_chat(service: Service, body: ChatCompletionRequest, answer_id: st
 
 async def chat(service: Service, plan: ChatPlan) -> dict[str, Any]:
     """The whole answer."""
-    sequences = await gather_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
+    deltas = await gather_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
     usage = Usage.of_prompts(plan.requests, len(plan.requests))
     choices = []
     answer = plan.head("chat.completion")
-    for index, sequence in enumerate(sequences):
-        delta = sequence.as_delta(index)
+    for index, delta in enumerate(deltas):
         usage.count(delta)
         choices.append(_Choice(plan, index).whole(delta))
     answer |= {"choices": choices, "usage": usage.to_dict()}
-    first = sequences[0]
-    if plan.body.prompt_logprobs is not None and first.prompt_logprobs is not None:
-        answer["prompt_logprobs"] = prompt_logprobs(first.prompt_logprobs, plan.model.tokenizer)
+    if plan.body.prompt_logprobs is not None and deltas[0].prompt_logprobs is not None:
+        answer["prompt_logprobs"] = prompt_logprobs(deltas[0].prompt_logprobs, plan.model.tokenizer)
     if plan.body.return_token_ids:
         answer["prompt_token_ids"] = plan.requests[0].prompt_ids
     return answer

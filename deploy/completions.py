@@ -78,11 +78,10 @@ async def plan_completion(service: Service, body: CompletionRequest, answer_id: 
 
 async def complete(service: Service, plan: CompletionPlan) -> dict[str, Any]:
     """The whole answer."""
-    sequences = await gather_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
+    deltas = await gather_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
     usage = Usage.of_prompts(plan.requests, plan.n)
     choices = []
-    for index, sequence in enumerate(sequences):
-        delta = sequence.as_delta(index)
+    for index, delta in enumerate(deltas):
         delta = _without_output(delta) if plan.body.max_tokens == 0 else delta
         usage.count(delta)
         choices.append(_Choice(plan, index).render(delta, streaming=False))

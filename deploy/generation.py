@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deploy.link import Chunk
@@ -50,45 +50,6 @@ class Delta:
     stop_reason: int | str | None = None
     prompt_logprobs: list[Alternatives | None] | None = None
     routed_experts: list[Any] | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class FinishedSequence:
-    """One finished sequence, gathered from its deltas."""
-
-    text: str = ""
-    tokens: list[Token] = field(default_factory=list)
-    num_tokens: int = 0
-    num_cached_tokens: int = 0
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    prompt_logprobs: list[Alternatives | None] | None = None
-    routed_experts: list[Any] | None = None
-
-    def add(self, delta: Delta) -> None:
-        self.text += delta.text
-        self.tokens.extend(delta.tokens)
-        self.num_tokens = delta.num_tokens
-        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
-        self.finish_reason = delta.finish_reason
-        self.stop_reason = delta.stop_reason
-        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
-        if delta.routed_experts:
-            self.routed_experts = [*(self.routed_experts or []), *delta.routed_experts]
-
-    def as_delta(self, index: int) -> Delta:
-        """The sequence as one delta with everything."""
-        return Delta(
-            index=index,
-            text=self.text,
-            tokens=self.tokens,
-            num_tokens=self.num_tokens,
-            num_cached_tokens=self.num_cached_tokens,
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-            prompt_logprobs=self.prompt_logprobs,
-            routed_experts=self.routed_experts,
-        )
 
 
 class TextStream:
@@ -218,10 +179,23 @@ async def stream_all(
 
 async def gather_all(
     pool: RouterPool, requests: Sequence[GenerateRequest], tokenizer: Tokenizer, options: TextOptions
-) -> list[FinishedSequence]:
-    """All sequences, finished."""
-    sequences = [FinishedSequence() for _ in requests]
+) -> list[Delta]:
+    """All sequences, finished: one delta each with everything."""
+    found: list[list[Delta]] = [[] for _ in requests]
     async with contextlib.aclosing(stream_all(pool, requests, tokenizer, options)) as deltas:
         async for delta in deltas:
-            sequences[delta.index].add(delta)
-    return sequences
+            found[delta.index].append(delta)
+    return [_joined(deltas) for deltas in found]
+
+
+def _joined(deltas: Sequence[Delta]) -> Delta:
+    """Text, tokens and experts add up; the prompt's come once; the last delta has the end."""
+    experts = [expert for delta in deltas for expert in delta.routed_experts or ()]
+    return replace(
+        deltas[-1],
+        text="".join(delta.text for delta in deltas),
+        tokens=[token for delta in deltas for token in delta.tokens],
+        num_cached_tokens=max(delta.num_cached_tokens for delta in deltas),
+        prompt_logprobs=next((one.prompt_logprobs for one in deltas if one.prompt_logprobs is not None), None),
+        routed_experts=experts or None,
+    )

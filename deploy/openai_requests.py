@@ -40,11 +40,17 @@ class StructuredOutputs(RequestBody):
     grammar: str | None = Field(default=None, max_length=1_000_000)
 
 
-class GenerationBody(RequestBody):
-    """What completions and chats share."""
+class StreamingBody(RequestBody):
+    """A body whose answer may be a stream. `request_id` names the answer."""
 
     model: str | None = None
     stream: bool | None = False
+    request_id: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[!-~]+$")
+
+
+class GenerationBody(StreamingBody):
+    """What completions and chats share."""
+
     stream_options: StreamOptions | None = None
     n: int | None = Field(default=1, ge=1)
     temperature: float | None = Field(default=None, ge=0)
@@ -74,7 +80,6 @@ class GenerationBody(RequestBody):
     structured_outputs: StructuredOutputs | None = None
     priority: int = Field(default=0, ge=-INT64_MAX - 1, le=INT64_MAX)
     cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
-    request_id: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[!-~]+$")
 
     @field_validator("stop")
     @classmethod

@@ -65,9 +65,7 @@ class LimitSettings(Section):
 
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     max_queue: int = Field(default=1024, ge=1)  # requests that one ingress holds at once; more are answered with 503
-    max_requests_per_key: int | None = Field(
-        default=None, ge=1
-    )  # at once, for each API key; more are answered with 429
+    max_requests_per_key: int | None = Field(default=None, ge=1)  # at once; more are answered with 429
     max_n: int = Field(default=128, ge=1)  # choices per prompt
     max_prompts: int = Field(default=1024, ge=1)  # prompts per completion request
     max_logprobs: int = Field(default=20, ge=0)
@@ -225,7 +223,7 @@ def _flatten(data: Mapping[str, Any], source: str) -> Iterable[tuple[str, Any]]:
         if section not in sections:
             raise ValueError(f"unknown section {section!r} ({source}){nearest(str(section), sections)}")
         if not isinstance(fields, dict):
-            raise ValueError(f"section {section!r} ({source}): expected settings, found {type(fields).__name__}")  # noqa: TRY004
+            raise ValueError(f"section {section!r} ({source}): expected settings, found {type(fields).__name__}")
         for field, value in fields.items():
             _check_name(f"{section}.{field}", source)
             yield f"{section}.{field}", value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import pydantic_core
@@ -50,7 +50,7 @@ class EventStream(Response):
 
     Build with `start_stream`, which waits for the first event, so that early errors keep their HTTP status."""
 
-    def __init__(self, first: bytes, rest: AsyncIterator[bytes], end_with_error: Callable[[ApiError], bytes]) -> None:
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes], end_with_error: Callable[[ApiError], bytes]) -> None:
         self._first = first
         self._rest = rest
         self._end_with_error = end_with_error
@@ -69,7 +69,7 @@ class EventStream(Response):
             leaving.cancel()
             writing.cancel()
             await asyncio.gather(writing, leaving, return_exceptions=True)
-            await _close(self._rest)
+            await self._rest.aclose()
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -88,7 +88,7 @@ class EventStream(Response):
 
 
 async def start_stream(
-    request: Request, events: AsyncIterator[bytes], end_with_error: Callable[[ApiError], bytes] | None = None
+    request: Request, events: AsyncGenerator[bytes], end_with_error: Callable[[ApiError], bytes] | None = None
 ) -> Response:
     """The response for a stream of events. Raises what the first event raises."""
 
@@ -98,10 +98,10 @@ async def start_stream(
     try:
         first = await until_disconnect(request, begin())
     except BaseException:
-        await _close(events)
+        await events.aclose()
         raise
     if first is None:
-        await _close(events)
+        await events.aclose()
         return client_left()
     return EventStream(first, events, end_with_error or (lambda error: event(error.body()) + DONE))
 
@@ -127,8 +127,3 @@ def client_left() -> Response:
 async def _until_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _close(events: AsyncIterator[bytes]) -> None:
-    if (close := getattr(events, "aclose", None)) is not None:
-        await close()
