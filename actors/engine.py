@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,24 +18,29 @@ import torch
 from torch import Tensor
 
 from actors.batch import build_batch
+from actors.pace import Pace
 from actors.request import Chunk, GenerateRequest, PoolRequest, Request, error_chunk
 from actors.scheduler import Scheduled, Scheduler
 from actors.sequence import Sequence
+from actors.step_outputs import Draw, ExpertRecorder, draw_tokens, gather_rows, wants_experts
 from cluster.errors import MeshUnavailable
 from model.decoder import Decoder
 from model.heads import Head
 from model.kv_cache import KVCache
-from model.logprobs import token_logprobs
 from model.moe import Exchange
-from model.sampler_state import SamplerState, SamplingRow
-from model.sampling import sample
+from model.sampler_state import SamplerState
 from model.structured import Matcher
 
 log = logging.getLogger("expertmesh.engine")
 
 
 class StepExchange(Exchange, Protocol):
-    """An exchange that knows about steps. LocalSteps below makes one of a plain exchange."""
+    """An exchange that knows about steps.
+
+    while_waiting: called now and then when a step has to wait for a new epoch, so that aborts and deadlines go on.
+    """
+
+    while_waiting: Callable[[], None]
 
     def begin_step(self) -> None: ...
 
@@ -93,12 +99,14 @@ class Engine:
         self.stats = EngineStats()
         self._deliver = deliver
         self._clock = clock
+        exchange.while_waiting = self._take_inbox
         self._inbox = _Inbox()
         self._outbox: dict[str, list[Chunk]] = {}
         self._by_id: dict[tuple[str, str], Sequence] = {}
         self._num_arrivals = 0
         self._stopping = False
-        self._pace = _Pace()
+        self._pace = Pace()
+        self._work: list[Scheduled] = []
         self._next_sweep = 0.0
         self._was_busy = False
         self.last_beat = clock()
@@ -167,98 +175,41 @@ class Engine:
         try:
             self.step()
         except MeshUnavailable as error:
-            self._fail_all(503, "mesh_unavailable", str(error))
+            self._fail(list(self.scheduler), 503, "mesh_unavailable", str(error))
         except Exception as error:
-            log.exception("a step failed")
-            self._fail_all(500, "internal_error", f"the step failed: {type(error).__name__}")
+            log.error("a step failed: %s", traceback.format_exc())
+            there = [item.sequence for item in self._work if self._is_known(item.sequence)]
+            self._fail(there or list(self.scheduler), 500, "internal_error", f"a step failed: {type(error).__name__}")
         self._flush()
 
     def step(self) -> None:
         """One forward pass for everything scheduled."""
         started = self._clock()
         self.exchange.begin_step()
-        work = self.scheduler.schedule(self._pace.prefill_budget())
+        work = self._work = self.scheduler.schedule(self._pace.prefill_budget())
         if not work:
             return
         hidden_TH = self._run(work)
-        tokens = self._sample(work, hidden_TH)
-        self._commit(work, tokens)
-        self._pace.observe(work, self._clock() - started)
+        draws = draw_tokens(work, hidden_TH, self.model.lm_head) if self.model.lm_head is not None else {}
+        self._commit(work, draws)
+        duration_s = self._clock() - started
+        self._pace.observe(work, duration_s)
         self.stats.num_steps += 1
-        self.stats.step_s += self._clock() - started
-
-    # ---- run -----------------------------------------------------------------------------------------
+        self.stats.step_s += duration_s
 
     def _run(self, work: list[Scheduled]) -> Tensor:
         model = self.model
         batch = build_batch(work, len(self.scheduler.blocks.pools), model.kv_cache.block_size, model.device)
-        return model.decoder.forward(batch, model.kv_cache, self.exchange)
-
-    # ---- sample --------------------------------------------------------------------------------------
-
-    def _sample(self, work: list[Scheduled], hidden_TH: Tensor) -> dict[int, tuple[int, list[list[float]] | None]]:
-        """Tokens drawn in this step, by index into work; errors end their request here. Pools and prompt
-        log-probabilities are gathered on the way."""
-        draws: list[tuple[int, int]] = []  # (index into work, row of hidden)
-        row = 0
-        for idx, item in enumerate(work):
-            request, end_row = item.sequence.request, row + item.end - item.begin
-            if isinstance(request, PoolRequest):
-                self._pool(item, request, hidden_TH[row:end_row])
-            else:
-                if request.sampling.prompt_logprobs is not None and item.begin < item.sequence.prompt_len:
-                    self._score_prompt(item, request, hidden_TH[row:end_row])
-                if item.samples:
-                    draws.append((idx, end_row - 1))
-            row = end_row
-        if not draws:
-            return {}
-        assert self.model.lm_head is not None, "generate requests are refused where there is no LM head"
-        rows = torch.tensor([r for _, r in draws], device=hidden_TH.device)
-        logits_RV = self.model.lm_head.forward(hidden_TH.index_select(0, rows))
-        output = sample(logits_RV, [_sampling_row(work[idx].sequence) for idx, _ in draws])
-        drawn = {}
-        for (idx, _), token, logprobs, error in zip(
-            draws, output.token_ids, output.logprobs, output.errors, strict=True
-        ):
-            if error is None:
-                drawn[idx] = (token, [list(entry) for entry in logprobs] if logprobs is not None else None)
-            else:
-                sequence = work[idx].sequence
-                status, code = (500, "not_finite") if "finite" in error else (400, "no_token_possible")
-                self._finish(sequence, error_chunk(sequence.request.request_id, status, code, error))
-        return drawn
-
-    def _pool(self, item: Scheduled, request: PoolRequest, hidden_NH: Tensor) -> None:
-        if request.tokens == "last":
-            if not item.samples:
-                return
-            hidden_NH = hidden_NH[-1:]
-        head = self.model.heads.get(request.head)
-        values = hidden_NH if head is None else head.forward(hidden_NH)
-        item.sequence.pooled += values.float().tolist()
-
-    def _score_prompt(self, item: Scheduled, request: GenerateRequest, hidden_NH: Tensor) -> None:
-        """Log-probability of each next prompt token given the ones up to it."""
-        sequence = item.sequence
-        scores = sequence.prompt_logprobs
-        if scores is None:
-            scores = sequence.prompt_logprobs = [None]
-        begin = len(scores) - 1
-        end = min(item.end, sequence.prompt_len - 1)
-        if begin >= end or self.model.lm_head is None:
-            return
-        num_top = request.sampling.prompt_logprobs or 0
-        for start in range(begin, end, 64):  # bounds the logits held at once
-            stop = min(start + 64, end)
-            logits = self.model.lm_head.forward(hidden_NH[start - item.begin : stop - item.begin])
-            targets = sequence.token_ids[start + 1 : stop + 1]
-            lists = token_logprobs(logits, targets, [num_top] * len(targets))
-            scores += [[list(entry) for entry in entries] for entries in lists]
+        recorder = ExpertRecorder(self.exchange) if any(wants_experts(item.sequence) for item in work) else None
+        hidden_TH = model.decoder.forward(batch, model.kv_cache, recorder or self.exchange)
+        if recorder is not None:
+            recorder.keep(work)
+        gather_rows(work, hidden_TH, model.lm_head, model.heads)
+        return hidden_TH
 
     # ---- commit --------------------------------------------------------------------------------------
 
-    def _commit(self, work: list[Scheduled], drawn: Mapping[int, tuple[int, list[list[float]] | None]]) -> None:
+    def _commit(self, work: list[Scheduled], draws: Mapping[int, Draw]) -> None:
         alive = [item for item in work if self._is_known(item.sequence)]
         self.scheduler.commit(alive)
         for idx, item in enumerate(work):
@@ -266,8 +217,8 @@ class Engine:
             self.stats.num_prompt_tokens += max(0, min(item.end, sequence.prompt_len) - item.begin)
             if not self._is_known(sequence):
                 continue
-            if idx in drawn:
-                self._append(sequence, *drawn[idx])
+            if idx in draws:
+                self._append(sequence, draws[idx])
             elif isinstance(sequence.request, PoolRequest) and item.samples:
                 self._finish(
                     sequence,
@@ -280,10 +231,14 @@ class Engine:
                     ),
                 )
 
-    def _append(self, sequence: Sequence, token: int, logprobs: list[list[float]] | None) -> None:
+    def _append(self, sequence: Sequence, draw: Draw) -> None:
         """Keep a drawn token and apply the stop rules."""
-        request, sampler = sequence.request, sequence.sampler
+        request, sampler, token = sequence.request, sequence.sampler, draw.token_id
         assert isinstance(request, GenerateRequest) and sampler is not None
+        if draw.error is not None:
+            status, code = (500, "not_finite") if "finite" in draw.error else (400, "no_token_possible")
+            self._finish(sequence, error_chunk(request.request_id, status, code, draw.error))
+            return
         sequence.token_ids.append(token)
         sampler.append(token)
         matcher = sequence.matcher
@@ -295,13 +250,15 @@ class Engine:
         chunk = Chunk(
             request_id=request.request_id,
             token_ids=[token],
-            logprobs=[logprobs] if logprobs is not None else None,
+            logprobs=[draw.logprobs] if draw.logprobs is not None else None,
             num_cached_tokens=sequence.num_cached_tokens or 0,
-            prompt_logprobs=sequence.prompt_logprobs,
+            routed_experts=sequence.routed_experts or None,
         )
-        sequence.prompt_logprobs = None
+        sequence.routed_experts = []
         params = request.sampling
         num_outputs = len(sequence.token_ids) - sequence.prompt_len
+        if params.prompt_logprobs is not None and num_outputs == len(request.output_ids) + 1:
+            chunk.prompt_logprobs = sequence.prompt_logprobs
         if token in self.model.eos_token_ids and not params.ignore_eos:
             chunk.finish_reason = "stop"
         elif token in params.stop_token_ids:
@@ -406,8 +363,8 @@ class Engine:
         self._drop((sequence.owner, sequence.request.request_id))
         self._emit(sequence.owner, chunk)
 
-    def _fail_all(self, status: int, code: str, message: str) -> None:
-        for sequence in list(self.scheduler):
+    def _fail(self, sequences: list[Sequence], status: int, code: str, message: str) -> None:
+        for sequence in sequences:
             self._finish(sequence, error_chunk(sequence.request.request_id, status, code, message))
 
     def _emit(self, owner: str, chunk: Chunk) -> None:
@@ -417,43 +374,3 @@ class Engine:
         if self._outbox:
             outbox, self._outbox = self._outbox, {}
             self._deliver(outbox)
-
-
-class _Pace:
-    """Keeps prefill chunks small enough that decodes running beside them are not held up.
-
-    A step with decodes may take about `stretch` times an ordinary decode step; what a prompt token costs is measured.
-    """
-
-    stretch = 2.0
-    smallest_chunk = 16
-
-    def __init__(self) -> None:
-        self._decode_step_s: float | None = None
-        self._prompt_token_s: float | None = None
-
-    def prefill_budget(self) -> int | None:
-        """Prompt tokens to allow beside running decodes; None while nothing is known."""
-        if self._decode_step_s is None or self._prompt_token_s is None:
-            return None
-        spare_s = (self.stretch - 1) * self._decode_step_s
-        return max(self.smallest_chunk, int(spare_s / max(self._prompt_token_s, 1e-9)))
-
-    def observe(self, work: list[Scheduled], duration_s: float) -> None:
-        num_decodes = sum(item.end - item.begin == 1 for item in work)
-        num_prompt = sum(item.end - item.begin for item in work) - num_decodes
-        if num_prompt == 0:
-            self._decode_step_s = _smoothed(self._decode_step_s, duration_s)
-        elif num_prompt >= self.smallest_chunk:
-            own_s = duration_s - (self._decode_step_s or 0.0) * bool(num_decodes)
-            self._prompt_token_s = _smoothed(self._prompt_token_s, max(own_s, 0.0) / num_prompt)
-
-
-def _smoothed(old: float | None, new: float) -> float:
-    return new if old is None else 0.9 * old + 0.1 * new
-
-
-def _sampling_row(sequence: Sequence) -> SamplingRow:
-    assert sequence.sampler is not None
-    bitmask = sequence.matcher.bitmask() if sequence.matcher is not None else None
-    return SamplingRow(state=sequence.sampler, bitmask=bitmask)

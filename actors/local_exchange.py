@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
+from model.experts import ExpertWeights
+from model.kernels import REFERENCE_KERNELS, Kernels
 from model.moe import LocalExchange
 
 
 class LocalSteps(LocalExchange):
     """A LocalExchange with the engine's step hooks, which have nothing to do here."""
+
+    def __init__(self, experts: Mapping[tuple[int, int], ExpertWeights], kernels: Kernels = REFERENCE_KERNELS) -> None:
+        super().__init__(experts, kernels)
+        self.while_waiting: Callable[[], None] = lambda: None
 
     def begin_step(self) -> None:
         return None

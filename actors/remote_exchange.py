@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.metrics import Traffic
 from cluster.dispatch import RoutingTable, ShardPlan, plan_dispatch
 from cluster.errors import ExchangeError, MeshUnavailable
 from cluster.settings import Timeouts
@@ -111,9 +112,11 @@ class RemoteExchange:
         self._step = 0
         self._last_sent = 0.0
         self.expert_tokens: dict[int, np.ndarray] = {}
+        self.traffic = Traffic()
         self.num_recoveries = 0
         self.recovery_s = 0.0
         self.last_recovery_s = 0.0
+        self.while_waiting: Callable[[], None] = lambda: None
 
     @property
     def epoch(self) -> int:
@@ -125,7 +128,7 @@ class RemoteExchange:
         newest = self._membership.newest()
         if newest is None:
             if self._connection is None:
-                self._connection = self._membership.wait_newer(0, self._timeouts.recovery_s)
+                self._connection = self._wait_newer(0, self._clock() + self._timeouts.recovery_s)
         elif newest.view.epoch > self.epoch:
             self._switch(newest)
 
@@ -154,17 +157,20 @@ class RemoteExchange:
         self.expert_tokens[layer_idx] = hits if counts is None else counts + hits
         receipt = _Receipt(layer_idx, x_TH, topk_ids_TK, topk_weights_TK, [], None, None, self._clock())
         self._send(receipt, ids)
+        self.traffic.dispatch.observe(self._clock() - receipt.started)
         return receipt
 
     def combine(self, receipt: _Receipt) -> Tensor:
         """Raises MeshUnavailable when no complete mesh came back within recovery_s."""
-        give_up = self._clock() + self._timeouts.recovery_s
+        asked = self._clock()
+        give_up = asked + self._timeouts.recovery_s
         failed_at: float | None = None
         while True:
             summed = self._collect(receipt)
             if summed is not None:
                 if failed_at is not None:
                     self._note_recovery(self._clock() - failed_at)
+                self.traffic.combine.observe(self._clock() - asked)
                 return summed
             assert receipt.failure is not None
             suspects, reason = receipt.failure
@@ -172,12 +178,20 @@ class RemoteExchange:
             if failed_at is None:
                 failed_at = self._clock()
             failed_epoch = self._abandon(suspects, reason)
-            left_s = give_up - self._clock()
-            if left_s <= 0:
-                raise MeshUnavailable(f"epoch {failed_epoch} failed and none followed in time: {reason}")
-            self._connection = self._membership.wait_newer(failed_epoch, left_s)
+            self._connection = self._wait_newer(failed_epoch, give_up)
             receipt.started = self._clock()
             self._send(receipt, receipt.topk_ids_TK.cpu().numpy())
+
+    def _wait_newer(self, epoch: int, give_up: float) -> Connection:
+        """Wait until `give_up` on the clock, looking after everything else meanwhile. Raises MeshUnavailable."""
+        while True:
+            left_s = max(give_up - self._clock(), 0.0)
+            try:
+                return self._membership.wait_newer(epoch, min(left_s, 0.2))
+            except MeshUnavailable:
+                if left_s <= 0.2:
+                    raise
+            self.while_waiting()
 
     def _send(self, receipt: _Receipt, ids: np.ndarray) -> None:
         """Start the exchange; a failure is kept in the receipt for combine() to mend."""
@@ -195,6 +209,8 @@ class RemoteExchange:
             messages.append(message)
         try:
             receipt.flight = connection.transport.send(headers, messages)
+            self.traffic.num_exchanges += 1
+            self.traffic.dispatch_bytes += sum(header.message_bytes for header in headers)
         except ExchangeError as error:
             receipt.failure = (error.suspects, str(error))
         self._last_sent = self._clock()
@@ -238,6 +254,7 @@ class RemoteExchange:
         for plan, reply in zip(receipt.plans, replies, strict=True):
             if plan is None or reply is None:
                 continue
+            self.traffic.combine_bytes += reply.nbytes
             if total_TH is None:
                 if len(plan.token_of_row_N) == num_tokens:  # rows are all tokens, in order
                     total_TH = reply

@@ -15,7 +15,8 @@ class Sequence:
     """token_ids: prompt and output. num_computed: leading tokens whose keys and values are in the blocks.
 
     owner: the ingress that asked. deadline: on the engine's clock. sampler: None for a pool request. matcher: the
-    grammar the output must follow. pooled and prompt_logprobs grow with each chunk of the prompt.
+    grammar the output must follow. pooled and prompt_logprobs grow with each chunk of the prompt. routed_experts are
+    those not delivered yet; num_routed counts the tokens that they have been noted for.
     """
 
     request: Request
@@ -26,12 +27,12 @@ class Sequence:
     sampler: SamplerState | None = None
     matcher: Matcher | None = None
     token_ids: list[int] = field(default_factory=list)
-    max_total_tokens: int = 0
     num_computed: int = 0
     num_cached_tokens: int | None = None
     pooled: list[list[float]] = field(default_factory=list)
-    prompt_logprobs: list[list[list[float]] | None] | None = None
+    prompt_logprobs: list[list[list[float]] | None] = field(default_factory=lambda: [None])
     routed_experts: list[list[list[int]]] = field(default_factory=list)
+    num_routed: int = 0
 
     @property
     def order(self) -> tuple[int, int]:

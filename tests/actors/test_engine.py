@@ -150,3 +150,56 @@ def test_pooling_gives_one_row_or_one_per_token_whatever_the_chunks(start_router
     rows = outputs.wait("p")[-1].values
     assert len(rows) == (1 if tokens == "last" else 50) and len(rows[0]) == 64
     assert outputs.chunks["p"][-1].finish_reason == "stop"
+
+
+def test_routed_experts_name_every_token_once_with_the_gates_choice(start_router):
+    from actors.request import GenerateRequest
+    from model.sampling_params import SamplingParams
+
+    router, outputs = start_router(limits=SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=16))
+    request = GenerateRequest(
+        request_id="e",
+        prompt_ids=tuple(prompt_of(0, 40)),
+        sampling=SamplingParams(temperature=0, max_tokens=5, ignore_eos=True),
+        return_routed_experts=True,
+    )
+    router.engine.submit("test", request)
+    chunks = outputs.wait("e")
+    rows = [row for chunk in chunks for row in chunk.routed_experts]
+    assert len(rows) == 40 + 4  # the last token drawn has not been through the model
+    assert all(len(layers) == 3 and all(len(set(ids)) == 3 for ids in layers) for layers in rows)
+
+
+def test_prompt_logprobs_cover_the_prompt_whatever_the_chunks(start_router, tiny_model):
+    import torch
+
+    router, outputs = start_router(limits=SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=16))
+    prompt = prompt_of(2, 50)
+    ask(router.engine, "p", prompt, 3, prompt_logprobs=2)
+    scores = outputs.wait("p")[0].prompt_logprobs
+    assert scores[0] is None and len(scores) == 50
+    with torch.no_grad():
+        expected = load_oracle(tiny_model)(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    for i in range(1, 50):
+        assert scores[i][0][0] == prompt[i]
+        assert abs(scores[i][0][1] - float(expected[i - 1, prompt[i]])) < 1e-3
+        assert scores[i][1][0] == int(expected[i - 1].argmax())
+
+
+def test_a_step_that_fails_ends_its_requests_and_the_next_one_works(start_router):
+    router, outputs = start_router()
+    decoder = router.engine.model.decoder
+
+    class Broken:
+        config = decoder.config
+
+        def forward(self, *_: object) -> None:
+            raise RuntimeError("out of luck")
+
+    model = router.engine.model
+    router.engine.call(lambda: object.__setattr__(model, "decoder", Broken()))
+    ask(router.engine, "unlucky", [5, 6, 7])
+    assert outputs.wait("unlucky")[-1].error["status"] == 500
+    router.engine.call(lambda: object.__setattr__(model, "decoder", decoder))
+    ask(router.engine, "fine", [5, 6, 7])
+    assert len(outputs.tokens("fine")) == 24

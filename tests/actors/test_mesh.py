@@ -125,3 +125,19 @@ def test_exchange_deadlines_follow_what_exchanges_take():
         estimate.observe(0.001, 1)
     assert estimate.deadline_s(1) == 1.0
     assert estimate.deadline_s(1000) == pytest.approx(4.0, rel=0.1)
+
+
+def test_aborts_and_deadlines_go_on_while_a_step_waits_for_the_mesh(start_router, tiny_model):
+    mesh = ThreadMesh(tiny_model)
+    mesh.publish(placed(mesh, 2))
+    router, outputs = start_router(mesh)
+    ask(router.engine, "held", [3, 4, 5], 400)
+    ask(router.engine, "left", [3, 4, 6], 400)
+    wait_until(lambda: len(outputs.chunks["left"]) > 2)
+    for shard in mesh.shards.values():
+        shard.keep_only([])  # nobody heals this mesh
+    wait_until(lambda: len(mesh.reports) > 0)
+    router.engine.abort("test", "left")
+    wait_until(lambda: len(list(router.engine.scheduler)) == 1, 3.0)
+    mesh.publish(placed(mesh, 3))
+    assert len(outputs.tokens("held")) == 400
