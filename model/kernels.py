@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,8 @@ from model.experts import ExpertWeights, run_experts
 from model.linear import Weight
 from model.native.kernels import NativeKernels
 from model.native.library import load_library
+
+log = logging.getLogger("expertmesh.model")
 
 
 class PagedAttention(Protocol):
@@ -69,8 +72,14 @@ def select_kernels(device: torch.device | str = "cpu", *, native: bool = True, n
     native=False takes plain torch, as do CUDA, a machine without AVX2, and an installation without a C compiler.
     num_threads is for the native kernels; torch has its own setting.
     """
-    library = load_library(num_threads=num_threads) if native and torch.device(device).type == "cpu" else None
+    if not native or torch.device(device).type != "cpu":
+        return REFERENCE_KERNELS
+    library = load_library(num_threads=num_threads)
     if library is None:
+        log.warning(
+            "no native kernels here, plain torch is several times slower: they need x86-64 with AVX2, and gcc when "
+            "expertmesh is installed; build them with `python -m model.native.build`"
+        )
         return REFERENCE_KERNELS
     kernels = NativeKernels(library)
     return Kernels(

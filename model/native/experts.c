@@ -68,8 +68,8 @@ static void sum_columns(void *context, int i) {
     }
 }
 
-/* y [num_rows, hidden] = for each pair, weight * expert(x[row]) added to its row. Experts that no pair names may be NULL
- * in `matrices`. */
+/* y [num_rows, hidden] = for each pair, weight * expert(x[row]) added to its row. Experts that no pair names may be
+ * NULL in `matrices`. */
 void AT_LEVEL(run_experts)(const struct weight *const *matrices, int num_experts, const float *x, int num_rows,
                            int hidden, const int64_t *pair_rows, const int64_t *pair_experts,
                            const float *pair_weights, int num_pairs, double *y, int num_threads) {

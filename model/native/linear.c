@@ -18,13 +18,11 @@ enum { MAX_TILE_ROWS = 6, FEW_ROWS = 1, FEW_ROWS_PANELS = 4 };
 #endif
 enum { STRIPS = 16 / LANES }; /* one pass covers outputs [s, s + LANES) and [16 + s, 16 + s + LANES) of a panel */
 
-static int bytes_per_panel_input(int format) { /* times 4 for INT4 */
-    return format == FLOAT32 ? 4 * PANEL : format == INT8 ? PANEL : 2 * PANEL;
-}
+/* Bytes of a panel for one input, or for four of an integer format. */
+static int step_bytes(int format) { return format == FLOAT32 || format == INT8 ? 4 * PANEL : 2 * PANEL; }
 
 static size_t panel_bytes(const struct weight *w) {
-    if (!is_integer(w)) return (size_t)w->num_inputs * bytes_per_panel_input(w->format);
-    return (size_t)ceil_div(w->num_inputs, 4) * (w->format == INT8 ? 4 * PANEL : 2 * PANEL);
+    return (size_t)(is_integer(w) ? ceil_div(w->num_inputs, 4) : w->num_inputs) * step_bytes(w->format);
 }
 
 /* ---- packing activations ---- */
@@ -147,7 +145,7 @@ INLINE void load_weights(const char *p, int strip, int format, vec *a, vec *b) {
 }
 
 INLINE void float_tile(const struct tile *t, int format, const int R, const int C) {
-    int K = t->w->num_inputs, step = bytes_per_panel_input(format);
+    int K = t->w->num_inputs, step = step_bytes(format);
     for (int strip = 0; strip < 16; strip += LANES) {
         const float *x = (const float *)t->values;
         const char *p = t->panel;
@@ -179,8 +177,7 @@ INLINE void float_tile(const struct tile *t, int format, const int R, const int 
 INLINE void integer_tile(const struct tile *t, int format, const int R, const int C) {
     const struct weight *w = t->w;
     int K = w->num_inputs, block = w->block_size, num_groups = ceil_div(K, block);
-    int step = format == INT8 ? 4 * PANEL : 2 * PANEL;
-    int first_panel = t->first_output / PANEL;
+    int step = step_bytes(format), first_panel = t->first_output / PANEL;
     for (int strip = 0; strip < 16; strip += LANES) {
         const char *x = t->values, *p = t->panel + 4 * strip;
         vec totals[R * 2 * C];

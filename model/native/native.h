@@ -42,7 +42,7 @@ static inline int num_panels(const struct weight *w) { return ceil_div(w->num_ou
 void parallel_for(void (*body)(void *context, int i), void *context, int count, int num_threads);
 
 /* At least num_bytes of memory owned by the calling thread, aligned to 64 bytes, valid until its next call with the
- * same slot. Never given back: steps of one model need the same sizes again and again. */
+ * same slot. Kept until the thread ends: steps of one model need the same sizes again and again. */
 enum scratch_slot { SCRATCH_CALL, SCRATCH_BODY, NUM_SCRATCH_SLOTS };
 void *scratch(enum scratch_slot slot, size_t num_bytes);
 

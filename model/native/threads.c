@@ -72,17 +72,36 @@ void parallel_for(void (*body)(void *, int), void *context, int count, int num_t
     pthread_mutex_unlock(&pool_in_use);
 }
 
-static _Thread_local struct {
-    void *memory;
-    size_t num_bytes;
-} buffers[NUM_SCRATCH_SLOTS];
+struct buffers {
+    void *memory[NUM_SCRATCH_SLOTS];
+    size_t num_bytes[NUM_SCRATCH_SLOTS];
+};
+
+static pthread_key_t buffers_key;
+static pthread_once_t buffers_key_once = PTHREAD_ONCE_INIT;
+
+static void free_buffers(void *of_ended_thread) {
+    struct buffers *buffers = of_ended_thread;
+    for (int slot = 0; slot < NUM_SCRATCH_SLOTS; slot++) free(buffers->memory[slot]);
+    free(buffers);
+}
+
+static void create_buffers_key(void) {
+    if (pthread_key_create(&buffers_key, free_buffers) != 0) abort();
+}
 
 void *scratch(enum scratch_slot slot, size_t num_bytes) {
-    if (buffers[slot].num_bytes < num_bytes) {
-        free(buffers[slot].memory);
-        buffers[slot].num_bytes = (num_bytes + num_bytes / 4 + 63) / 64 * 64;
-        buffers[slot].memory = aligned_alloc(64, buffers[slot].num_bytes);
-        if (buffers[slot].memory == NULL) abort();
+    pthread_once(&buffers_key_once, create_buffers_key);
+    struct buffers *buffers = pthread_getspecific(buffers_key);
+    if (buffers == NULL) {
+        buffers = calloc(1, sizeof(struct buffers));
+        if (buffers == NULL || pthread_setspecific(buffers_key, buffers) != 0) abort();
     }
-    return buffers[slot].memory;
+    if (buffers->num_bytes[slot] < num_bytes) {
+        free(buffers->memory[slot]);
+        buffers->num_bytes[slot] = (num_bytes + num_bytes / 4 + 63) / 64 * 64;
+        buffers->memory[slot] = aligned_alloc(64, buffers->num_bytes[slot]);
+        if (buffers->memory[slot] == NULL) abort();
+    }
+    return buffers->memory[slot];
 }

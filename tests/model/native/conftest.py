@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from model.native.build import build
 from model.native.kernels import NativeKernels
@@ -16,6 +17,11 @@ def _load(level: str | None, num_threads: int = 1) -> Library:
     if library is None:
         pytest.skip(f"this CPU can't run the {level or 'native'} kernels")
     return library
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
