@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.errors import InvalidRequest, ModelNotFound
+from deploy.tasks import TASKS, Task
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 
@@ -30,6 +31,7 @@ class ServedModel:
     created: int = 0
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     id2label: Mapping[int, str] = field(default_factory=dict)
+    problem_type: str | None = None
 
     @classmethod
     def from_directory(
@@ -64,7 +66,12 @@ class ServedModel:
             created=created,
             sampling_defaults=_read_defaults(directory / "generation_config.json") if use_generation_config else {},
             id2label=config.id2label,
+            problem_type=config.problem_type,
         )
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.head_kind]
 
     def card(self, name: str) -> dict[str, Any]:
         """The entry in /v1/models."""
@@ -76,6 +83,7 @@ class ServedModel:
             "root": self.root or self.names[0],
             "parent": None,
             "max_model_len": self.max_model_len,
+            "task": self.task.name,
             "permission": [],
         }
 
@@ -106,12 +114,29 @@ class ModelList:
             )
         return model
 
+    def find_for(self, head_kinds: Sequence[str], name: str | None, doing: str) -> ServedModel:
+        """A model of one of these kinds; the first one when no name is given. `doing` completes "for X".
+
+        Raises ModelNotFound or InvalidRequest, which says where the named model is served."""
+        if name:
+            model = self.find(name)
+            if model.head_kind in head_kinds:
+                return model
+            raise InvalidRequest(
+                f"{model.names[0]!r} is a {model.task.name} model and not for {doing}; "
+                f"it is served at POST {' and '.join(model.task.endpoints)}",
+                param="model",
+                code="wrong_task",
+            )
+        for model in self.models:
+            if model.head_kind in head_kinds:
+                return model
+        there = ", ".join(f"{model.names[0]!r} ({model.task.name})" for model in self.models)
+        raise InvalidRequest(f"no model here is for {doing}; there are: {there}", param="model", code="wrong_task")
+
     def find_generator(self, name: str | None) -> ServedModel:
         """A model that writes text. Raises ModelNotFound or InvalidRequest."""
-        model = self.find(name)
-        if model.head_kind != "causal_lm":
-            raise InvalidRequest(f"{model.names[0]!r} is a {model.head_kind} model and writes no text", param="model")
-        return model
+        return self.find_for(("causal_lm",), name, "writing text")
 
     def cards(self) -> list[dict[str, Any]]:
         return [model.card(name) for model in self.models for name in model.names]
