@@ -114,6 +114,8 @@ class Router:
             **{name: getattr(engine.stats, name) for name in type(engine.stats).__slots__},
             **self._load_report(),
             "num_preemptions": scheduler.num_preemptions,
+            "prefix_cache_queries": scheduler.num_prefix_queries,
+            "prefix_cache_hits": scheduler.num_prefix_hits,
             "kv_blocks_used": [pool.num_used for pool in scheduler.blocks.pools],
             "kv_blocks_total": [pool.num_blocks - 1 for pool in scheduler.blocks.pools],
         }
@@ -123,6 +125,7 @@ class Router:
                 "num_recoveries": exchange.num_recoveries,
                 "recovery_s": exchange.recovery_s,
                 "last_recovery_s": exchange.last_recovery_s,
+                "exchange": exchange.traffic.to_dict(),
                 "expert_tokens": {str(i): counts.tolist() for i, counts in exchange.expert_tokens.items()},
             }
         return stats

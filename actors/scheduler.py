@@ -41,6 +41,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_prefix_queries = 0  # prompt tokens looked up in the prefix cache, and
+        self.num_prefix_hits = 0  # those found there
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running
@@ -115,6 +117,9 @@ class Scheduler:
             return 0
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = sequence.num_computed
+            if sequence.may_use_prefix_cache:
+                self.num_prefix_queries += num_tokens
+                self.num_prefix_hits += sequence.num_computed
         self.waiting.pop(0)
         self.running.append(sequence)
         self.running.sort(key=lambda s: s.order)

@@ -25,6 +25,7 @@ from actors.model_source import load_config
 from actors.ray_mesh import NAMESPACE, RayMeshClient, actor_name, ensure_supervisor, node_host, worker_environment
 from deploy import specs
 from deploy.ingress import create_api
+from deploy.metrics import Totals
 from deploy.router_pool import PoolOptions, RouterPool
 from deploy.served_model import ServedModel
 from deploy.settings import Settings, load
@@ -101,7 +102,7 @@ class IngressReplica:
                 router_wait_s=settings.limits.router_wait_s,
             ),
         )
-        return create_api(settings, served_models(settings), pool, mesh_info=self._mesh)
+        return create_api(settings, served_models(settings), pool, mesh_info=self._mesh, ledger=self)
 
     async def _discover(self) -> list[dict[str, Any]]:
         return list(await self._ask("routers"))
@@ -112,14 +113,24 @@ class IngressReplica:
         mesh, stats = await asyncio.gather(self._ask("mesh"), self._pool.command("stats", timeout_s=2.0))
         return {**mesh, "routers": [{**r, **stats.get(r["router_id"], {})} for r in mesh["routers"]]}
 
-    async def _ask(self, method: str) -> Any:
+    async def share(self, ingress_id: str, totals: Totals) -> Totals:
+        return dict(await self._ask("share", ingress_id, totals))
+
+    async def admit(self, key: str, request_id: str, **limits: Any) -> tuple[str, float]:
+        refused, wait_s = await self._ask("admit", key, request_id, limits)
+        return str(refused), float(wait_s)
+
+    async def release(self, key: str, request_id: str) -> None:
+        await self._ask("release", key, request_id)
+
+    async def _ask(self, method: str, *args: Any) -> Any:
         """Call the supervisor; after an error look it up again (it may have been restarted)."""
         try:
             if self._supervisor is None:
                 name = actor_name(self._settings.mesh.name, "supervisor")
                 self._supervisor = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
             async with asyncio.timeout(5.0):
-                return await getattr(self._supervisor, method).remote()
+                return await getattr(self._supervisor, method).remote(*args)
         except Exception:
             self._supervisor = None
             raise

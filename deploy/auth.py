@@ -5,12 +5,27 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Sequence
+from pathlib import Path
 
 from starlette.datastructures import Headers
 
 from deploy.errors import InvalidApiKey
 
 OPEN_PATHS = frozenset({"/health", "/ping", "/ready"})
+
+
+def all_keys(keys: Sequence[str], file: str | None) -> list[str]:
+    """The keys given and those in the file, one a line. Raises ValueError where the file can't be used."""
+    found = list(keys)
+    if file is not None:
+        try:
+            lines = Path(file).read_text(encoding="ascii").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"server.api_key_file = {file!r}: {error}; give a readable file of ASCII keys") from None
+        found += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not found:
+            raise ValueError(f"server.api_key_file = {file!r} has no key, which would let everybody in; add one")
+    return found
 
 
 class ApiKeys:

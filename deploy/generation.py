@@ -132,12 +132,23 @@ async def stream_sequence(
 ) -> AsyncGenerator[Delta]:
     """The deltas of one sequence. A stop string, or closing the iterator, aborts the request at the router."""
     stream = TextStream(tokenizer, options)
-    async with contextlib.aclosing(pool.generate(request)) as chunks:
-        async for chunk in chunks:
-            delta = stream.push(chunk, index)
-            yield delta
-            if delta.finish_reason is not None:
-                return
+    watch = pool.metrics.watch(len(request.prompt_ids))
+    ended = "error"
+    try:
+        async with contextlib.aclosing(pool.generate(request)) as chunks:
+            async for chunk in chunks:
+                watch.saw(len(chunk.token_ids))
+                delta = stream.push(chunk, index)
+                ended = delta.finish_reason or "abort"  # in case nobody wants more
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+                ended = "error"
+    except asyncio.CancelledError:
+        ended = "abort"
+        raise
+    finally:
+        watch.end(ended)
 
 
 async def stream_all(

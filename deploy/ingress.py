@@ -11,7 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -22,10 +22,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy import anthropic, operations, text_endpoints, token_endpoints
+from deploy import anthropic, monitoring, operations, text_endpoints, token_endpoints
 from deploy.api_schema import describe_bodies
-from deploy.auth import ApiKeys
+from deploy.auth import ApiKeys, all_keys
 from deploy.errors import ApiError, HttpError
+from deploy.key_limits import KeyLimits, SharedLedger
 from deploy.openai_requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -49,6 +50,7 @@ _BODIES: dict[str, type[RequestBody]] = {
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
+_FREE_PATHS = frozenset({"/ping", "/tokenize", "/detokenize", "/reset_prefix_cache", "/scale"})
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -58,12 +60,14 @@ def create_api(
     pool: RouterPool,
     *,
     mesh_info: MeshInfo | None = None,
+    ledger: SharedLedger | None = None,
     version: str = "0.1.0",
     now: Callable[[], float] = time.time,
 ) -> FastAPI:
     """The app. It starts the pool with its lifespan, or with the first request, and closes it with its lifespan.
 
-    `mesh_info` answers GET /mesh; without it the app tells what its links know."""
+    `mesh_info` answers GET /mesh; without it the app tells what its links know. `ledger` is shared with the other
+    ingresses; without it this one is alone."""
     service = Service(settings, ModelList(models), pool, version, now)
 
     @asynccontextmanager
@@ -77,7 +81,11 @@ def create_api(
     api.state.service = service
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_exception)
-    api.add_middleware(Front, service=service, keys=ApiKeys(settings.server.api_keys))
+    keys = ApiKeys(all_keys(settings.server.api_keys, settings.server.api_key_file))
+    ledger = ledger if settings.server.num_ingresses > 1 else None
+    sharing = monitoring.Sharing(pool.metrics, ledger)
+    limits = KeyLimits(settings.limits, ledger)
+    api.add_middleware(Front, service=service, keys=keys, limits=limits, sharing=sharing)
     if settings.server.allowed_origins:
         api.add_middleware(
             CORSMiddleware,
@@ -89,6 +97,7 @@ def create_api(
     token_endpoints.add_to(api, service)
     anthropic.add_to(api, service)
     operations.add_to(api, service, mesh_info)
+    monitoring.add_to(api, service, mesh_info, sharing)
     describe_bodies(api, _BODIES)
     return api
 
@@ -96,10 +105,14 @@ def create_api(
 class Front:
     """Every request passes here: an id, a key, and no exception gets past."""
 
-    def __init__(self, app: ASGIApp, service: Service, keys: ApiKeys) -> None:
+    def __init__(
+        self, app: ASGIApp, service: Service, keys: ApiKeys, limits: KeyLimits, sharing: monitoring.Sharing
+    ) -> None:
         self._app = app
         self._service = service
         self._keys = keys
+        self._limits = limits
+        self._sharing = sharing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -123,20 +136,30 @@ class Front:
         state["request_id"] = request_id
         try:
             client = self._keys.check(scope["path"], headers)
-            with self._admission(scope, client):
+            async with self._admission(scope, client, request_id):
                 await self._app(scope, receive, send_with_id)
         except Exception as error:
             if not isinstance(error, ApiError):
                 logger.exception("request %s failed", request_id)
                 error = ApiError(f"The server failed on this request; its id in the logs is {request_id}.")
+            if error.status in (401, 429, 503):
+                self._service.pool.metrics.rejected.labels(error.code or "other").inc()
             if started:
                 raise
             await error_answer(error, scope["path"])(scope, receive, send_with_id)
 
-    def _admission(self, scope: Scope, client: str) -> AbstractContextManager[None]:
+    @asynccontextmanager
+    async def _admission(self, scope: Scope, client: str, request_id: str) -> AsyncIterator[None]:
         """Requests for the mesh are counted until their answer has ended; looking around is free."""
-        is_work = scope["method"] == "POST" and scope["path"].startswith("/v1/")
-        return self._service.admitted(client) if is_work else nullcontext()
+        if scope["method"] != "POST" or scope["path"] in _FREE_PATHS:
+            yield
+            return
+        with self._service.admitted():
+            try:
+                async with self._limits.admitted(client, request_id):
+                    yield
+            finally:
+                self._sharing.soon()
 
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:

@@ -17,6 +17,7 @@ from typing import Any
 
 from deploy.errors import DeadlineExceeded, EngineError, Unavailable
 from deploy.link import Chunk, RouterAddress, RouterLink
+from deploy.metrics import ServingMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class RouterPool:
         self._task: asyncio.Task[None] | None = None
         self._turn = 0
         self.num_replays = 0
+        self.metrics = ServingMetrics()
 
     async def start(self) -> None:
         """Begins to connect; returns at once. Call in the event loop that will use the pool."""
@@ -114,10 +116,18 @@ class RouterPool:
             "tokens": tokens,
             "prompt_ids": prompt_ids,
         }
-        async with contextlib.aclosing(self._run(message, deadline)) as chunks:
-            async for chunk in chunks:
-                if chunk.values is not None:
-                    return chunk.values
+        watch, ended = self.metrics.watch(len(prompt_ids)), "error"
+        try:
+            async with contextlib.aclosing(self._run(message, deadline)) as chunks:
+                async for chunk in chunks:
+                    if chunk.values is not None:
+                        ended = "stop"
+                        return chunk.values
+        except asyncio.CancelledError:
+            ended = "abort"
+            raise
+        finally:
+            watch.end(ended)
         raise EngineError(500, "engine_error", f"head {head!r} returned no values")
 
     async def command(self, name: str, *, timeout_s: float = 10.0) -> dict[str, dict[str, Any]]:
@@ -183,6 +193,7 @@ class RouterPool:
                 else:
                     num_losses += 1
                     self.num_replays += 1
+                    self.metrics.replays.inc()
                     full.clear()
                     logger.warning(
                         "request %s lost router %s after %d tokens", request_id, link.address.router_id, len(output_ids)

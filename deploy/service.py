@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from deploy.errors import DeadlineExceeded, TooManyRequests, Unavailable
+from deploy.errors import DeadlineExceeded, Unavailable
 from deploy.router_pool import RouterPool
 from deploy.served_model import ModelList, ServedModel
 from deploy.settings import Settings
@@ -31,7 +30,6 @@ class Service:
         self.version = version
         self.now = now
         self.num_active = 0
-        self._active_by_key: Counter[str] = Counter()
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="text")
         identity = f"{version} {[model.names for model in models.models]} {settings.engine.model_dump_json()}"
         self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
@@ -41,24 +39,16 @@ class Service:
         return asyncio.get_running_loop().time() + self.settings.limits.request_timeout_s
 
     @contextlib.contextmanager
-    def admitted(self, client: str) -> Iterator[None]:
-        """Counts a request while it is served. Raises Unavailable or TooManyRequests when there are too many."""
+    def admitted(self) -> Iterator[None]:
+        """Counts a request while it is served. Raises Unavailable when there are too many."""
         limits = self.settings.limits
         if self.num_active >= limits.max_queue:
             raise Unavailable(f"this server holds {limits.max_queue} requests already; try again", code="queue_full")
-        if limits.max_requests_per_key is not None and self._active_by_key[client] >= limits.max_requests_per_key:
-            raise TooManyRequests(
-                f"this API key has {limits.max_requests_per_key} requests in flight, the most it may have; wait for one"
-            )
         self.num_active += 1
-        self._active_by_key[client] += 1
         try:
             yield
         finally:
             self.num_active -= 1
-            self._active_by_key[client] -= 1
-            if not self._active_by_key[client]:
-                del self._active_by_key[client]
 
     async def run(self, function: Callable[[], T], num_chars: int) -> T:
         """Runs text work: here when it is short, in a thread when it is long."""

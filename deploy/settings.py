@@ -48,7 +48,8 @@ class ServerSettings(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    api_keys: tuple[str, ...] = ()  # empty: no authentication
+    api_keys: tuple[str, ...] = ()  # empty, and no api_key_file: no authentication
+    api_key_file: str | None = None  # further keys, one a line; "#" begins a comment
     allowed_origins: tuple[str, ...] = ()  # browsers' origins that may call (CORS)
     num_ingresses: int = Field(default=1, ge=1)
 
@@ -65,7 +66,8 @@ class LimitSettings(Section):
 
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     max_queue: int = Field(default=1024, ge=1)  # requests that one ingress holds at once; more are answered with 503
-    max_requests_per_key: int | None = Field(default=None, ge=1)  # at once; more are answered with 429
+    max_requests_per_key: int | None = Field(default=None, ge=1)  # at once, over all ingresses; more get 429
+    requests_per_minute_per_key: int | None = Field(default=None, ge=1)  # likewise
     max_n: int = Field(default=128, ge=1)  # choices per prompt
     max_prompts: int = Field(default=1024, ge=1)  # prompts per completion request
     max_logprobs: int = Field(default=20, ge=0)
