@@ -107,7 +107,16 @@ class RouterPool:
             async for chunk in chunks:
                 yield chunk
 
-    async def pool(self, *, head: str, tokens: str, prompt_ids: list[int], deadline: float) -> list[list[float]]:
+    async def pool(
+        self,
+        *,
+        head: str,
+        tokens: str,
+        prompt_ids: list[int],
+        deadline: float,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> list[list[float]]:
         """The rows of a pooling head: one for `tokens` = "last", one per token for "all"."""
         message = {
             "op": "pool",
@@ -115,6 +124,8 @@ class RouterPool:
             "head": head,
             "tokens": tokens,
             "prompt_ids": prompt_ids,
+            "priority": priority,
+            "cache_salt": cache_salt,
         }
         watch, ended = self.metrics.watch(len(prompt_ids)), "error"
         try:
