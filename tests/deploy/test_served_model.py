@@ -60,7 +60,7 @@ def test_models_are_found_by_each_of_their_names(directory: Path) -> None:
     assert models.find("b") is one and models.find(None) is one and models.find("c") is two
     with pytest.raises(ModelNotFound, match="'d' does not exist; there are: a, b, c"):
         models.find("d")
-    with pytest.raises(InvalidRequest, match="writes no text"):
+    with pytest.raises(InvalidRequest, match="not for writing text"):
         models.find_generator("c")
     with pytest.raises(ValueError, match="two models are served as 'a'"):
         ModelList([one, one])
