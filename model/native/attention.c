@@ -40,11 +40,13 @@ struct attention_call {
 
 struct task {
     int32_t sequence, kv_head, first_row, num_rows;
+    int32_t first_key, last_key; /* its rows see keys within [first_key, last_key) */
 };
 
 struct attention_job {
     const struct attention_call *call;
     const struct task *tasks;
+    int num_tasks;
 };
 
 /* Working memory of one task. The row strides are constants, so that one register addresses all rows of a gemm. */
@@ -57,6 +59,10 @@ struct workspace {
     float maxima[MAX_TILE], sums[MAX_TILE];
     int first_key[MAX_TILE], last_key[MAX_TILE]; /* a row sees keys [first_key, last_key) */
 };
+
+INLINE int first_key_seen(const struct attention_call *call, int position) {
+    return call->window > 0 && position + 1 > call->window ? position + 1 - call->window : 0;
+}
 
 INLINE vec load_kv(const char *p, long i, int is_bfloat16) {
     return is_bfloat16 ? load_bf16((const uint16_t *)p + i) : load((const float *)p + i);
@@ -144,21 +150,25 @@ INLINE long offset_of(const struct attention_call *call, const struct task *task
     return row * call->head_dim;
 }
 
-/* Keys [first, last) of the span that starts at span_start, 16 at a time and transposed, asking for the same keys and
- * values of the next span, if before `end`, meanwhile. `last` may lie within 16: what is read beyond it is within the
- * block, and masked. */
+/* Ask for the 16 keys and values from `position` on, if the task sees any of them. */
+INLINE void prefetch(const struct attention_call *call, const struct task *task, int position, int element_size) {
+    if (position + 16 <= task->first_key || position >= task->last_key) return;
+    long at = offset_of(call, task, position) * element_size;
+    for (int i = 0; i < 16 * call->head_dim * element_size; i += 64) {
+        _mm_prefetch(call->k + at + i, _MM_HINT_T1);
+        _mm_prefetch(call->v + at + i, _MM_HINT_T1);
+    }
+}
+
+/* Keys [first, last) of the span that starts at span_start, 16 at a time and transposed, asking for the span that
+ * comes next meanwhile. `last` may lie within 16: what is read beyond it is within the block, and masked. */
 INLINE void load_keys(struct workspace *w, const struct attention_call *call, const struct task *task, int span_start,
-                      int first, int last, int end, int is_bfloat16) {
+                      int first, int last, const struct task *next_task, int next_start, int is_bfloat16) {
     int D = call->head_dim, element_size = is_bfloat16 ? 2 : 4;
-    for (int key = first; key < last; key += 16) {
+    for (int key = 0; key < SPAN; key += 16) {
+        prefetch(call, next_task, next_start + key, element_size);
+        if (key < first || key >= last) continue;
         const char *k = call->k + offset_of(call, task, span_start + key) * element_size;
-        if (span_start + key + SPAN < end) {
-            long next = offset_of(call, task, span_start + key + SPAN) * element_size;
-            for (int i = 0; i < 16 * D * element_size; i += 64) {
-                _mm_prefetch(call->k + next + i, _MM_HINT_T1);
-                _mm_prefetch(call->v + next + i, _MM_HINT_T1);
-            }
-        }
         for (int group = 0; group < 16; group += LANES)
             for (int d = 0; d < D; d += LANES) {
                 vec rows[LANES];
@@ -220,30 +230,30 @@ INLINE float softmax_span(float *scores, int first, int last, float scale, float
     return factor[0];
 }
 
-INLINE void attend(const struct attention_call *call, const struct task *task, int is_bfloat16, struct workspace *w) {
+/* next: the task that follows, whose first keys are asked for in time. */
+INLINE void attend(const struct attention_call *call, const struct task *task, const struct task *next, int is_bfloat16,
+                   struct workspace *w) {
     int D = call->head_dim, padded_dim = ceil_div(D, 2 * LANES) * 2 * LANES, num_rows = task->num_rows;
     int heads_per_kv = call->num_heads / call->num_kv_heads;
     int first_token = call->query_starts[task->sequence];
-    int num_tokens = call->query_starts[task->sequence + 1] - first_token;
-    int first_position = call->context_lens[task->sequence] - num_tokens;
-    int tile_first = INT32_MAX, tile_last = 0; /* keys that any row sees */
+    int first_position = call->context_lens[task->sequence] - (call->query_starts[task->sequence + 1] - first_token);
     long offsets[MAX_TILE];
     for (int r = 0; r < num_rows; r++) {
         int token = (task->first_row + r) / heads_per_kv, head = (task->first_row + r) % heads_per_kv;
-        int position = first_position + token;
         offsets[r] = ((long)(first_token + token) * call->num_heads + task->kv_head * heads_per_kv + head) * D;
         memcpy(w->queries[r], call->q + offsets[r], D * sizeof(float));
         memset(w->out[r], 0, padded_dim * sizeof(float));
         w->maxima[r] = -INFINITY, w->sums[r] = 0.0f;
-        w->last_key[r] = position + 1;
-        w->first_key[r] = call->window > 0 && position + 1 > call->window ? position + 1 - call->window : 0;
-        tile_first = at_most(tile_first, w->first_key[r]);
-        tile_last = w->last_key[r] > tile_last ? w->last_key[r] : tile_last;
+        w->last_key[r] = first_position + token + 1;
+        w->first_key[r] = first_key_seen(call, first_position + token);
     }
-    for (int start = tile_first / SPAN * SPAN; start < tile_last; start += SPAN) {
+    for (int start = task->first_key / SPAN * SPAN; start < task->last_key; start += SPAN) {
         /* Whole groups of 16 before the window are not read: their blocks may have been given back. */
-        int first = start < tile_first ? (tile_first - start) / 16 * 16 : 0, last = at_most(SPAN, tile_last - start);
-        load_keys(w, call, task, start, first, last, tile_last, is_bfloat16);
+        int first = start < task->first_key ? (task->first_key - start) / 16 * 16 : 0;
+        int last = at_most(SPAN, task->last_key - start);
+        int is_last = start + SPAN >= task->last_key;
+        load_keys(w, call, task, start, first, last, is_last ? next : task,
+                  is_last ? next->first_key / SPAN * SPAN : start + SPAN, is_bfloat16);
         compute_scores(w, num_rows, D);
         for (int r = 0; r < num_rows; r++) {
             float factor = softmax_span(w->scores[r], w->first_key[r] - start, w->last_key[r] - start, call->scale,
@@ -260,9 +270,10 @@ INLINE void attend(const struct attention_call *call, const struct task *task, i
 
 static void run_task(void *context, int i) {
     const struct attention_job *job = context;
+    const struct task *task = &job->tasks[i], *next = &job->tasks[at_most(i + 1, job->num_tasks - 1)];
     struct workspace *w = scratch(SCRATCH_BODY, sizeof(struct workspace));
-    if (job->call->kv_is_bfloat16) attend(job->call, &job->tasks[i], 1, w);
-    else attend(job->call, &job->tasks[i], 0, w);
+    if (job->call->kv_is_bfloat16) attend(job->call, task, next, 1, w);
+    else attend(job->call, task, next, 0, w);
 }
 
 /* head_dim a multiple of 16 up to MAX_HEAD_DIM, block_size a multiple of 16, num_heads / num_kv_heads <= MAX_TILE. */
@@ -275,11 +286,16 @@ void AT_LEVEL(paged_attention)(const struct attention_call *call, int num_thread
     }
     struct task *tasks = scratch(SCRATCH_CALL, max_tasks * sizeof(struct task));
     for (int s = 0; s < call->num_sequences; s++) {
-        int num_rows = (call->query_starts[s + 1] - call->query_starts[s]) * heads_per_kv;
-        for (int first = 0; first < num_rows; first += step)
+        int num_tokens = call->query_starts[s + 1] - call->query_starts[s], num_rows = num_tokens * heads_per_kv;
+        int first_position = call->context_lens[s] - num_tokens;
+        for (int first = 0; first < num_rows; first += step) {
+            int last = at_most(first + step, num_rows);
+            int first_key = first_key_seen(call, first_position + first / heads_per_kv);
+            int last_key = first_position + last / heads_per_kv;
             for (int head = 0; head < call->num_kv_heads; head++)
-                tasks[num_tasks++] = (struct task){s, head, first, at_most(step, num_rows - first)};
+                tasks[num_tasks++] = (struct task){s, head, first, last - first, first_key, last_key};
+        }
     }
-    struct attention_job job = {call, tasks};
+    struct attention_job job = {call, tasks, num_tasks};
     parallel_for(run_task, &job, num_tasks, num_threads);
 }
