@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy import anthropic, monitoring, operations, text_endpoints, token_endpoints
+from deploy import anthropic, monitoring, operations, text_endpoints, token_endpoints, transformers_chat
 from deploy.api_schema import describe_bodies
 from deploy.auth import ApiKeys, all_keys
 from deploy.errors import ApiError, HttpError
@@ -49,8 +49,9 @@ _BODIES: dict[str, type[RequestBody]] = {
     "/v1/messages/count_tokens": anthropic.CountTokensRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
+    "/load_model": transformers_chat.LoadModelRequest,
 }
-_FREE_PATHS = frozenset({"/ping", "/tokenize", "/detokenize", "/reset_prefix_cache", "/scale"})
+_FREE_PATHS = frozenset({"/ping", "/tokenize", "/detokenize", "/reset_prefix_cache", "/scale", "/load_model"})
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -96,6 +97,7 @@ def create_api(
     text_endpoints.add_to(api, service)
     token_endpoints.add_to(api, service)
     anthropic.add_to(api, service)
+    transformers_chat.add_to(api, service)
     operations.add_to(api, service, mesh_info)
     monitoring.add_to(api, service, mesh_info, sharing)
     describe_bodies(api, _BODIES)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deploy.errors import InvalidRequest, from_validation
+from deploy.generation_config import from_generation_config
 from deploy.settings import nearest
 
 Body = TypeVar("Body", bound="RequestBody")
@@ -115,6 +116,18 @@ class ChatCompletionRequest(GenerationBody):
     add_special_tokens: bool = False
     echo: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    generation_config: str | dict[str, Any] | None = None  # of `transformers chat`; the body's own fields win
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_generation_config(cls, body: Any) -> Any:
+        if not isinstance(body, dict) or body.get("generation_config") is None:
+            return body
+        given = {name: value for name, value in body.items() if value is not None}
+        fields = from_generation_config(body["generation_config"])
+        if "max_tokens" in given:
+            fields.pop("max_completion_tokens", None)
+        return {**fields, **given}
 
 
 class TokenizeRequest(RequestBody):
