@@ -20,7 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from actors.remote_exchange import Connection
 from cluster.dispatch import routing_tables
 from cluster.errors import FormationError, MeshUnavailable
-from cluster.process_group import forget_group, form_group, host_store
+from cluster.process_group import forget_groups, form_group, host_store
 from cluster.settings import Timeouts
 from cluster.transport import TRANSPORTS, choose_transport
 from cluster.view import MeshView
@@ -55,6 +55,7 @@ class RouterMembership:
         transport: str,
         device: torch.device,
         timeouts: Timeouts,
+        live_epoch: Callable[[], int],
         num_routers: Callable[[], int] = lambda: 1,
     ) -> None:
         self._client = client
@@ -63,13 +64,14 @@ class RouterMembership:
         self._transport = transport
         self._device = device
         self._timeouts = timeouts
+        self._live_epoch = live_epoch
         self._num_routers = num_routers
         self._store: TCPStore = host_store(host, timeout_s=timeouts.formation_s)
         self._changed = threading.Condition()
         self._newest: Connection | None = None
         self._latest_epoch = 0
         self._closed = False
-        self._formed_group: str | None = None
+        self._failure: tuple[int, tuple[str, ...], str] | None = None
         self.view: MeshView | None = None
 
     def start(self) -> None:
@@ -85,9 +87,12 @@ class RouterMembership:
         return self._newest
 
     def report(self, epoch: int, suspects: tuple[str, ...], reason: str) -> None:
+        """Said again by the watcher until a newer view comes: the supervisor may be away just now."""
         with self._changed:
             if self._newest is not None and self._newest.view.epoch <= epoch:
                 self._newest = None
+            if self._failure is None or self._failure[0] <= epoch:
+                self._failure = (epoch, suspects, reason)
         self._client.report(self._router_id, epoch, suspects, reason)
 
     def wait_newer(self, epoch: int, deadline_s: float) -> Connection:
@@ -104,9 +109,8 @@ class RouterMembership:
     def _watch(self) -> None:
         pause_s = 0.05
         while not self._closed:
-            live = self._newest.view.epoch if self._newest else 0
             try:
-                view = self._client.next_view(self._router_id, self._latest_epoch, live)
+                view = self._client.next_view(self._router_id, self._latest_epoch, self._live_epoch())
                 pause_s = 0.05
             except Exception as error:  # the supervisor is away: serving goes on, ask again soon
                 log.warning("supervisor unreachable: %s", str(error)[:200])
@@ -114,6 +118,9 @@ class RouterMembership:
                     self._changed.wait_for(lambda: self._closed, pause_s)
                 pause_s = min(2 * pause_s, 1.0)
                 continue
+            failure = self._failure
+            if view is None and failure is not None and failure[0] >= self._latest_epoch and not self._closed:
+                self._client.report(self._router_id, *failure)
             if view is not None and view.epoch > self._latest_epoch:
                 self._latest_epoch = view.epoch
                 self.view = view
@@ -126,7 +133,7 @@ class RouterMembership:
         except (FormationError, ValueError) as error:
             suspects = error.suspects if isinstance(error, FormationError) else ()
             if view.epoch == self._latest_epoch and not self._closed:
-                self._client.report(self._router_id, view.epoch, suspects, str(error))
+                self.report(view.epoch, suspects, str(error))
             return
         with self._changed:
             if not self._closed and view.epoch == self._latest_epoch:
@@ -137,7 +144,7 @@ class RouterMembership:
         """A shard that can't even be called is known at once; forming would only find out at its deadline."""
         missing = failures()
         if missing and view.epoch == self._latest_epoch and not self._closed:
-            self._client.report(self._router_id, view.epoch, missing, "could not be asked to join")
+            self.report(view.epoch, missing, "could not be asked to join")
 
     def _form(self, view: MeshView) -> Connection:
         transport = choose_transport(self._transport, self._device, self._num_routers())
@@ -164,8 +171,6 @@ class RouterMembership:
             )
         except FormationError as error:
             raise FormationError(str(error), failures()) from None  # waits no longer than forming did
-        if self._formed_group is not None:  # not this one: shards may still be reading each other's addresses
-            forget_group(self._store, self._formed_group)
-        self._formed_group = name
+        forget_groups(self._store, self._router_id, before=view.epoch)
         router_transport = TRANSPORTS[transport][0](group, view.shard_ids)
         return Connection(view, router_transport, routing_tables(view.placement, view.shard_ids))

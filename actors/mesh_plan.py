@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from cluster.placement import Placement, shard_order, spread_evenly
 from cluster.rebalance import level
+from cluster.settings import AutoscalePolicy, BalancePolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,8 @@ class MeshPlan:
     num_shards: int
     replicas: int = 1
     num_spares: int = 0
+    balance: BalancePolicy = BalancePolicy()
+    autoscale: AutoscalePolicy = AutoscalePolicy()
 
     def __post_init__(self) -> None:
         if self.num_shards == 0:
@@ -40,6 +44,12 @@ class MeshPlan:
     def total_shards(self) -> int:
         return self.num_shards + self.num_spares
 
+    @property
+    def max_slots(self) -> int:
+        """The most experts that one shard may hold."""
+        slots = len(self.moe_layers) * self.num_experts * min(self.replicas, self.num_shards)
+        return math.ceil(slots / self.num_shards) + self.balance.redundant_slots
+
     def with_shards(self, num_shards: int) -> MeshPlan:
         """Raises ValueError where the number can't be."""
         return replace(self, num_shards=num_shards)
@@ -56,4 +66,4 @@ def plan_placement(plan: MeshPlan, nodes: Mapping[str, str], current: Placement)
     replicas = min(plan.replicas, len(chosen))
     if not serving & set(chosen):
         return spread_evenly(moe_layers=plan.moe_layers, num_experts=plan.num_experts, nodes=chosen, replicas=replicas)
-    return level(current, chosen, replicas)
+    return level(current, chosen, replicas, plan.balance.redundant_slots)

@@ -1,25 +1,20 @@
-"""Every Ray call of the mesh: how shards and the supervisor become actors, and how they reach each other.
-
-All of them are detached and named, in one namespace, so a Serve replica that dies takes none of them with it:
-
-    expertmesh/<mesh>/supervisor      expertmesh/<mesh>/shard-3
-"""
+"""The supervisor as a Ray actor, and how routers reach it and the shards. Shards: see actors.ray_shards."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.ledger import Ledger, Totals
 from actors.mesh_plan import MeshPlan
-from actors.supervisor import ShardHandle, Supervisor
-from cluster.placement import ExpertKey
+from actors.ray_shards import NAMESPACE, RayShardStarter, ShardResources, actor_name
+from actors.supervisor import Supervisor
 from cluster.settings import Timeouts
 from cluster.view import MeshView
 
@@ -28,189 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("expertmesh.ray")
 
-NAMESPACE = "expertmesh"
-WAIT_S = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardResources:
-    """What each shard asks Ray for. spread: "pack" leaves the node to Ray, "strict" gives each shard its own."""
-
-    num_cpus: float = 1.0
-    num_gpus: float = 0.0
-    resources: Mapping[str, float] = field(default_factory=dict)
-    spread: str = "pack"
-
-    def __post_init__(self) -> None:
-        if self.spread not in ("pack", "strict"):
-            raise ValueError(f"spread={self.spread!r} must be 'pack' or 'strict'")
-
-
-def worker_environment(num_threads: int) -> dict[str, str]:
-    """Environment of processes that compute: set before torch is imported, it makes results repeat bit by bit."""
-    return {
-        "MKL_CBWR": "AVX512,STRICT" if _has_avx512() else "AVX2,STRICT",
-        "OMP_NUM_THREADS": str(num_threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TORCH_DISABLE_ADDR2LINE": "1",
-    }
-
-
-def _has_avx512() -> bool:
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as file:
-            return "avx512f" in file.read(20_000)
-    except OSError:
-        return False
-
-
-def actor_name(mesh: str, part: str) -> str:
-    return f"expertmesh/{mesh}/{part}"
-
-
-def node_host() -> str:
-    """This node's address on the cluster network, as Ray knows it; loopback where Ray was started on loopback."""
-    node_id = ray.get_runtime_context().get_node_id()
-    for node in ray.nodes():  # type: ignore[no-untyped-call]
-        if node["NodeID"] == node_id:
-            return str(node["NodeManagerAddress"])
-    raise RuntimeError(f"Ray does not list this node ({node_id})")
-
-
-class ShardActor:
-    """ExpertShard as a Ray actor: finds out where it is, and imports torch only in its own process."""
-
-    def __init__(self, shard_id: str, name: str, spec: ShardSpec) -> None:
-        import torch
-
-        from actors.shard import ExpertShard
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        context = ray.get_runtime_context()
-        host = node_host()
-        self._name = name
-        self._shard = ExpertShard(shard_id, spec, host=host, node_id=context.get_node_id(), device=device)
-
-    def info(self) -> dict[str, Any]:
-        return {**self._shard.info(), "actor_name": self._name}
-
-    def ping(self) -> int:
-        return self._shard.ping()
-
-    def load(self, keys: list[ExpertKey]) -> int:
-        return self._shard.load(keys)
-
-    def keep_only(self, keys: list[ExpertKey]) -> None:
-        self._shard.keep_only(keys)
-
-    def held(self) -> list[ExpertKey]:
-        return self._shard.held()
-
-    def join(self, **arguments: Any) -> None:
-        self._shard.join(**arguments)
-
-
-class RayShardHandle:
-    """Implements actors.supervisor.ShardHandle."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    async def info(self) -> dict[str, Any]:
-        return dict(await self._actor.info.remote())
-
-    async def ping(self) -> int:
-        return int(await self._actor.ping.remote())
-
-    async def load(self, keys: list[ExpertKey]) -> int:
-        return int(await self._actor.load.remote(keys))
-
-    async def keep_only(self, keys: list[ExpertKey]) -> None:
-        await self._actor.keep_only.remote(keys)
-
-    async def held(self) -> list[ExpertKey]:
-        return list(await self._actor.held.remote())
-
-
-class RayShardStarter:
-    """Implements actors.supervisor.ShardStarter."""
-
-    def __init__(self, mesh: str, spec: ShardSpec, resources: ShardResources, start_s: float) -> None:
-        self._mesh = mesh
-        self._spec = spec
-        self._resources = resources
-        self._start_s = start_s
-        self._claimed: dict[str, str] = {}  # shard id -> node id, where nodes are handed out one each
-        self._actors: dict[str, Any] = {}
-
-    async def start(self, shard_id: str, avoid_nodes: Collection[str]) -> RayShardHandle:
-        name = actor_name(self._mesh, shard_id)
-        wanted = self._resources
-        options: dict[str, Any] = {
-            "name": name,
-            "namespace": NAMESPACE,
-            "lifetime": "detached",
-            "max_concurrency": 32,
-            "max_restarts": 0,
-            "num_cpus": wanted.num_cpus,
-            "num_gpus": wanted.num_gpus,
-            "resources": dict(wanted.resources),
-            "runtime_env": {"env_vars": worker_environment(self._spec.num_threads)},
-        }
-        if wanted.spread == "strict":
-            options["scheduling_strategy"] = self._own_node(shard_id, set(avoid_nodes))
-        actor = ray.remote(ShardActor).options(**options).remote(shard_id, name, self._spec)
-        self._actors[shard_id] = actor
-        handle = RayShardHandle(actor)
-        try:
-            async with asyncio.timeout(self._start_s):
-                await handle.info()
-        except TimeoutError:
-            raise ValueError(
-                f"{shard_id} did not start within {self._start_s:.0f} s; is there room for "
-                f"num_cpus={wanted.num_cpus}, num_gpus={wanted.num_gpus}, {dict(wanted.resources)} (ray status)?"
-            ) from None
-        except ray.exceptions.RayActorError as error:
-            raise ValueError(f"{shard_id} did not start: {_root_cause(error)}") from None
-        return handle
-
-    async def find_all(self) -> dict[str, ShardHandle]:
-        prefix = actor_name(self._mesh, "shard-")
-        found: dict[str, ShardHandle] = {}
-        for entry in ray.util.list_named_actors(all_namespaces=True):
-            if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix):
-                actor = ray.get_actor(entry["name"], NAMESPACE)
-                handle = RayShardHandle(actor)
-                try:
-                    async with asyncio.timeout(1.0):
-                        await handle.info()
-                except Exception as error:
-                    log.warning("%s is there but doesn't answer: %s", entry["name"], str(error)[:100])
-                    ray.kill(actor, no_restart=True)
-                    continue
-                shard_id = entry["name"].rpartition("/")[2]
-                self._actors[shard_id] = actor
-                found[shard_id] = handle
-        return found
-
-    async def kill(self, shard_id: str) -> None:
-        self._claimed.pop(shard_id, None)
-        actor = self._actors.pop(shard_id, None)
-        if actor is not None:
-            ray.kill(actor, no_restart=True)
-
-    def _own_node(self, shard_id: str, avoid: set[str]) -> NodeAffinitySchedulingStrategy:
-        taken = avoid | set(self._claimed.values())
-        needs = {"CPU": self._resources.num_cpus, "GPU": self._resources.num_gpus, **self._resources.resources}
-        for node in ray.nodes():  # type: ignore[no-untyped-call]
-            has = node["Resources"]
-            if node["Alive"] and node["NodeID"] not in taken and all(has.get(k, 0) >= v for k, v in needs.items()):
-                self._claimed[shard_id] = node["NodeID"]
-                return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        raise ValueError(
-            f"no node is left for {shard_id}: spread=strict gives each shard a node of its own with {needs}; "
-            "add nodes, lower the number of shards, or use spread=pack"
-        )
+WAIT_S = 1.0
 
 
 class SupervisorActor:
@@ -221,6 +34,7 @@ class SupervisorActor:
     ) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         self._lines: list[str] = []
+        self._ledger = Ledger(time.monotonic)  # of the ingresses; here since all of them know this actor
         starter = RayShardStarter(mesh, spec, resources, start_s=timeouts.start_s)
         self._supervisor = Supervisor(plan, starter, timeouts, progress=self._lines.append)
         self._start: asyncio.Task[None] | None = None
@@ -257,9 +71,21 @@ class SupervisorActor:
     async def shutdown(self) -> None:
         await self._supervisor.shutdown()
 
+    async def share(self, ingress_id: str, totals: Totals) -> Totals:
+        return self._ledger.share(ingress_id, totals)
+
+    async def admit(self, key: str, request_id: str, limits: dict[str, Any]) -> tuple[str, float]:
+        return self._ledger.admit(key, request_id, **limits)
+
+    async def release(self, key: str, request_id: str) -> None:
+        self._ledger.release(key, request_id)
+
     def _begin(self) -> asyncio.Task[None]:
-        if self._start is None:
+        """Start, or try again after a start that failed."""
+        task = self._start
+        if task is None or (task.done() and not task.cancelled() and task.exception() is not None):
             self._start = asyncio.ensure_future(self._supervisor.start())
+        assert self._start is not None
         return self._start
 
 
@@ -322,14 +148,22 @@ class RayMeshClient:
         self._actors = {part: actor for part, actor in self._actors.items() if part in known}
 
         def failed() -> tuple[str, ...]:
-            names = list(unreachable)
-            for shard_id, call in calls.items():
-                try:
-                    ray.get(call, timeout=self._timeouts.formation_s + 1.0)
-                except ray.exceptions.RayTaskError:
-                    continue  # it was there, and saw the formation fail
-                except Exception:
-                    names.append(shard_id)
+            """As soon as one is known to have failed; those that never answered only at the end."""
+            names, pending = list(unreachable), {call: shard_id for shard_id, call in calls.items()}
+            end = time.monotonic() + self._timeouts.formation_s + 1.0
+            while pending and not names:
+                left_s = max(end - time.monotonic(), 0.0)
+                ready, _ = ray.wait(list(pending), num_returns=1, timeout=left_s)
+                for call in ready:
+                    shard_id = pending.pop(call)
+                    try:
+                        ray.get(call)
+                    except ray.exceptions.RayTaskError:
+                        continue  # it was there, and saw the formation fail
+                    except Exception:
+                        names.append(shard_id)
+                if not ready:
+                    names += pending.values()
             return tuple(names)
 
         return failed
@@ -345,9 +179,3 @@ class RayMeshClient:
         if part not in self._actors:
             self._actors[part] = ray.get_actor(actor_name(self._mesh, part), NAMESPACE)
         return self._actors[part]
-
-
-def _root_cause(error: BaseException) -> str:
-    """The last line of a remote traceback: the error itself."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__

@@ -88,7 +88,8 @@ class DeadlineEstimate:
 class RemoteExchange:
     """The router's Exchange. Used by the engine's thread only.
 
-    expert_tokens[layer_idx][expert_id] counts the pairs sent since the start.
+    expert_tokens[layer_idx][expert_id] counts the pairs sent since the start, expert_uses the exchanges in which the
+    expert got any.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class RemoteExchange:
         self._step = 0
         self._last_sent = 0.0
         self.expert_tokens: dict[int, np.ndarray] = {}
+        self.expert_uses: dict[int, np.ndarray] = {}
         self.traffic = Traffic()
         self.num_recoveries = 0
         self.recovery_s = 0.0
@@ -152,9 +154,7 @@ class RemoteExchange:
 
     def dispatch(self, layer_idx: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> _Receipt:
         ids = topk_ids_TK.cpu().numpy()  # on CUDA: one device-to-host sync a layer
-        counts = self.expert_tokens.get(layer_idx)
-        hits = np.bincount(ids.reshape(-1), minlength=self._num_experts)
-        self.expert_tokens[layer_idx] = hits if counts is None else counts + hits
+        self._count(layer_idx, np.bincount(ids.reshape(-1), minlength=self._num_experts))
         receipt = _Receipt(layer_idx, x_TH, topk_ids_TK, topk_weights_TK, [], None, None, self._clock())
         self._send(receipt, ids)
         self.traffic.dispatch.observe(self._clock() - receipt.started)
@@ -192,6 +192,13 @@ class RemoteExchange:
                 if left_s <= 0.2:
                     raise
             self.while_waiting()
+
+    def _count(self, layer_idx: int, tokens_E: np.ndarray) -> None:
+        """New arrays each time: other threads read them."""
+        if layer_idx not in self.expert_tokens:
+            self.expert_tokens[layer_idx] = self.expert_uses[layer_idx] = np.zeros_like(tokens_E)
+        self.expert_tokens[layer_idx] = self.expert_tokens[layer_idx] + tokens_E
+        self.expert_uses[layer_idx] = self.expert_uses[layer_idx] + (tokens_E > 0)
 
     def _send(self, receipt: _Receipt, ids: np.ndarray) -> None:
         """Start the exchange; a failure is kept in the receipt for combine() to mend."""

@@ -21,6 +21,7 @@ from actors.engine import Engine, EngineModel, StepExchange
 from actors.link_server import LinkServer
 from actors.local_exchange import LocalSteps
 from actors.membership import MeshClient, RouterMembership
+from actors.mesh_watch import RouterFigures
 from actors.model_source import load_config, locate_model
 from actors.remote_exchange import RemoteExchange
 from actors.scheduler import Scheduler
@@ -57,6 +58,7 @@ class Router:
             transport=spec.transport,
             device=device,
             timeouts=spec.timeouts,
+            live_epoch=lambda: self.exchange.epoch if isinstance(self.exchange, RemoteExchange) else 0,
         )
         exchange: StepExchange
         if spec.local:
@@ -104,6 +106,18 @@ class Router:
     def is_ready(self) -> bool:
         """A complete mesh is connected, so requests can finish."""
         return self.is_alive and (self._spec.local or self.membership.newest() is not None)
+
+    def figures(self) -> RouterFigures | None:
+        """What the supervisor balances by; None with local experts."""
+        exchange = self.exchange
+        if not isinstance(exchange, RemoteExchange):
+            return None
+        return {
+            "tokens": {i: counts.tolist() for i, counts in list(exchange.expert_tokens.items())},
+            "activated": {i: counts.tolist() for i, counts in list(exchange.expert_uses.items())},
+            "wait_s": exchange.traffic.combine.total,
+            "time_s": time.monotonic(),
+        }
 
     def stats(self) -> dict[str, Any]:
         """Figures since the start. Best called on the engine's thread."""

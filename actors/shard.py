@@ -55,6 +55,8 @@ class ExpertShard:
         )
         self._groups: dict[str, int] = {}
         self._newest_epoch = 0
+        self._order = 0
+        self._note: dict[str, Any] = {}
         self._num_rows = 0
         self._num_pairs = 0
         self._busy_s = 0.0
@@ -70,6 +72,8 @@ class ExpertShard:
             "host": self._host,
             "device": str(self._device),
             "epoch": self._newest_epoch,
+            "order": self._order,
+            "note": self._note,
             "num_groups": len(self._groups),
             "num_experts": len(held),
             "weight_bytes": sum(e.num_bytes for layer in list(self._layers.values()) for e in list(layer.values())),
@@ -87,9 +91,17 @@ class ExpertShard:
     def held(self) -> list[ExpertKey]:
         return [(i, e) for i, layer in list(self._layers.items()) for e in list(layer)]
 
-    def load(self, keys: Iterable[ExpertKey]) -> int:
-        """Load what is not there yet; returns the bytes of weights now held. Raises ValueError for a bad checkpoint."""
+    def remember(self, note: dict[str, Any]) -> None:
+        """Keep a note for the next supervisor; `info` shows it."""
+        self._note = note
+
+    def load(self, keys: Iterable[ExpertKey], order: int = 0) -> int:
+        """Load what is not there yet; returns the bytes of weights now held. Raises ValueError for a bad checkpoint.
+
+        order: the supervisor's orders rise; see keep_only.
+        """
         with self._load_lock:
+            self._order = max(self._order, order)
             for layer_idx, expert_id in keys:
                 layer = self._layers[layer_idx]
                 if expert_id not in layer:
@@ -104,10 +116,15 @@ class ExpertShard:
                     )
         return int(self.info()["weight_bytes"])
 
-    def keep_only(self, keys: Iterable[ExpertKey]) -> None:
-        """Forget every other expert. A router that still asks for one gets its group closed, and comes again."""
+    def keep_only(self, keys: Iterable[ExpertKey], order: int = 0) -> None:
+        """Forget every other expert. A router that still asks for one gets its group closed, and comes again.
+
+        An order below the newest load's came late, and must not take away what that load brought.
+        """
         wanted = set(keys)
         with self._load_lock:
+            if order < self._order:
+                return
             for layer_idx, layer in self._layers.items():
                 for expert_id in [e for e in layer if (layer_idx, e) not in wanted]:
                     del layer[expert_id]

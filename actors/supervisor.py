@@ -5,9 +5,12 @@ the difference off: in a hurry when experts are lost, in the background otherwis
 views. Serving does not need it: while it is away, nothing changes, and that is all. Its own state is rebuilt from
 the shards when it restarts.
 
-    report, ping ──> lose(shards) ──> survivors adopt what is missing ──> publish(epoch + 1)
-                                  └─> replacements start, load ─────────> publish(epoch + 2)
-    scale(n) ─────> shards start, load / are drained ───────────────────> publish(epoch + 1)
+    report, sweep ──> lose(shards) ──> survivors adopt what is missing ──> publish(epoch + 1)
+                                   └─> replacements start, load ─────────> publish(epoch + 2)
+    scale(n) ──────> shards start, load / are drained ───────────────────> publish(epoch + 1)
+    loads ─────────> propose ──> shards load the moved experts ──────────> publish(epoch + 1)
+
+Two locks order all this: `_restoring` for changes that take their time, `_change` for making one view.
 """
 
 from __future__ import annotations
@@ -16,49 +19,22 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+from actors.fleet import Fleet, ShardLost, ShardStarter, make_note, note_of
 from actors.mesh_plan import MeshPlan, plan_placement
+from actors.mesh_watch import LoadWatch, RouterFigures
+from cluster.balance import propose
 from cluster.placement import ExpertKey, Placement, adopt, shard_order
 from cluster.settings import Timeouts
 from cluster.view import Member, MeshView
 
 log = logging.getLogger("expertmesh.supervisor")
-T = TypeVar("T")
-
-
-class ShardHandle(Protocol):
-    """A running shard as the supervisor reaches it. All raise an Exception when the shard can't be reached."""
-
-    async def info(self) -> dict[str, Any]: ...
-
-    async def ping(self) -> int: ...
-
-    async def load(self, keys: list[ExpertKey]) -> int: ...
-
-    async def keep_only(self, keys: list[ExpertKey]) -> None: ...
-
-    async def held(self) -> list[ExpertKey]: ...
-
-
-class ShardStarter(Protocol):
-    """Starts, finds and ends shard processes. The real one goes through Ray."""
-
-    async def start(self, shard_id: str, avoid_nodes: Collection[str]) -> ShardHandle: ...
-
-    async def find_all(self) -> dict[str, ShardHandle]: ...
-
-    async def kill(self, shard_id: str) -> None: ...
-
-
-@dataclass(slots=True)
-class _Shard:
-    member: Member
-    handle: ShardHandle
-    misses: int = 0
-    offences: deque[float] = field(default_factory=lambda: deque(maxlen=4))
+SWEEP_EVERY_S = 0.25
+HEARD_S = 12.0
+FORGET_S = 60.0
 
 
 @dataclass(slots=True)
@@ -80,17 +56,18 @@ class Supervisor:
         progress: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._plan = plan
-        self._starter = starter
         self._timeouts = timeouts
         self._clock = clock
-        self._progress = progress
-        self._shards: dict[str, _Shard] = {}
+        self._fleet = Fleet(
+            starter, timeouts, clock=clock, changed=lambda: self._restore_wanted.set(), progress=progress
+        )
         self._routers: dict[str, _Router] = {}
         self._view = MeshView(epoch=0, shards=(), placement=Placement({}))
         self._changed = asyncio.Condition()
-        self._change = asyncio.Lock()  # held while a view is being made and published
+        self._restoring = asyncio.Lock()
+        self._change = asyncio.Lock()
         self._restore_wanted = asyncio.Event()
-        self._next_number = 0
+        self._watch = LoadWatch(plan, clock)
         self._tasks: set[asyncio.Task[None]] = set()
         self._history: deque[dict[str, Any]] = deque(maxlen=200)
         self._trouble = ""
@@ -98,29 +75,58 @@ class Supervisor:
     # ---- life ----------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Find the shards that are there already, start the others, load, publish, and keep watch from then on."""
+        """Take over the shards that are there already, or start a mesh; keep watch from then on. Raises what kept the
+        first shards from starting."""
         if self._plan.num_shards == 0:
             return
-        for shard_id, handle in (await self._starter.find_all()).items():
-            await self._enrol(shard_id, handle)
-        if self._shards:
+        infos = await self._fleet.find()
+        note = note_of(infos)
+        self._plan = self._plan.with_shards(note.get("num_shards", self._plan.num_shards))
+        if self._fleet.shards:
             await self._take_over()
-        missing = self._plan.num_shards - len(self._shards)
-        await self._start_shards(max(0, missing), strict=True)
-        target = self._target_placement()
-        await self._load_all(target)
+        else:
+            await self._fleet.start_now(self._plan.total_shards)
+            target = self._target_placement()
+            await self._load_all(target)
+            async with self._change:
+                await self._publish(target, "start")
+        self._restore_wanted.set()
+        for work in (self._sweep_forever(), self._restore_forever(), self._tune_forever()):
+            self._spawn(work)
+
+    async def _take_over(self) -> None:
+        """After a restart: go on with what the shards hold. The epoch starts at the next thousand, so that no number
+        that the predecessor gave away, and that no shard saw, is used again."""
+        shards = dict(self._fleet.shards)
+        epochs = await asyncio.gather(*(self._fleet.ask(s.handle.ping(), 2.0) for s in shards.values()))
+        held = await asyncio.gather(*(self._fleet.ask(s.handle.held(), 2.0) for s in shards.values()))
+        empty = Placement(dict.fromkeys(self._plan.moe_layers, ((),) * self._plan.num_experts))
+        placement = empty.adding({s: keys for s, keys in zip(shards, held, strict=True) if keys})
+        members = tuple(shards[s].member for s in sorted(placement.shards(), key=shard_order))
+        newest = max((e for e in epochs if e is not None), default=0)
+        self._view = MeshView(epoch=_next_thousand(newest), shards=members, placement=placement)
         async with self._change:
-            await self._publish(target, "start" if self._view.epoch == 0 else "supervisor restarted")
-        self._spawn(self._watch_over())
-        self._spawn(self._restore_forever())
+            await self._lose({}, "supervisor restarted", self._clock())
+
+    async def shutdown(self) -> None:
+        """End every shard."""
+        for task in self._tasks:
+            task.cancel()
+        await self._fleet.end_all()
 
     # ---- what routers call ---------------------------------------------------------------------------
 
     async def next_view(
         self, router_id: str, info: dict[str, Any], seen_epoch: int, live_epoch: int, wait_s: float = 5.0
     ) -> MeshView | None:
-        """Wait for a view above seen_epoch; None after wait_s. Registers the router."""
+        """Wait for a view above seen_epoch; None after wait_s. Registers the router and takes note of its figures."""
+        info = dict(info)
+        figures: RouterFigures | None = info.pop("figures", None)
+        if figures is not None:
+            self._watch.note_router(router_id, figures)
         self._routers[router_id] = _Router(info, self._clock(), live_epoch)
+        if seen_epoch > self._view.epoch and self._view.shards:
+            await self._outrun(seen_epoch)
         try:
             async with self._changed, asyncio.timeout(wait_s):
                 await self._changed.wait_for(lambda: self._view.epoch > seen_epoch)
@@ -132,130 +138,138 @@ class Supervisor:
         return self._view
 
     async def report(self, router_id: str, epoch: int, suspects: tuple[str, ...], reason: str) -> None:
-        """A router's exchange failed. Find out who is really gone and make a new epoch."""
+        """A router's exchange failed. Find out who is really gone and make a new epoch. May be said twice."""
         if epoch < self._view.epoch:
             return  # dealt with already
         detected = self._clock()
         async with self._change:
-            if epoch < self._view.epoch:
-                return
-            dead = await self._find_dead(suspects)
-            await self._lose(dead, f"{router_id}: {reason}"[:300], detected)
+            if epoch == self._view.epoch:
+                lost = await self._fleet.find_lost(suspects, self._view.shard_ids, epoch)
+                await self._lose(lost, f"{router_id}: {reason}"[:300], detected)
 
     def forget_router(self, router_id: str) -> None:
         """A router that says goodbye."""
         self._routers.pop(router_id, None)
+        self._watch.forget_router(router_id)
+
+    async def _outrun(self, seen_epoch: int) -> None:
+        """A router knows a later epoch than we do (all shards that saw it are gone): go beyond it."""
+        async with self._change:
+            if seen_epoch > self._view.epoch:
+                placement, shards = self._view.placement, self._view.shards
+                self._view = MeshView(epoch=_next_thousand(seen_epoch), shards=shards, placement=placement)
+                await self._lose({}, f"a router has seen epoch {seen_epoch}", self._clock())
 
     # ---- what people and the front call --------------------------------------------------------------
 
     def routers(self) -> list[dict[str, Any]]:
         """Addresses of the routers heard from lately."""
-        horizon = self._clock() - 12.0
+        horizon = self._clock() - HEARD_S
         return [r.info for r in self._routers.values() if r.seen >= horizon]
 
     def is_complete(self) -> bool:
-        return bool(self._view.shards) and not self._view.placement.missing()
+        return bool(self._view.shards) and not self._view.placement.missing() and not self._trouble
 
     async def mesh(self) -> dict[str, Any]:
         """Everything GET /mesh shows."""
-        infos = await asyncio.gather(*(self._ask(s.handle.info()) for s in self._shards.values()))
+        fleet, counts = self._fleet, self._view.placement.slot_counts()
+        everybody = {**fleet.shards, **fleet.silent}
+        infos = await asyncio.gather(*(fleet.ask(s.handle.info()) for s in everybody.values()))
         shards = []
-        counts = self._view.placement.slot_counts()
-        for shard, info in zip(self._shards.values(), infos, strict=True):
+        for (shard_id, shard), info in zip(everybody.items(), infos, strict=True):
             member = {name: getattr(shard.member, name) for name in Member.__dataclass_fields__}
-            in_view = shard.member.shard_id in self._view.shard_ids
-            state = ("serving" if in_view else "standby") if info is not None else "unreachable"
-            shards.append({**member, **(info or {}), "state": state, "num_slots": counts[shard.member.shard_id]})
+            state = "serving" if shard_id in self._view.shard_ids else "standby"
+            state = "silent" if shard_id in fleet.silent else state if info is not None else "unreachable"
+            shards.append({**member, **(info or {}), "state": state, "num_slots": counts[shard_id]})
         now = self._clock()
         return {
             "epoch": self._view.epoch,
             "reason": self._view.reason,
             "complete": self.is_complete(),
-            "trouble": self._trouble,
+            "settled": self.is_settled(),
+            "trouble": self._trouble or fleet.trouble,
             "target_shards": self._plan.num_shards,
             "replicas": self._plan.replicas,
             "shards": sorted(shards, key=lambda s: shard_order(s["shard_id"])),
+            "starting": len(fleet.starting),
             "routers": [
                 {**r.info, "live_epoch": r.live_epoch, "seen_s_ago": round(now - r.seen, 2)}
                 for r in self._routers.values()
             ],
             "placement": self._view.placement.to_dict(),
+            **self._watch.report(self._view.placement),
             "history": list(self._history),
         }
 
+    def is_settled(self) -> bool:
+        """Complete, as many shards as wanted, and nothing under way."""
+        enough = len(self._fleet.shards) >= self._plan.total_shards and not self._fleet.silent
+        busy = self._restoring.locked() or self._restore_wanted.is_set() or self._fleet.starting
+        return self.is_complete() and enough and not busy
+
     async def scale(self, num_shards: int) -> dict[str, Any]:
-        """Change the number of shards while requests run; returns when the new placement serves."""
+        """Change the number of shards while requests run; returns when the new placement serves.
+
+        Raises ValueError for a number that can't be, TimeoutError when the shards did not come in time (they are
+        still tried for).
+        """
         if self._plan.num_shards == 0 or num_shards < 1:
             raise ValueError(f"cannot scale to {num_shards} shards: give at least 1, and a mesh that has shards")
         self._plan = self._plan.with_shards(num_shards)
-        await self._restore()
+        await self._fleet.remember(make_note(num_shards))
+        self._restore_wanted.set()
+        async with asyncio.timeout(self._timeouts.start_s), self._changed:
+            await self._changed.wait_for(
+                lambda: len(self._view.shards) == self._plan.num_shards and not self._view.placement.missing()
+            )
         return {"epoch": self._view.epoch, "shards": list(self._view.shard_ids)}
-
-    async def shutdown(self) -> None:
-        """End every shard."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*(self._starter.kill(shard_id) for shard_id in self._shards), return_exceptions=True)
 
     # ---- losing ---------------------------------------------------------------------------------------
 
-    async def _find_dead(self, suspects: Collection[str]) -> list[str]:
-        """Which members are gone. A suspect that doesn't answer is; anybody else only when Ray says so at once (it
-        may just be busy). A suspect that does answer is forgiven once in half a minute."""
-        ids = [s for s in self._view.shard_ids if s in self._shards]
-        states = await asyncio.gather(*(self._state(self._shards[s].handle) for s in ids))
-        dead = [s for s, state in zip(ids, states, strict=True) if state == "dead" or (s in suspects and state)]
-        now = self._clock()
-        for shard_id in suspects:
-            shard = self._shards.get(shard_id)
-            if shard is None or shard_id in dead:
-                continue
-            if shard.offences and now - shard.offences[-1] < 30.0:
-                dead.append(shard_id)
-            shard.offences.append(now)
-        return dead
-
-    async def _state(self, handle: ShardHandle) -> str:
-        """ "" for a shard that answers, "silent" or "dead"."""
-        try:
-            async with asyncio.timeout(self._timeouts.ping_s):
-                await handle.ping()
-        except TimeoutError:
-            return "silent"
-        except Exception:
-            return "dead"
-        return ""
-
-    async def _lose(self, dead: Collection[str], why: str, detected: float) -> None:
-        """Publish a view without the dead. Called with the change lock held."""
-        for shard_id in dead:
-            self._shards.pop(shard_id, None)
-            self._spawn(self._starter.kill(shard_id))
-        lost = [s for s in self._view.shard_ids if s not in self._shards]
-        rest = self._view.placement.without(lost)
-        missing = rest.missing()
-        if missing and self._shards:
-            rest = await self._adopt(rest)
-        if rest.missing():
-            self._trouble = f"{len(rest.missing())} experts have no holder: {why}"
+    async def _lose(self, lost: Mapping[str, str], why: str, detected: float) -> None:
+        """Publish a view without the lost (shard id -> state). Called with the change lock held."""
+        adopted = 0
+        while True:
+            for shard_id, state in lost.items():
+                self._fleet.remove(shard_id, state)
+            gone = [s for s in self._view.shard_ids if s not in self._fleet.shards]
+            rest = self._view.placement.without(gone)
+            if not rest.missing() or not self._fleet.shards:
+                break
+            adopted = len(rest.missing())
+            rest, lost = await self._adopt(rest)
+            if not lost:
+                break
+        if missing := rest.missing():
+            self._trouble = f"{len(missing)} experts have no holder: {why}"
             log.error("%s", self._trouble)
         else:
-            gone = f"lost {', '.join(lost)}" if lost else "nobody lost"
-            how = f", {len(missing)} experts adopted" if missing else ""
-            await self._publish(rest, f"{gone}{how}: {why}", detected)
+            who = f"lost {', '.join(gone)}" if gone else "nobody lost"
+            how = f", {adopted} experts adopted" if adopted else ""
+            await self._publish(rest, f"{who}{how}: {why}", detected)
         self._restore_wanted.set()
 
-    async def _adopt(self, rest: Placement) -> Placement:
-        """Load the experts that nobody holds any more: on spares where there are any, else on the survivors."""
+    async def _adopt(self, rest: Placement) -> tuple[Placement, dict[str, str]]:
+        """Load the experts that nobody holds any more: on spares where there are any, else on the survivors. Returns
+        also the takers that were lost over it."""
         serving = rest.shards()
-        spares = [s for s in self._shards if s not in serving]
-        takers = spares or list(self._shards)
-        shares = adopt(rest, takers)
-        loaded = await asyncio.gather(
-            *(self._ask(self._shards[s].handle.load(keys), self._timeouts.load_s) for s, keys in shares.items())
+        spares = [s for s in self._fleet.shards if s not in serving]
+        shares = adopt(rest, spares or list(self._fleet.shards))
+        results = await asyncio.gather(
+            *(self._fleet.load(s, keys) for s, keys in shares.items()), return_exceptions=True
         )
-        done = {s: keys for (s, keys), ok in zip(shares.items(), loaded, strict=True) if ok is not None}
-        return rest.adding(done)
+        done: dict[str, list[ExpertKey]] = {}
+        lost: dict[str, str] = {}
+        for (shard_id, keys), result in zip(shares.items(), results, strict=True):
+            if result is None:
+                done[shard_id] = keys
+                continue
+            log.warning("%s could not adopt %d experts: %s", shard_id, len(keys), str(result)[:300])
+            if isinstance(result, ShardLost):
+                lost[shard_id] = "silent"
+            elif await self._fleet.find_lost((), [shard_id], self._view.epoch):
+                lost[shard_id] = "dead"
+        return rest.adding(done), lost
 
     # ---- restoring -----------------------------------------------------------------------------------
 
@@ -264,132 +278,123 @@ class Supervisor:
             await self._restore_wanted.wait()
             self._restore_wanted.clear()
             try:
-                await self._restore()
-            except Exception:
-                log.exception("restoring the mesh failed; trying again")
-                await asyncio.sleep(1.0)
+                async with self._restoring:
+                    await self._restore()
+            except Exception as error:
+                log.warning("restoring the mesh failed, trying again: %s", str(error)[:300] or type(error).__name__)
+                await asyncio.sleep(0.5)
                 self._restore_wanted.set()
 
     async def _restore(self) -> None:
         """Bring the number of shards and the placement to the target; no hurry, requests go on meanwhile."""
-        missing = self._plan.total_shards - len(self._shards)
-        if missing > 0:
-            await self._start_shards(missing, strict=False)
-        if not self._shards:
+        fleet = self._fleet
+        while fleet.silent:  # it may come back, with all its experts
+            await asyncio.sleep(0.1)
+        for _ in range(self._plan.total_shards - len(fleet.shards) - len(fleet.starting)):
+            fleet.begin_start()
+        if fleet.starting:
+            await asyncio.wait(fleet.starting, timeout=self._timeouts.patience_s)
+        if not fleet.shards:
             return
         target = self._target_placement()
+        if await self._move_to(target, f"{len(target.shards())} shards in place"):
+            await self._drop_surplus()
+
+    async def _move_to(self, target: Placement, reason: str) -> bool:
+        """Have everything loaded, then switch. False when somebody was lost meanwhile: another plan is needed."""
         await self._load_all(target)
         async with self._change:
-            if target.shards() - set(self._shards):
-                self._restore_wanted.set()  # somebody died meanwhile: plan again
-                return
-            if target != self._view.placement:
-                await self._publish(target, f"{len(target.shards())} shards in place")
-        await self._drop_surplus()
+            if target.shards() - set(self._fleet.shards):
+                self._restore_wanted.set()
+                return False
+            if target != self._view.placement or self._trouble:
+                await self._publish(target, reason)
+        return True
 
     async def _drop_surplus(self) -> None:
         """After all routers moved: end drained shards, unload what the placement doesn't want."""
-        epoch = self._view.epoch
-        for _ in range(100):
-            horizon = self._clock() - 12.0
-            if all(r.live_epoch >= epoch for r in self._routers.values() if r.seen >= horizon):
-                break
+        epoch, waited = self._view.epoch, 0.0
+        while waited < 10.0 and not self._all_live(epoch):
             await asyncio.sleep(0.1)
-        if epoch != self._view.epoch:
-            return
-        placement = self._view.placement
-        surplus = sorted((s for s in self._shards if s not in placement.shards()), key=shard_order)
-        for shard_id in surplus[self._plan.num_spares :]:
-            del self._shards[shard_id]
-            await self._starter.kill(shard_id)
-        await asyncio.gather(
-            *(
-                self._ask(shard.handle.keep_only(sorted(placement.held_by(shard_id))))
-                for shard_id, shard in self._shards.items()
-                if shard_id in placement.shards()
-            )
-        )
+            waited += 0.1
+        async with self._change:
+            if epoch != self._view.epoch:
+                self._restore_wanted.set()
+                return
+            placement = self._view.placement
+            idle = sorted((s for s in self._fleet.shards if s not in placement.shards()), key=shard_order)
+            await self._fleet.end(idle[max(0, self._plan.total_shards - len(placement.shards())) :])
+            await self._fleet.keep_only({s: placement.held_by(s) for s in placement.shards()})
+
+    def _all_live(self, epoch: int) -> bool:
+        horizon = self._clock() - HEARD_S
+        return all(r.live_epoch >= epoch for r in self._routers.values() if r.seen >= horizon)
 
     def _target_placement(self) -> Placement:
-        nodes = {s: shard.member.node_id for s, shard in self._shards.items()}
-        return plan_placement(self._plan, nodes, self._view.placement)
+        return plan_placement(self._plan, self._fleet.nodes, self._view.placement)
 
     async def _load_all(self, placement: Placement) -> None:
         """Every shard loads what the placement gives it. Raises when one can't."""
+        await asyncio.gather(*(self._fleet.load(s, placement.held_by(s)) for s in placement.shards()))
 
-        async def load(shard_id: str, shard: _Shard) -> None:
-            keys = sorted(placement.held_by(shard_id))
-            began = self._clock()
-            async with asyncio.timeout(self._timeouts.load_s):
-                num_bytes = await shard.handle.load(keys)
-            self._progress(
-                f"{shard_id}: {len(keys)} experts, {num_bytes / 1e6:.1f} MB in {self._clock() - began:.1f} s"
-            )
+    # ---- tuning --------------------------------------------------------------------------------------
 
-        await asyncio.gather(*(load(s, shard) for s, shard in list(self._shards.items()) if s in placement.shards()))
+    async def _tune_forever(self) -> None:
+        """Now and then: the right number of shards, and the hot experts where they belong."""
+        while True:
+            await asyncio.sleep(1.0)
+            try:
+                wanted = await self._watch.wanted_shards(self._fleet, self._plan)
+                if wanted != self._plan.num_shards:
+                    log.warning("autoscaling from %d to %d shards", self._plan.num_shards, wanted)
+                    await self.scale(wanted)
+                elif self._watch.rebalance_due() and self.is_settled():
+                    async with self._restoring:
+                        await self._rebalance()
+            except Exception as error:
+                log.warning("tuning the mesh failed: %s", str(error)[:300] or type(error).__name__)
 
-    async def _start_shards(self, count: int, *, strict: bool) -> None:
-        """Start `count` shards at once. strict: an error is raised; otherwise logged, and tried again later."""
-
-        async def start_one(shard_id: str) -> None:
-            handle = await self._starter.start(shard_id, {s.member.node_id for s in self._shards.values()})
-            await self._enrol(shard_id, handle)
-
-        ids = [self._new_id() for _ in range(count)]
-        results = await asyncio.gather(*(start_one(i) for i in ids), return_exceptions=True)
-        for shard_id, result in zip(ids, results, strict=True):
-            if isinstance(result, BaseException):
-                await self._starter.kill(shard_id)
-                if strict:
-                    raise result
-                log.warning("%s did not start: %s", shard_id, str(result)[:300])
-                self._restore_wanted.set()
-
-    async def _enrol(self, shard_id: str, handle: ShardHandle) -> None:
-        info = await handle.info()
-        self._next_number = max(self._next_number, shard_order(shard_id)[0] + 1)
-        member = Member(
-            shard_id=shard_id,
-            actor_name=info.get("actor_name", shard_id),
-            node_id=info["node_id"],
-            host=info["host"],
-            pid=info["pid"],
+    async def _rebalance(self) -> None:
+        """Carry out what the planner proposes, if anything."""
+        loads = self._watch.balance_loads()
+        policy, placement = self._plan.balance, self._view.placement
+        if not loads:
+            return
+        target, moves = await asyncio.to_thread(
+            propose,
+            placement,
+            loads,
+            self._fleet.nodes,
+            max_slots=self._plan.max_slots,
+            replicas=self._plan.replicas,
+            max_moves=policy.max_moves,
+            min_gain=policy.min_gain,
         )
-        self._shards[shard_id] = _Shard(member, handle)
-
-    async def _take_over(self) -> None:
-        """After a restart: continue with what the shards hold, above the highest epoch any of them has seen."""
-        epochs = await asyncio.gather(*(self._ask(s.handle.ping()) for s in self._shards.values()))
-        held = {s: await shard.handle.held() for s, shard in self._shards.items()}
-        empty = Placement(dict.fromkeys(self._plan.moe_layers, ((),) * self._plan.num_experts))
-        epoch = max((e for e in epochs if e is not None), default=0)
-        self._view = MeshView(epoch=epoch, shards=(), placement=empty.adding(held))
+        if not moves or placement is not self._view.placement:
+            return
+        self._watch.note_moves(moves)
+        if await self._move_to(target, f"rebalanced: {len(moves)} moves"):
+            await self._drop_surplus()
 
     # ---- watching ------------------------------------------------------------------------------------
 
-    async def _watch_over(self) -> None:
-        """Ping all shards; one that misses twice in a row is lost, also while nobody sends it anything."""
+    async def _sweep_forever(self) -> None:
+        """Notice who is gone also while nobody sends it anything."""
         while True:
-            await asyncio.sleep(0.5)
-            shards = dict(self._shards)
-            answers = await asyncio.gather(*(self._ask(s.handle.ping(), 1.0) for s in shards.values()))
-            silent = []
-            for (shard_id, shard), answer in zip(shards.items(), answers, strict=True):
-                shard.misses = 0 if answer is not None else shard.misses + 1
-                if shard.misses >= 2:
-                    silent.append(shard_id)
-            if silent:
+            await asyncio.sleep(SWEEP_EVERY_S)
+            lost = await self._fleet.sweep()
+            if lost:
                 async with self._change:
-                    still = [s for s in silent if s in self._shards]
+                    still = {s: state for s, state in lost.items() if s in self._fleet.shards}
                     if still:
                         await self._lose(still, "no answer to pings", self._clock())
-            horizon = self._clock() - 60.0
+            horizon = self._clock() - FORGET_S
             for router_id in [r for r, router in self._routers.items() if router.seen < horizon]:
-                del self._routers[router_id]
+                self.forget_router(router_id)
 
     async def _publish(self, placement: Placement, reason: str, detected: float | None = None) -> None:
         """Make the next view known. Called with the change lock held."""
-        members = tuple(self._shards[s].member for s in sorted(placement.shards(), key=shard_order))
+        members = tuple(self._fleet.shards[s].member for s in sorted(placement.shards(), key=shard_order))
         self._view = MeshView(epoch=self._view.epoch + 1, shards=members, placement=placement, reason=reason)
         self._trouble = ""
         took_ms = None if detected is None else round((self._clock() - detected) * 1e3, 1)
@@ -400,20 +405,17 @@ class Supervisor:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _ask(self, call: Awaitable[T], timeout_s: float | None = None) -> T | None:
-        """The answer, or None where the shard fails or stays silent."""
-        try:
-            async with asyncio.timeout(timeout_s or self._timeouts.ping_s):
-                return await call
-        except Exception as error:
-            log.info("a shard did not answer: %s", str(error)[:200] or type(error).__name__)
-            return None
-
     def _spawn(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception:
+                log.exception("a task of the supervisor ended")
+
+        task = asyncio.ensure_future(guarded())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _new_id(self) -> str:
-        self._next_number += 1
-        return f"shard-{self._next_number - 1}"
+
+def _next_thousand(epoch: int) -> int:
+    return (epoch // 1000 + 1) * 1000

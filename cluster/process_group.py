@@ -101,11 +101,16 @@ def _nccl_group(
     return cast(ProcessGroup, group)
 
 
-def forget_group(store: TCPStore, name: str) -> None:
-    """Delete what a group left in the store. Only when all its members have formed it: rank 0 may be done while
-    others still read each other's addresses, which they would then wait for in vain."""
+def forget_groups(store: TCPStore, owner: str, *, before: int) -> None:
+    """Delete what the groups "<owner>/<epoch>" below epoch `before` left in the store, whether they formed or not.
+
+    Not the newest one's keys: rank 0 may be done while others still read each other's addresses. A member that is
+    still forming an older group waits in vain until its deadline, and that group is over anyway.
+    """
     for key in store.list_keys():
-        if key.startswith(f"{name}/"):
+        name, _, rest = key.partition("/")
+        epoch = rest.partition("/")[0]
+        if name == owner and epoch.isdigit() and int(epoch) < before:
             store.delete_key(key)
 
 

@@ -6,19 +6,23 @@ shards a b, new shard c          a: 0 1 2   b: 3 4 5   c:        fullest gives t
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from cluster.placement import ExpertKey, Placement, shard_order
 
 
-def level(current: Placement, nodes: Mapping[str, str], replicas: int) -> Placement:
+def level(current: Placement, nodes: Mapping[str, str], replicas: int, redundant: int = 0) -> Placement:
     """Each expert on `replicas` of the shards in `nodes` (shard id -> node id), slot counts differing by at most one
     where the copies' nodes allow, and layer by layer as even as the moves made along the way.
 
     Copies on other shards are dropped; surplus copies go from the fullest shards; missing ones to the emptiest.
-    Copies of one expert are put on different nodes while there are any left.
+    Copies of one expert are put on different nodes while there are any left. With `redundant` slots a shard may
+    hold so many experts more, or less, than its even share: copies made for load stay.
     """
+    share = sum(len(experts) for experts in current.holders.values()) * replicas / len(nodes)
+    most, least = math.ceil(share) + redundant, math.floor(share) - redundant
     holders: dict[ExpertKey, list[str]] = {key: [s for s in shards if s in nodes] for key, shards in current}
     counts: Counter[str] = Counter(dict.fromkeys(nodes, 0))
     per_layer: Counter[tuple[str, int]] = Counter()
@@ -33,6 +37,8 @@ def level(current: Placement, nodes: Mapping[str, str], replicas: int) -> Placem
     for key, shards in holders.items():
         while len(shards) > replicas:
             drop = max(shards, key=lambda s: (counts[s], shard_order(s)))
+            if redundant and counts[drop] <= most:
+                break
             shards.remove(drop)
             count(drop, key, -1)
     for key, shards in holders.items():
@@ -43,8 +49,9 @@ def level(current: Placement, nodes: Mapping[str, str], replicas: int) -> Placem
             )
             shards.append(to)
             count(to, key, 1)
-    while _move_one(holders, counts, per_layer, nodes, count):
-        pass
+    while max(counts.values()) > most or min(counts.values()) < least:
+        if not _move_one(holders, counts, per_layer, nodes, count):
+            break
     return Placement(
         {
             layer_idx: tuple(tuple(holders[layer_idx, e]) for e in range(len(experts)))
@@ -58,10 +65,9 @@ def _move_one(
     counts: Counter[str],
     per_layer: Counter[tuple[str, int]],
     nodes: Mapping[str, str],
-    count: object,
+    count: Callable[[str, ExpertKey, int], None],
 ) -> bool:
-    """Move one slot from the fullest to the emptiest shard; False when they differ by at most one or none may go."""
-    assert callable(count)
+    """Move one slot from the fullest to the emptiest shard; False when none may go."""
     fullest = max(nodes, key=lambda s: (counts[s], shard_order(s)))
     for emptiest in sorted(nodes, key=lambda s: (counts[s], shard_order(s))):
         if counts[fullest] - counts[emptiest] <= 1:

@@ -90,7 +90,11 @@ class _RouterBase:
             raise self._failure(error, (shard_idx,)) from None
 
     def _wait_all(self, works: Sequence[tuple[int, dist.Work]], deadline_s: float) -> None:
-        """Wait for every work; on a failure, look briefly who else is gone, then raise for all of them."""
+        """Wait for every work; on a failure, look briefly who else is gone, then raise for all of them.
+
+        After a closed connection, others that are merely not done yet are not blamed. After the deadline, everybody
+        who isn't done is: gloo ends the whole group at the first timeout, but what has arrived by then still counts.
+        """
         end = time.monotonic() + deadline_s
         failed: list[int] = []
         first: RuntimeError | None = None
@@ -102,7 +106,7 @@ class _RouterBase:
                 if first is None:
                     first = error
                     failed.append(shard_idx)
-                elif not _timed_out(error) and shard_idx not in failed:
+                elif (_timed_out(first) or not _timed_out(error)) and shard_idx not in failed:
                     failed.append(shard_idx)
         if first is not None:
             raise self._failure(first, tuple(failed))

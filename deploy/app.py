@@ -22,7 +22,8 @@ from ray import serve
 
 from actors.mesh_plan import MeshPlan
 from actors.model_source import load_config
-from actors.ray_mesh import NAMESPACE, RayMeshClient, actor_name, ensure_supervisor, node_host, worker_environment
+from actors.ray_mesh import RayMeshClient, ensure_supervisor
+from actors.ray_shards import NAMESPACE, actor_name, node_host, worker_environment
 from deploy import specs
 from deploy.ingress import create_api
 from deploy.metrics import Totals
@@ -61,7 +62,11 @@ class RouterReplica:
             spec,
             host=host,
             device=device,
-            client=RayMeshClient(parsed.mesh.name, lambda: {**info, "port": self._router.port}, spec.timeouts),
+            client=RayMeshClient(
+                parsed.mesh.name,
+                lambda: {**info, "port": self._router.port, "figures": self._router.figures()},
+                spec.timeouts,
+            ),
         )
         self._router.start()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from actors.mesh_plan import MeshPlan
 from actors.model_source import locate_model
-from actors.ray_mesh import ShardResources
+from actors.ray_shards import ShardResources
 from actors.specs import RouterSpec, SchedulerLimits, ShardSpec
 from cluster.settings import Timeouts
 from deploy.settings import Settings

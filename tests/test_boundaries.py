@@ -45,7 +45,11 @@ def test_ray_and_torch_distributed_stay_in_a_few_files():
                 ray_users.add(name)
             if "torch.distributed" in text and "import" in text and name.startswith(("cluster", "actors", "model")):
                 distributed_users.add(name)
-    assert {name for name in ray_users if not name.startswith("deploy/")} <= {"actors/ray_mesh.py", "actors/metrics.py"}
+    assert {name for name in ray_users if not name.startswith("deploy/")} <= {
+        "actors/ray_mesh.py",
+        "actors/ray_shards.py",
+        "actors/metrics.py",
+    }
     assert distributed_users <= {
         "cluster/process_group.py",
         "cluster/transport.py",
@@ -54,7 +58,7 @@ def test_ray_and_torch_distributed_stay_in_a_few_files():
 
 
 @pytest.mark.parametrize(
-    "module", ["deploy.cli", "deploy.app", "deploy.launch", "actors.ray_mesh", "actors.supervisor"]
+    "module", ["deploy.cli", "deploy.app", "deploy.launch", "actors.ray_mesh", "actors.ray_shards", "actors.supervisor"]
 )
 def test_ingress_supervisor_and_cli_start_without_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

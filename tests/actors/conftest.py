@@ -119,6 +119,8 @@ class ThreadMesh:
         return wait
 
     def report(self, router_id: str, epoch: int, suspects: tuple[str, ...], reason: str) -> None:
+        if (epoch, suspects) in self.reports:
+            return  # routers say it again until a newer view comes
         self.reports.append((epoch, suspects))
         threading.Thread(target=self.on_report, args=(epoch, suspects), daemon=True).start()
 

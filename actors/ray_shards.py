@@ -1,0 +1,260 @@
+"""Shards as Ray actors: what one asks Ray for, how it is started, found again, reached and ended.
+
+All of them are detached and named, in one namespace, so a Serve replica that dies takes none of them with it:
+
+    expertmesh/<mesh>/supervisor      expertmesh/<mesh>/shard-3
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.placement import ExpertKey
+
+if TYPE_CHECKING:
+    from actors.specs import ShardSpec
+
+log = logging.getLogger("expertmesh.ray")
+
+NAMESPACE = "expertmesh"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardResources:
+    """What each shard asks Ray for. spread: "pack" leaves the node to Ray, "strict" gives each shard its own."""
+
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    resources: Mapping[str, float] = field(default_factory=dict)
+    spread: str = "pack"
+
+    def __post_init__(self) -> None:
+        if self.spread not in ("pack", "strict"):
+            raise ValueError(f"spread={self.spread!r} must be 'pack' or 'strict'")
+
+
+def worker_environment(num_threads: int) -> dict[str, str]:
+    """Environment of processes that compute: set before torch is imported, it makes results repeat bit by bit."""
+    return {
+        "MKL_CBWR": "AVX512,STRICT" if _has_avx512() else "AVX2,STRICT",
+        "OMP_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TORCH_DISABLE_ADDR2LINE": "1",
+    }
+
+
+def _has_avx512() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as file:
+            return "avx512f" in file.read(20_000)
+    except OSError:
+        return False
+
+
+def actor_name(mesh: str, part: str) -> str:
+    return f"expertmesh/{mesh}/{part}"
+
+
+def node_host() -> str:
+    """This node's address on the cluster network, as Ray knows it; loopback where Ray was started on loopback."""
+    node_id = ray.get_runtime_context().get_node_id()
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        if node["NodeID"] == node_id:
+            return str(node["NodeManagerAddress"])
+    raise RuntimeError(f"Ray does not list this node ({node_id})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """A shard's process. started: clock ticks since boot, since pids are used again."""
+
+    node_id: str
+    pid: int
+    started: int
+
+    @staticmethod
+    def of(info: Mapping[str, Any]) -> Process:
+        return Process(node_id=info["node_id"], pid=info["pid"], started=info["process_started"])
+
+    def kill(self) -> None:
+        """On its own node only."""
+        with contextlib.suppress(OSError):
+            if _started(self.pid) == self.started:
+                os.kill(self.pid, signal.SIGKILL)
+
+
+def _started(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19])
+
+
+class ShardActor:
+    """ExpertShard as a Ray actor: finds out where it is, and imports torch only in its own process."""
+
+    def __init__(self, shard_id: str, name: str, spec: ShardSpec) -> None:
+        import torch
+
+        from actors.shard import ExpertShard
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        context = ray.get_runtime_context()
+        host = node_host()
+        self._name = name
+        self._shard = ExpertShard(shard_id, spec, host=host, node_id=context.get_node_id(), device=device)
+
+    def info(self) -> dict[str, Any]:
+        return {**self._shard.info(), "actor_name": self._name, "process_started": _started(os.getpid())}
+
+    def ping(self) -> int:
+        return self._shard.ping()
+
+    def load(self, keys: list[ExpertKey], order: int) -> int:
+        return self._shard.load(keys, order)
+
+    def keep_only(self, keys: list[ExpertKey], order: int) -> None:
+        self._shard.keep_only(keys, order)
+
+    def remember(self, note: dict[str, Any]) -> None:
+        self._shard.remember(note)
+
+    def held(self) -> list[ExpertKey]:
+        return self._shard.held()
+
+    def join(self, **arguments: Any) -> None:
+        self._shard.join(**arguments)
+
+
+class RayShardHandle:
+    """Implements actors.fleet.ShardHandle."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def info(self) -> dict[str, Any]:
+        return dict(await self._actor.info.remote())
+
+    async def ping(self) -> int:
+        return int(await self._actor.ping.remote())
+
+    async def load(self, keys: list[ExpertKey], order: int) -> int:
+        return int(await self._actor.load.remote(keys, order))
+
+    async def keep_only(self, keys: list[ExpertKey], order: int) -> None:
+        await self._actor.keep_only.remote(keys, order)
+
+    async def remember(self, note: dict[str, Any]) -> None:
+        await self._actor.remember.remote(note)
+
+    async def held(self) -> list[ExpertKey]:
+        return list(await self._actor.held.remote())
+
+
+class RayShardStarter:
+    """Implements actors.fleet.ShardStarter."""
+
+    def __init__(self, mesh: str, spec: ShardSpec, resources: ShardResources, start_s: float) -> None:
+        self._mesh = mesh
+        self._spec = spec
+        self._resources = resources
+        self._start_s = start_s
+        self._claimed: dict[str, str] = {}  # shard id -> node id, where nodes are handed out one each
+        self._actors: dict[str, Any] = {}
+        self._processes: dict[str, Process] = {}
+
+    async def start(self, shard_id: str, avoid_nodes: Collection[str]) -> RayShardHandle:
+        name = actor_name(self._mesh, shard_id)
+        wanted = self._resources
+        options: dict[str, Any] = {
+            "name": name,
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "max_concurrency": 32,
+            "max_restarts": 0,
+            "num_cpus": wanted.num_cpus,
+            "num_gpus": wanted.num_gpus,
+            "resources": dict(wanted.resources),
+            "runtime_env": {"env_vars": worker_environment(self._spec.num_threads)},
+        }
+        if wanted.spread == "strict":
+            options["scheduling_strategy"] = self._own_node(shard_id, set(avoid_nodes))
+        create = ray.remote(ShardActor).options(**options).remote
+        self._actors[shard_id] = actor = await asyncio.to_thread(create, shard_id, name, self._spec)
+        handle = RayShardHandle(actor)
+        try:
+            async with asyncio.timeout(self._start_s):
+                self._processes[shard_id] = Process.of(await handle.info())
+        except TimeoutError:
+            raise ValueError(
+                f"{shard_id} did not start within {self._start_s:.0f} s; is there room for "
+                f"num_cpus={wanted.num_cpus}, num_gpus={wanted.num_gpus}, {dict(wanted.resources)} (ray status)?"
+            ) from None
+        except ray.exceptions.RayActorError as error:
+            raise ValueError(f"{shard_id} did not start: {_root_cause(error)}") from None
+        return handle
+
+    async def find_all(self) -> dict[str, RayShardHandle | None]:
+        prefix = actor_name(self._mesh, "shard-")
+        entries = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
+        names = [e["name"] for e in entries if e["namespace"] == NAMESPACE and e["name"].startswith(prefix)]
+
+        async def find(name: str) -> RayShardHandle | None:
+            shard_id = name.rpartition("/")[2]
+            try:
+                self._actors[shard_id] = actor = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
+                handle = RayShardHandle(actor)
+                async with asyncio.timeout(2.0):
+                    self._processes[shard_id] = Process.of(await handle.info())
+            except Exception as error:
+                log.warning("%s is there but doesn't answer: %s", name, str(error)[:100])
+                await self.kill(shard_id)
+                return None
+            return handle
+
+        handles = await asyncio.gather(*(find(name) for name in names))
+        return {name.rpartition("/")[2]: handle for name, handle in zip(names, handles, strict=True)}
+
+    async def kill(self, shard_id: str) -> None:
+        """End the process. ray.kill alone asks the process itself, which a stopped one does not hear."""
+        self._claimed.pop(shard_id, None)
+        actor, process = self._actors.pop(shard_id, None), self._processes.pop(shard_id, None)
+        if actor is None:
+            return
+        with contextlib.suppress(Exception):  # it may be dead already, or Ray's head away
+            async with asyncio.timeout(10.0):
+                await asyncio.to_thread(ray.kill, actor, no_restart=True)
+        if process is None:
+            return
+        if process.node_id == ray.get_runtime_context().get_node_id():
+            process.kill()
+        else:
+            on_its_node = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
+            ray.remote(Process.kill).options(num_cpus=0, scheduling_strategy=on_its_node).remote(process)
+
+    def _own_node(self, shard_id: str, avoid: set[str]) -> NodeAffinitySchedulingStrategy:
+        taken = avoid | set(self._claimed.values())
+        needs = {"CPU": self._resources.num_cpus, "GPU": self._resources.num_gpus, **self._resources.resources}
+        for node in ray.nodes():  # type: ignore[no-untyped-call]
+            has = node["Resources"]
+            if node["Alive"] and node["NodeID"] not in taken and all(has.get(k, 0) >= v for k, v in needs.items()):
+                self._claimed[shard_id] = node["NodeID"]
+                return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        raise ValueError(
+            f"no node is left for {shard_id}: spread=strict gives each shard a node of its own with {needs}; "
+            "add nodes, lower the number of shards, or use spread=pack"
+        )
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last line of a remote traceback: the error itself."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
