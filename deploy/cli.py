@@ -39,6 +39,7 @@ def serve(
     local: Annotated[bool | None, typer.Option("--local", help="No shards: experts in the router.")] = None,
     served_model_name: Annotated[list[str] | None, typer.Option(help="Name in the API; may be repeated.")] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="Key that clients must show; may be repeated.")] = None,
+    api_key_file: Annotated[str | None, typer.Option(help="File with such keys, one a line.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     quantization: Annotated[str | None, typer.Option(help="int8 or int4, while loading.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output.")] = None,
@@ -64,6 +65,7 @@ def serve(
         "mesh.local": local,
         "model.served_names": tuple(served_model_name) if served_model_name else None,
         "server.api_keys": tuple(api_key) if api_key else None,
+        "server.api_key_file": api_key_file,
         "engine.dtype": dtype,
         "engine.quantization": quantization,
         "model.max_model_len": max_model_len,
@@ -89,17 +91,23 @@ def serve(
 
 
 def _serve(settings: Any) -> None:
+    from deploy.auth import all_keys
     from deploy.launch import StartError, console, running, wait_for_interrupt
+    from deploy.service_record import recorded
 
     screen = console()
+    try:
+        keys = all_keys(settings.server.api_keys, settings.server.api_key_file)
+    except ValueError as error:
+        _fail(str(error))
     began = time.monotonic()
 
     def say(line: str) -> None:
         screen.print(f"[dim]{time.monotonic() - began:6.1f} s[/dim]  {line}")
 
     try:
-        with running(settings, say) as service:
-            _greet(service, screen)
+        with running(settings, say) as service, recorded(service.url, settings.server.port):
+            _greet(service, screen, keys[0] if keys else None)
             wait_for_interrupt()
             screen.print("stopping")
     except (ValueError, StartError) as error:
@@ -108,11 +116,17 @@ def _serve(settings: Any) -> None:
         _fail("interrupted before the service was up")
 
 
-def _greet(service: Any, screen: Any) -> None:
+from deploy import cli_bench, cli_chat, cli_check, cli_down, cli_status  # noqa: E402  (below the application that they join)
+
+for _command in (cli_chat.chat, cli_chat.complete, cli_status.status, cli_check.check, cli_bench.bench, cli_down.down):
+    cli.command()(_command)
+
+
+def _greet(service: Any, screen: Any, api_key: str | None) -> None:
     """Answer one token ourselves, so that the time to the first token is a fact, and print what to try."""
     from deploy.probe import first_token_s
 
-    first_s = first_token_s(service.url, service.model)
+    first_s = first_token_s(service.url, service.model, api_key)
     total_s = service.start_s + first_s
     screen.print(f"[bold green]serving {service.model} at {service.url}[/bold green]  ", end="")
     screen.print(f"(start to first token: {total_s:.1f} s)")
@@ -123,7 +137,7 @@ def _greet(service: Any, screen: Any) -> None:
         soft_wrap=True,
         markup=False,
     )
-    screen.print(f"  curl {service.url}/mesh      Ctrl-C ends it")
+    screen.print(f"  expertmesh chat --url {service.url}      or {service.url}/ in a browser; Ctrl-C ends it")
 
 
 def _fail(message: str) -> None:

@@ -23,6 +23,14 @@ class Process:
         return stat is not None and stat[1] == self.started and stat[2] != "Z"
 
 
+def process(pid: int) -> Process:
+    """Raises ProcessLookupError."""
+    stat = _stat(pid)
+    if stat is None:
+        raise ProcessLookupError(pid)
+    return Process(pid, stat[1])
+
+
 def descendants(pid: int) -> list[Process]:
     """All processes below pid, however deep (Linux: read from /proc)."""
     children: dict[int, list[Process]] = {}

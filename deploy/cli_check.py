@@ -1,0 +1,175 @@
+"""`expertmesh check`: is everything in place before anything is started?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from deploy.cli_options import fail
+
+GB = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    level: Literal["ok", "warn", "fail"]
+    subject: str
+    detail: str
+
+
+def check(
+    model: Annotated[str | None, typer.Argument(help="Directory, hub id, or nothing for the demo.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings file (YAML).")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to look at too.")] = None,
+) -> None:
+    """Check versions, devices, ports, memory and the checkpoint here, and with --address on every node."""
+    from rich.console import Console
+
+    from deploy.settings import load
+
+    flags = {"model.path": model, "server.host": host, "server.port": port}
+    try:
+        settings = load(file=config, environ=os.environ, flags=flags).settings
+    except ValueError as error:
+        fail(str(error))
+    screen = Console(highlight=False)
+    levels = []
+    for finding in findings(settings, address):
+        colour = {"ok": "green", "warn": "yellow", "fail": "red"}[finding.level]
+        screen.print(f"[{colour}]{finding.level:>4}[/{colour}]  [bold]{finding.subject:12}[/bold] ", end="")
+        screen.print(finding.detail, markup=False, soft_wrap=True)
+        levels.append(finding.level)
+    if "fail" in levels:
+        raise typer.Exit(1)
+
+
+def findings(settings: Any, address: str | None) -> Iterator[Finding]:
+    """Settings (deploy.settings.Settings) against this machine and, where an address is given, a Ray cluster."""
+    from deploy import specs
+
+    yield requirements()
+    yield listening(settings.server.host, settings.server.port)
+    directory: str | None = None
+    try:
+        directory = str(specs.model_directory(settings))
+        specs.router_spec(settings)
+        yield Finding(
+            "ok",
+            "settings",
+            f"model {settings.model.path}, {settings.mesh.routers} routers, {settings.mesh.shards} shards",
+        )
+    except ValueError as error:
+        yield Finding("fail", "settings", str(error))
+    local = subprocess.run(
+        [sys.executable, "-m", "deploy.node_report", *([directory] if directory else [])],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parent.parent,
+    )
+    if local.returncode:
+        yield Finding("fail", "this node", (local.stderr.strip().splitlines() or ["no report"])[-1])
+        return
+    here = json.loads(local.stdout.splitlines()[-1])
+    yield from of_node("this node", here, here)
+    if address is not None:
+        yield from of_cluster(address, directory, here)
+
+
+def requirements() -> Finding:
+    """The installed packages against what this version of ours asks for."""
+    from packaging.requirements import Requirement
+
+    wrong = []
+    needed = [Requirement(text) for text in importlib.metadata.requires("expertmesh") or ()]
+    needed = [r for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    for requirement in needed:
+        try:
+            found = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            wrong.append(f"{requirement.name} is {found}, needed {requirement.specifier}")
+    if wrong:
+        return Finding("fail", "packages", "; ".join(wrong) + "; pip install -c constraints.txt expertmesh")
+    ray, torch = importlib.metadata.version("ray"), importlib.metadata.version("torch")
+    return Finding("ok", "packages", f"{len(needed)} as required; Ray {ray}, torch {torch}")
+
+
+def listening(host: str, port: int) -> Finding:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return Finding("fail", "port", f"{host}:{port}: {error.strerror}; choose another with --port")
+    if host not in ("127.0.0.1", "::1", "localhost"):
+        return Finding("warn", "port", f"{host}:{port} is free, and others can reach it: set API keys")
+    return Finding("ok", "port", f"{host}:{port} is free")
+
+
+def of_node(name: str, report: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[Finding]:
+    """What a node reports, against what this one has."""
+    gpus = ", ".join(report["gpus"]) or "no GPU"
+    detail = f"{report['cpus']} CPUs ({report['vectors']}), {gpus}, {report['memory_bytes'] / GB:.1f} GB free"
+    level: Literal["ok", "warn"] = "ok" if report["kernels"] == "native" or report["gpus"] else "warn"
+    yield Finding(level, name, f"{detail}, kernels: {report['kernels']}")
+    theirs, ours = report["versions"], expected["versions"]
+    differing = [f"{n} {v} (here {ours.get(n)})" for n, v in theirs.items() if v != ours.get(n)]
+    if differing:
+        yield Finding("fail", name, f"other versions: {', '.join(differing)}; install the same ones")
+    if report["code"] != expected["code"]:
+        yield Finding("fail", name, f"other code: {report['code']}, here {expected['code']}; install the same wheel")
+    if "checkpoint_error" in report:
+        yield Finding("fail", name, report["checkpoint_error"])
+    elif "checkpoint" in report:
+        found = report["checkpoint"]
+        size = found["bytes"] / GB
+        text = f"{found['tensors']} tensors, {size:.3f} GB, {found['layers']} layers of {found['experts']} experts"
+        room = report["memory_bytes"] > found["bytes"]
+        yield Finding("ok" if room else "warn", name, text + ("" if room else "; more than this node's free memory"))
+
+
+def of_cluster(address: str, model: str | None, here: Mapping[str, Any]) -> Iterator[Finding]:
+    """A report from each node of a running Ray cluster, and whether each can be reached from here."""
+    import ray
+
+    from deploy.cluster_access import connect, run_on_each_node
+
+    try:
+        connect(address)
+    except ValueError as error:
+        yield Finding("fail", "Ray", str(error))
+        return
+    nodes: Sequence[Mapping[str, Any]] = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    yield Finding(
+        "ok", "Ray", f"{len(nodes)} nodes, {total.get('CPU', 0):.0f} CPUs, {total.get('GPU', 0):.0f} GPUs at {address}"
+    )
+    for name, outcome in run_on_each_node(nodes, model):
+        if isinstance(outcome, str):
+            yield Finding("fail", name, outcome)
+            continue
+        yield from of_node(name, outcome["report"], here)
+        unreachable = outcome["unreachable"]
+        if unreachable:
+            yield Finding(
+                "fail", name, f"can't connect to {', '.join(unreachable)}; open the nodes' ports to each other"
+            )
+    ray.shutdown()

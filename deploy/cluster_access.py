@@ -1,0 +1,105 @@
+"""A running Ray cluster from a command: connecting, asking every node, ending what runs there."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+PROBE_S = 3.0
+
+
+def connect(address: str) -> None:
+    """Raises ValueError with one line where that can't be."""
+    import logging
+    import os
+
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    try:
+        ray.init(
+            address=address, namespace="expertmesh", logging_level=logging.ERROR, log_to_driver=False,
+            configure_logging=False, ignore_reinit_error=True,
+        )  # fmt: skip
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"no Ray cluster at {address!r}: {reason[0][:200]}; start one with `ray start`, and give every command "
+            "the same RAY_AUTH_MODE and RAY_AUTH_TOKEN"
+        ) from None
+
+
+def run_on_each_node(
+    nodes: Sequence[Mapping[str, Any]], model: str | None
+) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """(node, {"report", "unreachable"}) or (node, what went wrong)."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    with _listener() as port:
+        others = [(str(node["NodeManagerAddress"]), int(node["NodeManagerPort"])) for node in nodes]
+        home = (_own_address(), port)
+        probe = ray.remote(num_cpus=0, max_retries=0)(_inspect)
+        calls = {
+            str(node["NodeManagerAddress"]): probe.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(model, [*others, home])
+            for node in nodes
+        }
+        for name, call in calls.items():
+            try:
+                yield name, ray.get(call, timeout=120)
+            except Exception as error:
+                last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                yield name, f"no report: {last[:300]}; is expertmesh installed there?"
+
+
+def _inspect(model: str | None, others: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    """Runs on a node."""
+    from deploy.node_report import node_report
+
+    unreachable = []
+    for host, port in others:
+        try:
+            socket.create_connection((host, port), timeout=PROBE_S).close()
+        except OSError as error:
+            unreachable.append(f"{host}:{port} ({error.strerror or error})")
+    return {"report": node_report(model), "unreachable": unreachable}
+
+
+def _own_address() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _listener() -> Iterator[int]:
+    """A port on this node that others may try."""
+    with socket.create_server((_own_address(), 0)) as server:
+        yield int(server.getsockname()[1])
+
+
+def end_service(mesh: str, app: str) -> list[str]:
+    """Delete the Serve application, end the mesh's shards and its supervisor; what was there, in words."""
+    import ray
+    from ray import serve
+
+    from actors.ray_mesh import NAMESPACE, actor_name
+
+    ended = []
+    with contextlib.suppress(Exception):
+        if app in serve.status().applications:
+            serve.delete(app)
+            ended.append(f"application {app}")
+    try:
+        supervisor = ray.get_actor(actor_name(mesh, "supervisor"), NAMESPACE)
+    except ValueError:
+        return ended
+    with contextlib.suppress(Exception):
+        ray.get(supervisor.shutdown.remote(), timeout=30)
+        ended.append("shards")
+    ray.kill(supervisor, no_restart=True)
+    return [*ended, "supervisor"]
