@@ -56,6 +56,11 @@ class ApiError(Exception):
         kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
+    def huggingface_body(self) -> dict[str, Any]:
+        """The same error in the shape of text-generation-inference, which huggingface_hub reads."""
+        kind = "overloaded" if self.status in (429, 503) else "generation" if self.status >= 500 else "validation"
+        return {"error": self.message, "error_type": kind}
+
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
 

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy import anthropic, monitoring, operations, text_endpoints, token_endpoints, transformers_chat
+from deploy import anthropic, head_endpoints, monitoring, operations, text_endpoints, token_endpoints, transformers_chat
 from deploy.api_schema import describe_bodies
 from deploy.auth import ApiKeys, all_keys
 from deploy.errors import ApiError, HttpError
@@ -97,10 +97,11 @@ def create_api(
     text_endpoints.add_to(api, service)
     token_endpoints.add_to(api, service)
     anthropic.add_to(api, service)
+    head_endpoints.add_to(api, service)
     transformers_chat.add_to(api, service)
     operations.add_to(api, service, mesh_info)
     monitoring.add_to(api, service, mesh_info, sharing)
-    describe_bodies(api, _BODIES)
+    describe_bodies(api, _BODIES | head_endpoints.BODIES)
     return api
 
 

@@ -41,7 +41,10 @@ class JsonAnswer(Response):
 
 def error_answer(error: ApiError, path: str) -> JsonAnswer:
     """An error in the shape of the API that the path belongs to."""
-    body = error.anthropic_body() if path.startswith("/v1/messages") else error.body()
+    if path.startswith("/v1/messages"):
+        body = error.anthropic_body()
+    else:
+        body = error.huggingface_body() if path.startswith("/hf/") else error.body()
     return JsonAnswer(body, error.status, error.headers())
 
 

@@ -1,0 +1,278 @@
+"""Hugging Face's task endpoints, as `huggingface_hub.InferenceClient(model=URL)` speaks to them: the tasks with labels.
+
+Bodies are {"inputs": ..., "parameters": {...}}; answers are what transformers' pipelines return. Several inputs in a
+list get a list of answers. A text is one request at the routers, or one for each window of a long text.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field
+
+from deploy import aggregation, spans
+from deploy.errors import ContextTooLong, InvalidRequest
+from deploy.label_likelihood import label_log_likelihoods
+from deploy.openai_requests import RequestBody, parse
+from deploy.placed_tokens import PlacedToken, num_windows, place_tokens, split, windows
+from deploy.pooling import activate, activation_of, all_of, check_ids, encode, run_head
+from deploy.served_model import ServedModel
+from deploy.service import Service
+
+Parameters = TypeVar("Parameters", bound=RequestBody)
+
+
+class HuggingFaceBody(RequestBody):
+    """The frame of a request; each task reads its own inputs and parameters. `options` are the Hub's, for its queue."""
+
+    inputs: Any = None
+    parameters: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+
+
+class TextClassificationParameters(RequestBody):
+    top_k: int | None = Field(default=None, ge=1)
+    function_to_apply: Literal["default", "sigmoid", "softmax", "none"] | None = None
+
+
+class TokenClassificationParameters(RequestBody):
+    """`stride`: a text too long for the model is read in windows that share so many tokens."""
+
+    aggregation_strategy: aggregation.Strategy | None = None
+    ignore_labels: list[str] | None = None
+    stride: int | None = Field(default=None, ge=0)
+
+
+class QuestionAnsweringParameters(RequestBody):
+    """The defaults of transformers' pipeline. `doc_stride` is how many context tokens two windows share."""
+
+    top_k: int | None = Field(default=None, ge=1)
+    doc_stride: int | None = Field(default=None, ge=0)
+    max_answer_len: int | None = Field(default=None, ge=1)
+    max_seq_len: int | None = Field(default=None, ge=1)
+    max_question_len: int | None = Field(default=None, ge=1)
+    handle_impossible_answer: bool | None = None
+    align_to_words: bool | None = None
+
+
+class ZeroShotParameters(RequestBody):
+    candidate_labels: list[str] = Field(min_length=1, max_length=1000)
+    hypothesis_template: str | None = Field(default=None, max_length=10_000)
+    multi_label: bool | None = None
+
+
+async def text_classification(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
+    """One list of {"label", "score"} for each text, the best first."""
+    model = service.models.find_for(("sequence_classification",), name, "text classification")
+    parameters = _parameters(body, TextClassificationParameters)
+    function = parameters.function_to_apply
+    if function in (None, "default"):
+        function = activation_of(model)
+    texts = body.inputs if isinstance(body.inputs, list) else [body.inputs]
+    prompts = await _read(service, [_text_or_pair(one) for one in texts], model)
+    batch = await run_head(service, model, [_ids(tokens) for tokens in prompts], head=model.names[0], tokens="last")
+    return [
+        [
+            {"label": model.id2label[i], "score": score}
+            for i, score in sorted(enumerate(activate(rows[0], function or "none")), key=lambda item: -item[1])
+        ][: parameters.top_k]
+        for rows in batch
+    ]
+
+
+async def token_classification(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
+    """The entities of each text. As the Hub's API and unlike the pipeline, neighbours are grouped by default."""
+    model = service.models.find_for(("token_classification",), name, "token classification")
+    parameters = _parameters(body, TokenClassificationParameters)
+    strategy = parameters.aggregation_strategy or "simple"
+    size = _window_size(model)
+    if parameters.stride is not None and strategy == "none":
+        raise InvalidRequest("stride: it needs an aggregation_strategy other than none", param="stride")
+    texts = _texts(body.inputs)
+    prompts = await _read(service, [(text, None) for text in texts], model, check=parameters.stride is None)
+
+    async def tag(text: str, tokens: list[PlacedToken]) -> list[dict[str, Any]]:
+        parts = [tokens] if parameters.stride is None else _parts(service, tokens, 0, size, parameters.stride, "stride")
+        batch = await run_head(service, model, [_ids(part) for part in parts], head=model.names[0], tokens="all")
+        ignored = parameters.ignore_labels if parameters.ignore_labels is not None else ["O"]
+
+        def aggregate() -> list[dict[str, Any]]:
+            found = [
+                aggregation.entities(text, part, rows, model.id2label, strategy, ignored)
+                for part, rows in zip(parts, batch, strict=True)
+            ]
+            return found[0] if len(found) == 1 else aggregation.longest_of_overlapping([*itertools.chain(*found)])
+
+        return await service.run(aggregate, len(text))
+
+    found = await all_of([tag(*one) for one in zip(texts, prompts, strict=True)])
+    return found if isinstance(body.inputs, list) else found[0]
+
+
+async def question_answering(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
+    """The best answer, or a list of `top_k`."""
+    model = service.models.find_for(("question_answering",), name, "question answering")
+    parameters = _parameters(body, QuestionAnsweringParameters)
+    pairs = [_question(one) for one in (body.inputs if isinstance(body.inputs, list) else [body.inputs])]
+    if not pairs:
+        raise InvalidRequest("inputs: send at least one question with its context", param="inputs")
+    found = await all_of([_answer(service, model, parameters, *pair) for pair in pairs])
+    shown = [one if (parameters.top_k or 1) > 1 else one[0] for one in found]
+    return shown if isinstance(body.inputs, list) else shown[0]
+
+
+async def zero_shot_classification(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
+    """Labels by how likely a causal model finds the hypothesis after the text; no trained head.
+
+    `multi_label`: each label by itself, by whether the text makes its hypothesis likelier than an empty text does."""
+    model = service.models.find_for(("causal_lm",), name, "zero-shot classification")
+    parameters = _parameters(body, ZeroShotParameters)
+    labels = parameters.candidate_labels
+    template = "\n" + (parameters.hypothesis_template or "This example is {}.")
+    texts = _texts(body.inputs)
+    prompts = [_ids(tokens) for tokens in await _read(service, [(text, None) for text in texts], model)]
+    if parameters.multi_label:
+        nothing = encode(model, "\n", True, "inputs")  # the shortest text that every tokenizer has tokens for
+        *rows, prior = await label_log_likelihoods(service, model, [*prompts, nothing], labels, template)
+        batch = [activate([x - p for x, p in zip(row, prior, strict=True)], "sigmoid") for row in rows]
+    else:
+        rows = await label_log_likelihoods(service, model, prompts, labels, template)
+        batch = [activate(row, "softmax") for row in rows]
+    answers = [
+        [
+            {"label": label, "score": score}
+            for label, score in sorted(zip(labels, scores, strict=True), key=lambda item: -item[1])
+        ]
+        for scores in batch
+    ]
+    return answers if isinstance(body.inputs, list) else answers[0]
+
+
+async def _answer(
+    service: Service, model: ServedModel, parameters: QuestionAnsweringParameters, question: str, context: str
+) -> list[dict[str, Any]]:
+    [tokens] = await _read(service, [(question, context)], model, check=False)
+    first, _ = split(tokens, 1)
+    if first == len(tokens):
+        raise InvalidRequest("inputs.context: there is no text to find an answer in", param="inputs.context")
+    max_question_len = parameters.max_question_len or 64
+    kept = sum(token.text_idx == 0 for token in tokens[:first]) - max_question_len
+    if kept > 0:  # the question's end goes, as a tokenizer's truncation takes it
+        last = 1 + max(i for i, token in enumerate(tokens[:first]) if token.text_idx == 0)
+        tokens = tokens[: last - kept] + tokens[last:]
+    first, last = split(tokens, 1)
+    max_seq_len = min(parameters.max_seq_len or 384, _window_size(model))
+    size = max_seq_len - (len(tokens) - (last - first))
+    if last - first <= size:
+        parts = [tokens]
+    else:
+        usual = min(max_seq_len // 2, 128)
+        doc_stride = parameters.doc_stride if parameters.doc_stride is not None else min(usual, max(size // 2, 0))
+        parts = _parts(service, tokens, 1, max_seq_len, doc_stride, "doc_stride")
+    batch = await run_head(service, model, [_ids(part) for part in parts], head=model.names[0], tokens="all")
+    options = spans.SpanOptions(
+        top_k=parameters.top_k or 1,
+        max_answer_len=parameters.max_answer_len or 15,
+        align_to_words=parameters.align_to_words is not False,
+        handle_impossible_answer=bool(parameters.handle_impossible_answer),
+    )
+    pairs = list(zip(parts, batch, strict=True))
+    return await service.run(lambda: spans.answers(context, pairs, options), len(context))
+
+
+def _parts(
+    service: Service, tokens: list[PlacedToken], text_idx: int, size: int, overlap: int, param: str
+) -> list[list[PlacedToken]]:
+    """Windows over the tokens of one text, each with all that stands before and after them. Raises InvalidRequest."""
+    first, last = split(tokens, text_idx)
+    inner = size - (len(tokens) - (last - first))
+    if overlap >= inner:
+        raise InvalidRequest(
+            f"{param}: {overlap} must be less than the {max(inner, 0)} tokens that {size}-token windows have for it; "
+            f"lower it{' or raise max_seq_len' if text_idx else ''}",
+            param=param,
+        )
+    most = service.settings.limits.max_prompts
+    if (num := num_windows(last - first, inner, overlap)) > most:
+        raise ContextTooLong(f"{param}: the text has {num} windows, more than this server's {most}", param=param)
+    return [
+        tokens[:first] + tokens[first + begin : first + end] + tokens[last:]
+        for begin, end in windows(last - first, inner, overlap)
+    ]
+
+
+def _window_size(model: ServedModel) -> int:
+    """Tokens that the model reads at once: the tokenizer's model_max_length where it is a limit of its own."""
+    limit = model.tokenizer.config.get("model_max_length")
+    is_limit = isinstance(limit, int) and not isinstance(limit, bool) and limit > 0
+    return min(model.max_model_len, int(limit)) if is_limit and limit is not None else model.max_model_len
+
+
+async def _read(
+    service: Service, texts: list[tuple[str, str | None]], model: ServedModel, *, check: bool = True
+) -> list[list[PlacedToken]]:
+    """Tokens of texts and pairs. Raises InvalidRequest; with `check` also for a text that doesn't fit."""
+    if len(texts) > (most := service.settings.limits.max_prompts):
+        raise InvalidRequest(f"inputs: {len(texts)} texts are more than this server's {most}", param="inputs")
+
+    def read() -> list[list[PlacedToken]]:
+        found = []
+        for text, pair in texts:
+            if check and model.tokenizer.least_num_tokens(text + (pair or "")) > model.max_model_len:
+                raise _too_long(model)
+            found.append(place_tokens(model.tokenizer, text, pair))
+            if not check:
+                continue
+            if len(found[-1]) > model.max_model_len:
+                raise _too_long(model)
+            check_ids(model, _ids(found[-1]), "inputs")
+        return found
+
+    return await service.run(read, sum(len(text) + len(pair or "") for text, pair in texts))
+
+
+def _too_long(model: ServedModel) -> ContextTooLong:
+    remedy = (
+        "set parameters.stride to read it in windows" if model.head_kind == "token_classification" else "shorten it"
+    )
+    return ContextTooLong(
+        f"inputs: the text has more than the {model.max_model_len} tokens of this model's context; {remedy}",
+        param="inputs",
+    )
+
+
+def _ids(tokens: list[PlacedToken]) -> list[int]:
+    return [token.token_id for token in tokens]
+
+
+def _parameters(body: HuggingFaceBody, model: type[Parameters]) -> Parameters:
+    """The parameters that are given; None is as if left out."""
+    return parse({name: value for name, value in (body.parameters or {}).items() if value is not None}, model)
+
+
+def _texts(inputs: Any) -> list[str]:
+    texts = inputs if isinstance(inputs, list) else [inputs]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest("inputs: expected a string or a list of strings", param="inputs")
+    return list(texts)
+
+
+def _text_or_pair(value: Any) -> tuple[str, str | None]:
+    if isinstance(value, str):
+        return value, None
+    if isinstance(value, dict) and set(value) <= {"text", "text_pair"}:
+        text, pair = value.get("text"), value.get("text_pair")
+        if isinstance(text, str) and (pair is None or isinstance(pair, str)):
+            return text, pair
+    raise InvalidRequest(
+        'inputs: expected a string, {"text": ..., "text_pair": ...}, or a list of these', param="inputs"
+    )
+
+
+def _question(value: Any) -> tuple[str, str]:
+    if isinstance(value, dict):
+        question, context = value.get("question"), value.get("context")
+        if isinstance(question, str) and isinstance(context, str) and question.strip():
+            return question, context
+    raise InvalidRequest('inputs: expected {"question": a text, "context": a text}', param="inputs")

@@ -1,0 +1,276 @@
+"""/hf/text-generation: text-generation-inference's API, over the same planning and streaming as /v1/completions.
+
+As there: greedy unless sampling is asked for; a stop sequence stays in the text; every token is an event of its own.
+Special tokens have no text here, so that the tokens' texts joined are the generated text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from deploy.errors import InvalidRequest
+from deploy.generation import Alternatives, Delta, TextOptions, Token, gather_all, stream_all
+from deploy.generation_plan import Asked, check_prompt, plan_requests, structured_spec, text_options
+from deploy.openai_requests import INT64_MAX, CompletionRequest, RequestBody, StreamingBody, StructuredOutputs, parse
+from deploy.pooling import encode
+from deploy.router_pool import GenerateRequest
+from deploy.served_model import ServedModel
+from deploy.service import Service
+from deploy.sse import event
+
+LOWEST = -9999.0  # stands for minus infinity, which JSON hasn't got
+
+
+class Grammar(RequestBody):
+    type: Literal["json", "json_schema", "regex"]
+    value: Any
+
+
+class TextGenerationParameters(RequestBody):
+    """TGI's, with its defaults."""
+
+    adapter_id: str | None = None
+    best_of: int | None = Field(default=None, ge=1)
+    decoder_input_details: bool | None = None
+    details: bool | None = None
+    do_sample: bool | None = None
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    grammar: Grammar | None = None
+    max_new_tokens: int | None = Field(default=None, ge=1, le=INT64_MAX)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    return_full_text: bool | None = None
+    seed: int | None = Field(default=None, ge=0, le=2 * INT64_MAX + 1)
+    stop: list[str] | None = None
+    temperature: float | None = Field(default=None, ge=0)
+    top_k: int | None = Field(default=None, ge=1, le=INT64_MAX)
+    top_n_tokens: int | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    truncate: int | None = Field(default=None, ge=1, le=INT64_MAX)
+    typical_p: float | None = None
+    watermark: bool | None = None
+
+    @property
+    def samples(self) -> bool:
+        """TGI draws when it is told to, or when a parameter would have no effect otherwise."""
+        shapes = (self.temperature not in (None, 1.0), self.top_k is not None, self.top_p not in (None, 1.0))
+        return self.temperature != 0 and (bool(self.do_sample) or any(shapes))
+
+
+class TextGenerationRequest(StreamingBody):
+    inputs: Any = None
+    parameters: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextGenerationPlan:
+    parameters: TextGenerationParameters
+    model: ServedModel
+    prompt: str
+    requests: list[GenerateRequest]
+    options: TextOptions
+
+
+async def plan_text_generation(service: Service, body: TextGenerationRequest, name: str | None) -> TextGenerationPlan:
+    """Tokenizes and checks everything. Raises ApiError."""
+    model = service.models.find_generator(name or body.model)
+    given = {name: value for name, value in (body.parameters or {}).items() if value is not None}
+    parameters = parse(given, TextGenerationParameters)
+    _refuse(parameters, bool(body.stream))
+    if not isinstance(body.inputs, str):
+        raise InvalidRequest("inputs: expected a string", param="inputs")
+    prompt: str = body.inputs
+    if parameters.truncate is None and model.tokenizer.least_num_tokens(prompt) > model.max_model_len:
+        raise InvalidRequest(
+            f"inputs: the text has more than this model's {model.max_model_len} tokens; shorten it or set truncate",
+            param="inputs",
+            code="context_length_exceeded",
+        )
+    ids = await service.run(lambda: encode(model, prompt, True, "inputs"), len(prompt))
+    ids = ids if parameters.truncate is None else ids[-parameters.truncate :]
+    check_prompt(ids, model, "inputs")
+    completion = _completion(parameters)
+    asked = Asked(
+        max_tokens=completion.max_tokens,
+        max_tokens_name="max_new_tokens",
+        prompt_param="inputs",
+        clamps_max_tokens=parameters.max_new_tokens is None,
+        logprobs=parameters.top_n_tokens or 0,
+        prompt_logprobs=0 if parameters.decoder_input_details else None,
+        structured=structured_spec(completion),
+    )
+    return TextGenerationPlan(
+        parameters=parameters,
+        model=model,
+        prompt=prompt,
+        requests=plan_requests(completion, model, [ids], asked, service.settings.limits, service.deadline()),
+        options=text_options(completion, model),
+    )
+
+
+async def generate_text(service: Service, plan: TextGenerationPlan) -> list[dict[str, Any]]:
+    """The whole answer; of `best_of` sequences the one with the highest mean log-probability."""
+    deltas = await gather_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
+    deltas.sort(key=lambda delta: -math.fsum(_logprob(token) for token in delta.tokens) / max(1, len(delta.tokens)))
+    best, *others = [_sequence(plan, delta) for delta in deltas]
+    answer: dict[str, Any] = {"generated_text": best.pop("generated_text")}
+    if plan.parameters.details:
+        answer["details"] = {**best, **({"best_of_sequences": others} if others else {})}
+    return [answer]
+
+
+async def stream_text(service: Service, plan: TextGenerationPlan) -> AsyncGenerator[bytes]:
+    """One event a token; the last one has the whole text and the details."""
+    text, index, waiting = "", 0, list[Token]()
+    async with contextlib.aclosing(
+        stream_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
+    ) as deltas:
+        async for delta in deltas:
+            text += delta.text
+            waiting += delta.tokens
+            is_last = delta.finish_reason is not None
+            # A stop sequence may end the text without a further token: then the last token is still to be shown.
+            num_ready = len(waiting) - (1 if plan.options.stops and not is_last else 0)
+            for i in range(num_ready):
+                end = waiting[i + 1].text_offset if i + 1 < len(waiting) else len(text)
+                index += 1
+                shown: dict[str, Any] = {
+                    "index": index,
+                    "token": _token(plan, waiting[i], text[waiting[i].text_offset : end]),
+                    "generated_text": None,
+                    "details": None,
+                }
+                if plan.parameters.top_n_tokens:
+                    shown["top_tokens"] = _top_tokens(plan, waiting[i].alternatives)
+                if is_last and i == num_ready - 1:
+                    shown["generated_text"] = _whole(plan, text)
+                    shown["details"] = {
+                        "finish_reason": _finish_reason(delta),
+                        "generated_tokens": delta.num_tokens,
+                        "seed": _seed(plan, 0),
+                        "input_length": len(plan.requests[0].prompt_ids),
+                    }
+                yield event(shown)
+            del waiting[: max(0, num_ready)]
+
+
+def _refuse(parameters: TextGenerationParameters, is_stream: bool) -> None:
+    """Raises InvalidRequest for what isn't done here, and for what TGI itself refuses."""
+    refusals = (
+        ("adapter_id", parameters.adapter_id is not None, "there are no adapters; serve the merged checkpoint"),
+        ("typical_p", parameters.typical_p not in (None, 1.0), "typical decoding is not supported; use top_p"),
+        ("watermark", bool(parameters.watermark), "texts are not watermarked"),
+        ("best_of", (parameters.best_of or 1) > 1 and not parameters.samples, "it needs sampling; set do_sample"),
+        ("best_of", (parameters.best_of or 1) > 1 and is_stream, "a stream can't wait for the best; leave one out"),
+        ("decoder_input_details", bool(parameters.decoder_input_details) and is_stream, "not available with stream"),
+    )
+    for name, is_refused, reason in refusals:
+        if is_refused:
+            raise InvalidRequest(f"{name}: {reason}", param=name, code="unsupported_parameter")
+
+
+def _completion(parameters: TextGenerationParameters) -> CompletionRequest:
+    """The same wishes as /v1/completions has them."""
+    structured = None
+    if (grammar := parameters.grammar) is not None:
+        value = grammar.value
+        if grammar.type == "json_schema":
+            value = value.get("schema") if isinstance(value, dict) else None
+        structured = parse({"regex" if grammar.type == "regex" else "json": value}, StructuredOutputs)
+    return parse(
+        {
+            "n": parameters.best_of or 1,
+            "temperature": (parameters.temperature or 1.0) if parameters.samples else 0.0,
+            "top_k": parameters.top_k or 0,
+            "top_p": parameters.top_p or 1.0,
+            "min_p": 0.0,
+            "frequency_penalty": parameters.frequency_penalty or 0.0,
+            "repetition_penalty": parameters.repetition_penalty or 1.0,
+            "seed": None if parameters.seed is None else parameters.seed & INT64_MAX,
+            "max_tokens": parameters.max_new_tokens or 100,
+            "stop": parameters.stop,
+            "include_stop_str_in_output": True,
+            "structured_outputs": structured,
+        },
+        CompletionRequest,
+    )
+
+
+def _sequence(plan: TextGenerationPlan, delta: Delta) -> dict[str, Any]:
+    """A finished sequence with its details."""
+    ends = [token.text_offset for token in delta.tokens[1:]] + [len(delta.text)]
+    prefill = [
+        {
+            "id": token_id,
+            "text": plan.model.tokenizer.token_text(token_id),
+            "logprob": max(LOWEST, alternatives[0][1]) if alternatives else None,
+        }
+        for token_id, alternatives in zip(
+            plan.requests[delta.index].prompt_ids, delta.prompt_logprobs or (), strict=False
+        )
+    ]
+    sequence: dict[str, Any] = {
+        "generated_text": _whole(plan, delta.text),
+        "finish_reason": _finish_reason(delta),
+        "generated_tokens": delta.num_tokens,
+        "seed": _seed(plan, delta.index),
+        "prefill": prefill,
+        "tokens": [
+            _token(plan, token, delta.text[token.text_offset : end])
+            for token, end in zip(delta.tokens, ends, strict=False)
+        ],
+    }
+    if plan.parameters.top_n_tokens:
+        sequence["top_tokens"] = [_top_tokens(plan, token.alternatives) for token in delta.tokens]
+    return sequence
+
+
+def _whole(plan: TextGenerationPlan, text: str) -> str:
+    return plan.prompt + text if plan.parameters.return_full_text else text
+
+
+def _finish_reason(delta: Delta) -> str:
+    if delta.finish_reason == "length":
+        return "length"
+    return "stop_sequence" if isinstance(delta.stop_reason, str) else "eos_token"
+
+
+def _seed(plan: TextGenerationPlan, index: int) -> int | None:
+    seed: int | None = plan.requests[index].sampling.get("seed", 0) if plan.parameters.samples else None
+    return seed
+
+
+def _token(plan: TextGenerationPlan, token: Token, text: str) -> dict[str, Any]:
+    return {
+        "id": token.token_id,
+        "text": text,
+        "logprob": _logprob(token),
+        "special": token.token_id in plan.model.tokenizer.special_ids,
+    }
+
+
+def _logprob(token: Token) -> float:
+    return max(LOWEST, token.alternatives[0][1]) if token.alternatives else LOWEST
+
+
+def _top_tokens(plan: TextGenerationPlan, alternatives: Alternatives | None) -> list[dict[str, Any]]:
+    """The most likely tokens, each once: the chosen one is first in the list and may be among them."""
+    most = plan.parameters.top_n_tokens or 0
+    unique = {one[0]: one for one in alternatives or () if one[2] <= most}
+    ranked: Sequence[tuple[int, float, int]] = sorted(unique.values(), key=lambda one: one[2])
+    tokenizer = plan.model.tokenizer
+    return [
+        {
+            "id": token_id,
+            "text": tokenizer.token_text(token_id),
+            "logprob": max(LOWEST, logprob),
+            "special": token_id in tokenizer.special_ids,
+        }
+        for token_id, logprob, _ in ranked
+    ]

@@ -1,0 +1,64 @@
+"""Classification by a causal model without a trained head: how likely is each label as a continuation of the text?
+
+    log P(label | text) = sum over the label's tokens of log P(token | text, the label's tokens before it)
+
+The text's tokens stay the same for all labels; a label is tokenized apart from it, within its template.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Sequence
+
+from deploy.errors import EngineError, InvalidRequest
+from deploy.pooling import MAX_AT_ONCE, PoolingBody, all_of, check_ids, encode
+from deploy.router_pool import GenerateRequest
+from deploy.served_model import ServedModel
+from deploy.service import Service
+from model.sampling_params import SamplingParams
+
+LOWEST = -1e4  # in place of minus infinity
+
+
+async def label_log_likelihoods(
+    service: Service,
+    model: ServedModel,
+    prompts: Sequence[list[int]],
+    labels: Sequence[str],
+    template: str,
+    body: PoolingBody | None = None,
+) -> list[list[float]]:
+    """For each prompt the natural log-likelihood of each label in its template. Raises InvalidRequest."""
+    if template.count("{}") != 1:
+        raise InvalidRequest("the template of a label must have {} exactly once", param="label_template")
+    if not labels or len(set(labels)) != len(labels) or not all(labels):
+        raise InvalidRequest("labels: send at least one; each with text, and each once", param="labels")
+    if (num_runs := len(prompts) * len(labels)) > service.settings.limits.max_prompts:
+        limit = service.settings.limits.max_prompts
+        raise InvalidRequest(f"labels: {num_runs} texts times labels are more than this server's {limit}")
+    endings = [encode(model, template.replace("{}", label), False, "labels") for label in labels]
+    deadline = service.deadline()
+    places = asyncio.Semaphore(MAX_AT_ONCE)
+
+    async def likelihood(prompt_ids: list[int], ending: list[int]) -> float:
+        whole = prompt_ids + ending
+        # One token is drawn to end the request, so the context must have room for it.
+        check_ids(model, [*whole, whole[0]], "input")
+        request = GenerateRequest(
+            prompt_ids=whole,
+            sampling=SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0).to_dict(),
+            deadline=deadline,
+            priority=body.priority if body is not None else 0,
+            cache_salt=body.cache_salt if body is not None else None,
+        )
+        async with places, contextlib.aclosing(service.pool.generate(request)) as chunks:
+            async for chunk in chunks:
+                if chunk.prompt_logprobs is not None:
+                    chosen = chunk.prompt_logprobs[len(whole) - len(ending) :]
+                    return math.fsum(max(one[0][1], LOWEST) for one in chosen if one)
+        raise EngineError(500, "engine_error", "the router returned no log-probabilities")
+
+    flat = await all_of([likelihood(prompt_ids, ending) for prompt_ids in prompts for ending in endings])
+    return [flat[i : i + len(labels)] for i in range(0, len(flat), len(labels))]

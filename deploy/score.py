@@ -1,0 +1,90 @@
+"""/score: how well texts go together. A classifier with one label judges each pair; other models compare embeddings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from deploy.embeddings import embeddings
+from deploy.errors import InvalidRequest
+from deploy.placed_tokens import place_tokens
+from deploy.pooling import (
+    EMBEDDING_KINDS,
+    PoolingBody,
+    activate,
+    activation_of,
+    check_ids,
+    list_answer,
+    one_or_many,
+    read_inputs,
+    run_head,
+    truncated,
+)
+from deploy.served_model import ServedModel
+from deploy.service import Service
+
+
+class ScoreRequest(PoolingBody):
+    """vLLM's body: one text against one or many, or as many against as many."""
+
+    text_1: Any = None
+    text_2: Any = None
+    use_activation: bool | None = None  # false: the classifier's raw outputs
+
+
+async def score(service: Service, body: ScoreRequest, answer_id: str) -> dict[str, Any]:
+    model = _find(service, body.model)
+    first, second = (_texts(getattr(body, name), name) for name in ("text_1", "text_2"))
+    if len(first) not in (1, len(second)):
+        raise InvalidRequest(
+            f"text_1: {len(first)} texts can't be paired with {len(second)} in text_2; send one, or as many",
+            param="text_1",
+        )
+    if model.head_kind in EMBEDDING_KINDS:
+        prompts = await read_inputs(service, model, body, [*first, *second], "text_1")
+        vectors = await embeddings(service, model, prompts, body)
+        ones, others = vectors[: len(first)], vectors[len(first) :]
+        ones = ones * len(others) if len(ones) == 1 else ones
+        scores = [math.fsum(a * b for a, b in zip(*pair, strict=True)) for pair in zip(ones, others, strict=True)]
+    else:
+        firsts = first * len(second) if len(first) == 1 else first
+        prompts = [await _pair(service, model, body, *pair) for pair in zip(firsts, second, strict=True)]
+        function = "none" if body.use_activation is False else activation_of(model)
+        batch = await run_head(service, model, prompts, body, head=model.names[0], tokens="last")
+        scores = [activate(rows[0], function)[0] for rows in batch]
+    data = [{"index": index, "object": "score", "score": value} for index, value in enumerate(scores)]
+    return list_answer(service, answer_id, body.model or model.names[0], data, prompts)
+
+
+def _find(service: Service, name: str | None) -> ServedModel:
+    model = service.models.find_for((*EMBEDDING_KINDS, "sequence_classification"), name, "scores")
+    if model.head_kind == "sequence_classification" and len(model.id2label) != 1:
+        if not name:
+            return service.models.find_for(EMBEDDING_KINDS, None, "scores")
+        raise InvalidRequest(
+            f"{name!r} has {len(model.id2label)} labels, and a score needs one; "
+            f"it is served at POST {' and '.join(model.task.endpoints)}",
+            param="model",
+            code="wrong_task",
+        )
+    return model
+
+
+def _texts(value: Any, param: str) -> list[str]:
+    texts = one_or_many(value, param)
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest(f"{param}: expected a string or a list of strings", param=param)
+    return [str(text) for text in texts]
+
+
+async def _pair(service: Service, model: ServedModel, body: ScoreRequest, first: str, second: str) -> list[int]:
+    tokens = await service.run(
+        lambda: place_tokens(
+            model.tokenizer, first, second, add_special_tokens=body.add_special_tokens, param="text_1"
+        ),
+        len(first) + len(second),
+    )
+    ids = [token.token_id for token in tokens]
+    ids = truncated(model, body, ids)
+    check_ids(model, ids, "text_1")
+    return ids
