@@ -70,6 +70,7 @@ class Supervisor:
         self._watch = LoadWatch(plan, clock)
         self._tasks: set[asyncio.Task[None]] = set()
         self._history: deque[dict[str, Any]] = deque(maxlen=200)
+        self._num_rebalances = 0
         self._trouble = ""
 
     # ---- life ----------------------------------------------------------------------------------------
@@ -198,6 +199,7 @@ class Supervisor:
             ],
             "placement": self._view.placement.to_dict(),
             **self._watch.report(self._view.placement),
+            "num_rebalances": self._num_rebalances,
             "history": list(self._history),
         }
 
@@ -374,6 +376,7 @@ class Supervisor:
             return
         self._watch.note_moves(moves)
         if await self._move_to(target, f"rebalanced: {len(moves)} moves"):
+            self._num_rebalances += 1
             await self._drop_surplus()
 
     # ---- watching ------------------------------------------------------------------------------------
