@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install serve test lint types unit chaos clean
+.PHONY: help install serve test lint types unit chaos clients soak fuzz clean
 
 help:
 	@echo "make serve [PORT=8000] [MODEL=demo] [SHARDS=2]   set up and serve until Ctrl-C"
 	@echo "make test                                        set up, then lint, types and all tests"
 	@echo "make lint | types | unit | chaos                 one part of it"
+	@echo "make clients | soak | fuzz                       real clients; 2,000 requests; 5,000 odd ones (need network for pip)"
 	@echo "make clean                                       remove the environment and caches"
 
 # The stamp holds what was installed; it is older than these files when they change.
@@ -38,10 +39,19 @@ types: install
 	$(BIN)/mypy
 
 unit: install
-	$(BIN)/pytest -m "not chaos"
+	$(BIN)/pytest -m "not (chaos or clients or soak or fuzz)"
 
 chaos: install
 	$(BIN)/pytest tests/chaos -m chaos -s
+
+clients: install
+	$(BIN)/pytest tests/clients -m clients -s
+
+soak: install
+	$(BIN)/pytest tests/load -m soak -s
+
+fuzz: install
+	$(BIN)/pytest tests/load -m fuzz -s
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
