@@ -344,6 +344,8 @@ class Engine:
                     matcher.accept(token)
         elif request.head and request.head not in model.heads:
             return error_chunk(request_id, 404, "model_not_found", f"no head {request.head!r} on this router")
+        elif request.head and request.tokens == "last":
+            sequence.token_ids = list(model.heads[request.head].classified_part(tokens))
         self._num_arrivals += 1
         self._by_id[owner, request_id] = sequence
         self.scheduler.add(sequence)

@@ -106,6 +106,7 @@ def load_head(
         kind=kind,
         weight=read.dense(f"{module}.weight", (num_outputs, hidden), base=False),
         bias=read.vector(f"{module}.bias", num_outputs, base=False) if has_bias else None,
+        pad_token_id=config.pad_token_id if kind == "sequence_classification" else None,
     )
 
 

@@ -41,7 +41,7 @@ def write_tiny_model(path: Path, seed: int = 0, **overrides: Any) -> Path:
     values = {**VALUES, **overrides}
     config = transformers.Qwen2MoeConfig.from_dict(json.loads(json.dumps(values)))
     with torch.no_grad():
-        oracle = transformers.Qwen2MoeForCausalLM(config).eval().float()
+        oracle = getattr(transformers, values["architectures"][0])(config).eval().float()
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in oracle.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

@@ -142,8 +142,8 @@ def start_router(tiny_model: Path) -> Iterator[Callable[..., tuple[Router, Outpu
     """start_router(mesh=None, **spec overrides): a running router and what its engine delivers."""
     routers: list[Router] = []
 
-    def start(mesh: ThreadMesh | None = None, **overrides: Any) -> tuple[Router, Outputs]:
-        spec = spec_for(tiny_model, **{"local": mesh is None, **overrides})
+    def start(mesh: ThreadMesh | None = None, model: Path = tiny_model, **overrides: Any) -> tuple[Router, Outputs]:
+        spec = spec_for(model, **{"local": mesh is None, **overrides})
         router = Router(
             f"router-{len(routers)}", spec, host="127.0.0.1", device=CPU, client=mesh or ThreadMesh(tiny_model)
         )

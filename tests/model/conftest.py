@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
+from model.experts import ExpertWeights
 from model.forward_batch import BlockTable, ForwardBatch
 from model.kernels import REFERENCE_KERNELS, Kernels, select_kernels
 from model.kv_cache import KVCache
 from model.load import load_decoder, load_expert, load_head
-from model.moe import LocalExchange
+from model.moe import Exchange, LocalExchange
 from model.native.build import build
 
 TINY: dict[str, Any] = {
@@ -87,6 +88,36 @@ def cast_parameters(oracle: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+class SplitExchange:
+    """Experts in turn over shards: each gets the rows and pairs that are its own, as over a mesh, and the partial sums
+    are added in float64 and rounded once."""
+
+    def __init__(self, experts: dict[tuple[int, int], ExpertWeights], num_shards: int, kernels: Kernels) -> None:
+        self._shards = [
+            {key: expert for key, expert in experts.items() if key[1] % num_shards == shard}
+            for shard in range(num_shards)
+        ]
+        self._run_experts = kernels.run_experts
+
+    def dispatch(self, layer_idx: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        total_TH = torch.zeros(x_TH.shape, dtype=torch.float64)
+        for shard, held in enumerate(self._shards):
+            rows_P, picks_P = (topk_ids_TK % len(self._shards) == shard).nonzero(as_tuple=True)
+            rows_N, pair_rows_P = rows_P.unique(return_inverse=True)
+            partial_NH = self._run_experts(
+                x_TH[rows_N],
+                pair_rows_P,
+                topk_ids_TK[rows_P, picks_P],
+                topk_weights_TK[rows_P, picks_P],
+                {expert_id: expert for (layer, expert_id), expert in held.items() if layer == layer_idx},
+            )
+            total_TH[rows_N] += partial_NH
+        return total_TH
+
+    def combine(self, receipt: Tensor) -> Tensor:
+        return receipt.float()
+
+
 @dataclass
 class TinySequence:
     """A sequence in the tiny engine: `num_computed` of its tokens have their keys in the cache."""
@@ -117,14 +148,14 @@ class TinyEngine:
             if self.config.head_kind == "base"
             else load_head(self.checkpoint, self.config, quantization, decoder=self.decoder, kernels=kernels)
         )
-        experts = {
+        self.experts = {
             (layer_idx, expert_id): load_expert(
                 self.checkpoint, self.config, layer_idx, expert_id, quantization, kernels=kernels
             )
             for layer_idx in self.config.moe_layers
             for expert_id in range(self.config.num_experts)
         }
-        self.exchange = LocalExchange(experts, kernels)
+        self.exchange: Exchange = LocalExchange(self.experts, kernels)
         num_blocks = 96
         self.cache = KVCache.allocate(
             self.config, num_blocks=[num_blocks] * len(self.config.kv_groups), block_size=block_size
@@ -132,6 +163,11 @@ class TinyEngine:
         for tensor in (*self.cache.keys, *self.cache.values):
             tensor.fill_(float("nan"))
         self._free = [list(range(num_blocks - 1, 0, -1)) for _ in self.config.kv_groups]
+
+    def on_shards(self, num_shards: int) -> TinyEngine:
+        """From now on, the experts are spread over so many shards."""
+        self.exchange = SplitExchange(self.experts, num_shards, self.decoder.kernels)
+        return self
 
     def hidden(self, chunks: Sequence[tuple[TinySequence, int]]) -> list[Tensor]:
         """One step: the next n tokens of each sequence. -> each sequence's hidden states [n, H]."""

@@ -1,4 +1,4 @@
-"""Our model against transformers' Qwen2-MoE on random configurations, layouts and heads."""
+"""Our model against transformers' Qwen2-MoE on random configurations, layouts and heads, with 1 and 3 shards."""
 
 from __future__ import annotations
 
@@ -11,90 +11,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import REFERENCE_KERNELS, Kernels
-
-ARCHITECTURES = [
-    "Qwen2MoeForCausalLM",
-    "Qwen2MoeForSequenceClassification",
-    "Qwen2MoeForTokenClassification",
-    "Qwen2MoeForQuestionAnswering",
-]
-ROPE_TYPES = ["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
-
-
-def rope_params(rng: random.Random, rope_type: str, head_dim: int) -> dict[str, Any]:
-    params: dict[str, Any] = {}
-    if rope_type != "default":
-        params["factor"] = rng.choice([2.0, 4.0, 3.5])
-    if rope_type in ("yarn", "longrope", "llama3"):
-        params["original_max_position_embeddings"] = rng.choice([8, 16])
-    if rope_type == "yarn":
-        params |= rng.choice(
-            [
-                {},
-                {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
-                {"mscale": 1.0, "mscale_all_dim": 0.5},
-                {"attention_factor": 1.3},
-            ]
-        )
-    if rope_type == "longrope":
-        params["short_factor"] = [round(rng.uniform(1, 1.5), 2) for _ in range(head_dim // 2)]
-        params["long_factor"] = [round(rng.uniform(1.5, 4), 2) for _ in range(head_dim // 2)]
-        params |= rng.choice([{}, {"attention_factor": 0.9}])
-    if rope_type == "llama3":
-        params |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    return params
-
-
-def random_config(seed: int, tiny_values: dict[str, Any]) -> dict[str, Any]:
-    """A raw config.json; every field that changes the computation varies, in modern and legacy spellings."""
-    rng = random.Random(seed)
-    num_kv_heads = rng.choice([1, 2, 3])
-    num_layers = rng.choice([1, 2, 3, 4])
-    num_experts = rng.choice([0, 1, 3, 8, 8])
-    values = {
-        **tiny_values,
-        "vocab_size": rng.choice([37, 64]),
-        "hidden_size": rng.choice([24, 36]),
-        "intermediate_size": rng.choice([20, 48]),
-        "moe_intermediate_size": rng.choice([8, 20]),
-        "shared_expert_intermediate_size": rng.choice([8, 28]),
-        "num_hidden_layers": num_layers,
-        "num_key_value_heads": num_kv_heads,
-        "num_attention_heads": num_kv_heads * rng.choice([1, 2, 4]),
-        "num_experts": num_experts,
-        "num_experts_per_tok": rng.randint(1, max(1, min(4, num_experts))),
-        "norm_topk_prob": rng.random() < 0.5,
-        "decoder_sparse_step": rng.choice([1, 1, 2]),
-        "mlp_only_layers": rng.choice([[], [], [0], [1]]),
-        "qkv_bias": rng.random() < 0.7,
-        "rms_norm_eps": rng.choice([1e-6, 1e-5]),
-        "max_position_embeddings": 64,
-        "id2label": {str(i): f"L{i}" for i in range(rng.choice([2, 5]))},
-        "tie_word_embeddings": rng.random() < 0.3,
-    }
-    head_dim = values["hidden_size"] // values["num_attention_heads"]
-    if head_dim % 2 or head_dim <= 2 or rng.random() < 0.5:
-        head_dim = values["head_dim"] = rng.choice([6, 8, 16])
-    # The rope type follows the seed, so that every type meets every head.
-    rope_type = ROPE_TYPES[seed % len(ROPE_TYPES)]
-    params, theta = rope_params(rng, rope_type, head_dim), rng.choice([10000.0, 500.0])
-    if rng.random() < 0.5:
-        values["rope_parameters"] = {"rope_type": rope_type, "rope_theta": theta, **params}
-    else:
-        values["rope_theta"] = theta
-        if rope_type != "default":
-            values["rope_scaling"] = {rng.choice(["type", "rope_type"]): rope_type, **params}
-    if rope_type in ("dynamic", "longrope", "yarn"):
-        values["max_position_embeddings"] = rng.choice([16, 64])
-    sliding = rng.choice(["no", "derived", "listed"])
-    if sliding != "no":
-        values |= {"use_sliding_window": True, "sliding_window": rng.choice([1, 3, 7])}
-    if sliding == "derived":
-        values["max_window_layers"] = rng.choice([1, num_layers])
-    if sliding == "listed":
-        values["layer_types"] = [rng.choice(["full_attention", "sliding_attention"]) for _ in range(num_layers)]
-    values[rng.choice(["dtype", "torch_dtype"])] = "float32"
-    return values
+from tests.random_config import ARCHITECTURES, random_config
 
 
 def oracle_scores(oracle: Any, architecture: str, tokens: list[int]) -> Tensor:
@@ -119,8 +36,10 @@ def test_scores_equal_those_of_transformers(
     kernels = rng.choice([REFERENCE_KERNELS, fast_kernels])
     engine = tiny.engine(path, block_size=rng.choice([4, 16]), kernels=kernels)
 
-    scores = engine.scores(tokens, chunk=rng.choice([None, 5]))
+    chunk = rng.choice([None, 5])
+    scores, from_three_shards = (engine.on_shards(num_shards).scores(tokens, chunk) for num_shards in (1, 3))
 
+    assert torch.equal(scores, from_three_shards)
     if architecture == "Qwen2MoeForSequenceClassification":
         scores = scores[-1]
     torch.testing.assert_close(scores, oracle_scores(oracle, architecture, tokens), atol=1e-4, rtol=0)
@@ -140,19 +59,26 @@ def test_greedy_tokens_equal_those_of_transformers_over_64_steps(seed: int, tiny
     assert engine.greedy(prompt, 64) == generated[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(8))
-def test_bfloat16_checkpoints_keep_the_argmax_of_transformers(seed: int, tiny: Any, tmp_path: Path) -> None:
-    values = {**random_config(seed + 200, tiny.values), "dtype": "bfloat16"}
+def test_16_bit_checkpoints_keep_the_argmax_of_transformers(
+    seed: int, dtype: torch.dtype, fast_kernels: Kernels, tiny: Any, tmp_path: Path
+) -> None:
+    values = {**random_config(seed + 200, tiny.values), "dtype": str(dtype).removeprefix("torch.")}
     values.pop("torch_dtype", None)
     oracle = tiny.build_oracle(values, seed)
-    path = tiny.write_checkpoint(tmp_path, values, oracle, fused=bool(seed % 2), dtype=torch.bfloat16)
+    path = tiny.write_checkpoint(tmp_path, values, oracle, fused=bool(seed % 2), dtype=dtype)
     tokens = list(range(1, 20))
 
-    scores = tiny.engine(path).scores(tokens)
+    engine = tiny.engine(path, kernels=fast_kernels)
+    scores, from_three_shards = (engine.on_shards(num_shards).scores(tokens) for num_shards in (1, 3))
+
+    assert torch.equal(scores, from_three_shards)
+    assert engine.decoder.embedding.tensor.dtype == dtype
 
     torch.testing.assert_close(scores, oracle_scores(oracle, "Qwen2MoeForCausalLM", tokens), atol=1e-4, rtol=0)
-    tiny.cast_parameters(oracle, torch.bfloat16)
-    in_bfloat16 = oracle_scores(oracle, "Qwen2MoeForCausalLM", tokens).float()
-    best, second = in_bfloat16.topk(2, dim=-1).values.unbind(-1)
+    tiny.cast_parameters(oracle, dtype)
+    in_16_bits = oracle_scores(oracle, "Qwen2MoeForCausalLM", tokens).float()
+    best, second = in_16_bits.topk(2, dim=-1).values.unbind(-1)
     clear = best - second > 0.05
-    assert torch.equal(scores.argmax(-1)[clear], in_bfloat16.argmax(-1)[clear])
+    assert torch.equal(scores.argmax(-1)[clear], in_16_bits.argmax(-1)[clear])
