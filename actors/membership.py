@@ -86,6 +86,9 @@ class RouterMembership:
     def newest(self) -> Connection | None:
         return self._newest
 
+    def num_store_keys(self) -> int:
+        return len(self._store.list_keys())
+
     def report(self, epoch: int, suspects: tuple[str, ...], reason: str) -> None:
         """Said again by the watcher until a newer view comes: the supervisor may be away just now."""
         with self._changed:

@@ -136,6 +136,7 @@ class Router:
         if isinstance(exchange, RemoteExchange):
             stats |= {
                 "epoch": exchange.epoch,
+                "num_store_keys": self.membership.num_store_keys(),
                 "num_recoveries": exchange.num_recoveries,
                 "recovery_s": exchange.recovery_s,
                 "last_recovery_s": exchange.last_recovery_s,

@@ -205,26 +205,21 @@ class Supervisor:
 
     def is_settled(self) -> bool:
         """Complete, as many shards as wanted, and nothing under way."""
-        enough = len(self._fleet.shards) >= self._plan.total_shards and not self._fleet.silent
+        enough = len(self._fleet.shards) == self._plan.total_shards and not self._fleet.silent
         busy = self._restoring.locked() or self._restore_wanted.is_set() or self._fleet.starting
         return self.is_complete() and enough and not busy
 
     async def scale(self, num_shards: int) -> dict[str, Any]:
-        """Change the number of shards while requests run; returns when the new placement serves.
+        """Begin to change the number of shards, while requests run; `mesh` says "settled" when it is done.
 
-        Raises ValueError for a number that can't be, TimeoutError when the shards did not come in time (they are
-        still tried for).
+        Raises ValueError for a number that can't be.
         """
         if self._plan.num_shards == 0 or num_shards < 1:
             raise ValueError(f"cannot scale to {num_shards} shards: give at least 1, and a mesh that has shards")
         self._plan = self._plan.with_shards(num_shards)
-        await self._fleet.remember(make_note(num_shards))
         self._restore_wanted.set()
-        async with asyncio.timeout(self._timeouts.start_s), self._changed:
-            await self._changed.wait_for(
-                lambda: len(self._view.shards) == self._plan.num_shards and not self._view.placement.missing()
-            )
-        return {"epoch": self._view.epoch, "shards": list(self._view.shard_ids)}
+        await self._fleet.remember(make_note(num_shards))
+        return {"target_shards": num_shards, "epoch": self._view.epoch, "shards": list(self._view.shard_ids)}
 
     # ---- losing ---------------------------------------------------------------------------------------
 
@@ -347,7 +342,7 @@ class Supervisor:
             await asyncio.sleep(1.0)
             try:
                 wanted = await self._watch.wanted_shards(self._fleet, self._plan)
-                if wanted != self._plan.num_shards:
+                if wanted != self._plan.num_shards and self.is_settled():
                     log.warning("autoscaling from %d to %d shards", self._plan.num_shards, wanted)
                     await self.scale(wanted)
                 elif self._watch.rebalance_due() and self.is_settled():

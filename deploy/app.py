@@ -25,6 +25,7 @@ from actors.model_source import load_config
 from actors.ray_mesh import RayMeshClient, ensure_supervisor
 from actors.ray_shards import NAMESPACE, actor_name, node_host, worker_environment
 from deploy import specs
+from deploy.errors import Unavailable
 from deploy.ingress import create_api
 from deploy.metrics import Totals
 from deploy.router_pool import PoolOptions, RouterPool
@@ -107,7 +108,9 @@ class IngressReplica:
                 router_wait_s=settings.limits.router_wait_s,
             ),
         )
-        return create_api(settings, served_models(settings), pool, mesh_info=self._mesh, ledger=self)
+        return create_api(
+            settings, served_models(settings), pool, mesh_info=self._mesh, mesh_scale=self._scale, ledger=self
+        )
 
     async def _discover(self) -> list[dict[str, Any]]:
         return list(await self._ask("routers"))
@@ -115,8 +118,20 @@ class IngressReplica:
     async def _mesh(self) -> dict[str, Any]:
         """The supervisor's view, and each router's own figures over its link."""
         assert self._pool is not None
-        mesh, stats = await asyncio.gather(self._ask("mesh"), self._pool.command("stats", timeout_s=2.0))
+        try:
+            mesh, stats = await asyncio.gather(self._ask("mesh"), self._pool.command("stats", timeout_s=2.0))
+        except Exception as error:
+            raise _no_supervisor(error) from None
         return {**mesh, "routers": [{**r, **stats.get(r["router_id"], {})} for r in mesh["routers"]]}
+
+    async def _scale(self, num_shards: int) -> dict[str, Any]:
+        """Raises ValueError for a number that can't be."""
+        try:
+            return dict(await self._ask("scale", num_shards))
+        except ValueError:
+            raise
+        except Exception as error:
+            raise _no_supervisor(error) from None
 
     async def share(self, ingress_id: str, totals: Totals) -> Totals:
         return dict(await self._ask("share", ingress_id, totals))
@@ -139,6 +154,11 @@ class IngressReplica:
         except Exception:
             self._supervisor = None
             raise
+
+
+def _no_supervisor(error: Exception) -> Unavailable:
+    log.warning("the supervisor does not answer: %s", str(error)[:300] or type(error).__name__)
+    return Unavailable("the mesh's supervisor is away; requests are served meanwhile, ask again", code="no_supervisor")
 
 
 def build_app(args: Mapping[str, Any]) -> serve.Application:

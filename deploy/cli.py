@@ -116,9 +116,18 @@ def _serve(settings: Any) -> None:
         _fail("interrupted before the service was up")
 
 
-from deploy import cli_bench, cli_chat, cli_check, cli_down, cli_status  # noqa: E402  (below the application that they join)
+# Below the application that they join.
+from deploy import cli_bench, cli_chat, cli_check, cli_down, cli_mesh, cli_status  # noqa: E402
 
-for _command in (cli_chat.chat, cli_chat.complete, cli_status.status, cli_check.check, cli_bench.bench, cli_down.down):
+for _command in (
+    cli_chat.chat,
+    cli_chat.complete,
+    cli_status.status,
+    cli_check.check,
+    cli_bench.bench,
+    cli_mesh.scale,
+    cli_down.down,
+):
     cli.command()(_command)
 
 
@@ -137,7 +146,9 @@ def _greet(service: Any, screen: Any, api_key: str | None) -> None:
         soft_wrap=True,
         markup=False,
     )
-    screen.print(f"  expertmesh chat --url {service.url}      or {service.url}/ in a browser; Ctrl-C ends it")
+    screen.print(
+        f"  expertmesh chat --url {service.url}    or {service.url}/ in a browser; Ctrl-C ends it", soft_wrap=True
+    )
 
 
 def _fail(message: str) -> None:

@@ -22,7 +22,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy import anthropic, head_endpoints, monitoring, operations, text_endpoints, token_endpoints, transformers_chat
+from deploy import (
+    anthropic,
+    head_endpoints,
+    mesh_endpoints,
+    monitoring,
+    operations,
+    text_endpoints,
+    token_endpoints,
+    transformers_chat,
+)
 from deploy.api_schema import describe_bodies
 from deploy.auth import ApiKeys, all_keys
 from deploy.errors import ApiError, HttpError
@@ -61,13 +70,15 @@ def create_api(
     pool: RouterPool,
     *,
     mesh_info: MeshInfo | None = None,
+    mesh_scale: mesh_endpoints.Scale | None = None,
     ledger: SharedLedger | None = None,
     version: str = "0.1.0",
     now: Callable[[], float] = time.time,
 ) -> FastAPI:
     """The app. It starts the pool with its lifespan, or with the first request, and closes it with its lifespan.
 
-    `mesh_info` answers GET /mesh; without it the app tells what its links know. `ledger` is shared with the other
+    `mesh_info` answers GET /mesh; without it the app tells what its links know. `mesh_scale` carries out POST
+    /mesh/scale. `ledger` is shared with the other
     ingresses; without it this one is alone."""
     service = Service(settings, ModelList(models), pool, version, now)
 
@@ -100,6 +111,7 @@ def create_api(
     head_endpoints.add_to(api, service)
     transformers_chat.add_to(api, service)
     operations.add_to(api, service, mesh_info)
+    mesh_endpoints.add_to(api, service, mesh_scale)
     monitoring.add_to(api, service, mesh_info, sharing)
     describe_bodies(api, _BODIES | head_endpoints.BODIES)
     return api

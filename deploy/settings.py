@@ -117,6 +117,15 @@ class MeshSettings(Section):
     discover_interval_s: float = Field(default=1.0, gt=0)
     router_silence_s: float = Field(default=10.0, gt=0)  # a router silent for so long is left; it reports each 0.5 s
     recovery_timeout_s: float = Field(default=120.0, gt=0)
+    rebalance: bool = True  # hot experts are copied and moved by measured load
+    rebalance_objective: Literal["tokens", "activated"] = "tokens"  # activated: for decodes bound by memory
+    rebalance_interval_s: float = Field(default=30.0, gt=0)
+    rebalance_window_s: float = Field(default=120.0, gt=0)  # loads of so long count
+    redundant_slots: int = Field(default=0, ge=0)  # experts that a shard may hold beyond its even share
+    autoscale: bool = False  # shards come and go by how busy they are
+    min_shards: int = Field(default=1, ge=1)
+    max_shards: int = Field(default=8, ge=1)
+    autoscale_cooldown_s: float = Field(default=60.0, ge=0)
 
 
 class Settings(Section):

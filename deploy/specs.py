@@ -8,7 +8,7 @@ from actors.mesh_plan import MeshPlan
 from actors.model_source import locate_model
 from actors.ray_shards import ShardResources
 from actors.specs import RouterSpec, SchedulerLimits, ShardSpec
-from cluster.settings import Timeouts
+from cluster.settings import AutoscalePolicy, BalancePolicy, Timeouts
 from deploy.settings import Settings
 from model.config import ModelConfig
 
@@ -52,6 +52,19 @@ def mesh_plan(settings: Settings, config: ModelConfig) -> MeshPlan:
         num_shards=0 if mesh.local else mesh.shards,
         replicas=mesh.replicas,
         num_spares=mesh.spares,
+        balance=BalancePolicy(
+            enabled=mesh.rebalance,
+            objective=mesh.rebalance_objective,
+            interval_s=mesh.rebalance_interval_s,
+            window_s=mesh.rebalance_window_s,
+            redundant_slots=mesh.redundant_slots,
+        ),
+        autoscale=AutoscalePolicy(
+            enabled=mesh.autoscale,
+            min_shards=mesh.min_shards,
+            max_shards=mesh.max_shards,
+            cooldown_s=mesh.autoscale_cooldown_s,
+        ),
     )
 
 
