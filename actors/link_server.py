@@ -97,6 +97,8 @@ class LinkServer:
                 await self._read(owner, reader)
         except (TimeoutError, OSError, ValueError, asyncio.LimitOverrunError) as error:
             log.info("link %s: %s", owner, str(error)[:200])
+        except asyncio.CancelledError:
+            pass  # only _close does this; asyncio would log a handler that ends as cancelled
         finally:
             if owner is not None:
                 del self._writers[owner]

@@ -61,7 +61,7 @@ def run_client(service: Service, tmp_path: Path) -> Callable[..., str]:
             text=True,
             timeout=300,
             cwd=tmp_path,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "COLUMNS": "120"},
+            env={**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "COLUMNS": "120"},
             check=False,
         )
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

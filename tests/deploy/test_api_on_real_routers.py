@@ -3,57 +3,20 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-import torch
 
-from actors.membership import MeshClient
-from actors.router import Router
-from actors.specs import RouterSpec
 from deploy.served_model import ServedModel
 from deploy.settings import Settings
 from tests.deploy.fakes import RunningApi, running_api
+from tests.deploy.real_routers import RealRouters
 from tests.tiny import load_oracle, oracle_greedy, write_tiny_model
 
 HELLO: Any = [{"role": "user", "content": "the whale"}]
-
-
-class NoMesh(MeshClient):
-    """There are no shards to hear of."""
-
-    def next_view(self, router_id: str, seen_epoch: int, live_epoch: int) -> None:
-        threading.Event().wait(0.5)
-
-
-class RealRouters:
-    """Two of them; `entries` names those that live."""
-
-    def __init__(self, directory: Path) -> None:
-        spec = RouterSpec(model=str(directory), served_name="tiny", local=True, token="t", num_kv_blocks=256)
-        self.routers = {
-            name: Router(name, spec, host="127.0.0.1", device=torch.device("cpu"), client=NoMesh()) for name in "ab"
-        }
-        self.ports = {name: router.start() for name, router in self.routers.items()}
-
-    async def start(self) -> None:
-        pass
-
-    @property
-    def entries(self) -> list[dict[str, Any]]:
-        return [{"router_id": name, "host": "127.0.0.1", "port": port} for name, port in self.ports.items()]
-
-    def stop(self, name: str) -> None:
-        del self.ports[name]
-        self.routers.pop(name).stop()
-
-    def kill(self) -> None:
-        for name in list(self.ports):
-            self.stop(name)
 
 
 @pytest.fixture(scope="module")
