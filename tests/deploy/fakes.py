@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,7 +220,9 @@ class RunningApi:
 
 
 @contextlib.contextmanager
-def running_api(served: ServedModel, settings: Settings | None = None, router: Any = None) -> Iterator[RunningApi]:
+def running_api(
+    served: ServedModel | Sequence[ServedModel], settings: Settings | None = None, router: Any = None
+) -> Iterator[RunningApi]:
     router = router or FakeRouter()
     ready = threading.Event()
     found: dict[str, Any] = {}
@@ -234,7 +236,7 @@ def running_api(served: ServedModel, settings: Settings | None = None, router: A
         chosen = settings or Settings()
         options = PoolOptions(token=chosen.mesh.token, discover_interval_s=0.05, router_wait_s=1.0)
         pool = RouterPool(discover, options)
-        api = create_api(chosen, [served], pool)
+        api = create_api(chosen, [served] if isinstance(served, ServedModel) else served, pool)
         server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="warning"))
         task = asyncio.create_task(server.serve())
         while not server.started:

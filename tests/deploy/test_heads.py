@@ -1,0 +1,224 @@
+"""Classification, pooling, embeddings and scores over a real router, against transformers' models."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import struct
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from deploy.settings import Settings
+from tests.deploy.fakes import RunningApi, running_api
+from tests.deploy.tiny_heads import TAGS, TOPICS, HeadRouter, TinyHeads, write_tiny_heads
+
+TEXTS = [
+    "the whale",
+    "a",
+    "The ship and the storm went over the sea to Paris, and the whale swam there. " * 2,
+    "Zoe\u0308 🙂 saw the 한국 whale\n and the sea.",
+    "the whale",
+]
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> TinyHeads:
+    return write_tiny_heads(tmp_path_factory.mktemp("heads"))
+
+
+@pytest.fixture(scope="module")
+def api(heads: TinyHeads) -> Iterator[RunningApi]:
+    settings = Settings.model_validate({"mesh": {"token": "t"}, "limits": {"max_prompts": 200}})
+    with running_api(heads.served, settings, HeadRouter(heads.directory)) as running:
+        yield running
+
+
+def post(api: RunningApi, path: str, **body: Any) -> Any:
+    """The answer, or (status, error) of a refusal."""
+    request = urllib.request.Request(api.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)["error"]
+
+
+def ids_of(heads: TinyHeads, text: str) -> list[int]:
+    ids: list[int] = heads.tokenizer(text)["input_ids"]
+    return ids
+
+
+def is_close(found: Any, expected: torch.Tensor) -> bool:
+    return torch.allclose(torch.tensor(found, dtype=torch.float64), expected.double(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "function"),
+    [
+        ("topics", lambda x: x.softmax(-1)),
+        ("flags", lambda x: x.sigmoid()),
+        ("rating", lambda x: x),
+        ("judge", lambda x: x.sigmoid()),
+    ],
+)
+def test_classify_gives_the_probabilities_of_transformers(
+    api: RunningApi, heads: TinyHeads, model: str, function: Any
+) -> None:
+    answer = post(api, "/classify", model=model, input=TEXTS)
+    assert answer["object"] == "list" and answer["model"] == model and answer["id"].startswith("classify-")
+    num_tokens = sum(len(ids_of(heads, text)) for text in TEXTS)
+    assert answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] == num_tokens
+    for index, (item, text) in enumerate(zip(answer["data"], TEXTS, strict=True)):
+        expected = function(heads.outputs(model, ids_of(heads, text)))
+        assert is_close(item["probs"], expected)
+        labels = heads.oracles[model].config.id2label
+        assert (item["index"], item["label"], item["num_classes"]) == (
+            index,
+            labels[int(expected.argmax())],
+            len(expected),
+        )
+    raw = post(api, "/classify", model=model, input=TEXTS[0], use_activation=False)["data"][0]["probs"]
+    assert is_close(raw, heads.outputs(model, ids_of(heads, TEXTS[0])))
+
+
+def test_a_batch_of_mixed_lengths_answers_as_one_by_one(api: RunningApi) -> None:
+    for path, body in (("/classify", {}), ("/v1/embeddings", {}), ("/pooling", {"task": "token_classify"})):
+        together = post(api, path, input=TEXTS, **body)["data"]
+        alone = [post(api, path, input=text, **body)["data"][0] for text in TEXTS]
+        assert [{**one, "index": 0} for one in together] == alone
+
+
+def test_token_ids_are_read_as_texts_are(api: RunningApi, heads: TinyHeads) -> None:
+    ids = ids_of(heads, TEXTS[0])
+    answers = [post(api, "/classify", input=value)["data"][0]["probs"] for value in (TEXTS[0], [TEXTS[0]], ids, [ids])]
+    assert all(answer == answers[0] for answer in answers)
+    kept = post(api, "/classify", input=TEXTS[2], truncate_prompt_tokens=5)
+    assert kept["usage"]["prompt_tokens"] == 5
+    assert kept["data"][0]["probs"] == post(api, "/classify", input=ids_of(heads, TEXTS[2])[-5:])["data"][0]["probs"]
+
+
+def test_embeddings_are_the_last_hidden_state_at_length_one(api: RunningApi, heads: TinyHeads) -> None:
+    client = openai.OpenAI(base_url=api.url + "/v1", api_key="x", max_retries=0)
+    for encoding_format in ("float", "base64", None):  # the client asks for base64 by itself, and decodes it
+        extra: Any = {} if encoding_format is None else {"encoding_format": encoding_format}
+        answer = client.embeddings.create(model="tiny", input=TEXTS, **extra)
+        for item, text in zip(answer.data, TEXTS, strict=True):
+            expected = torch.nn.functional.normalize(heads.hidden(ids_of(heads, text))[-1], dim=-1)
+            vector: Any = item.embedding
+            if encoding_format == "base64":
+                raw = base64.b64decode(vector)
+                vector = struct.unpack(f"<{len(raw) // 4}f", raw)
+            assert is_close(vector, expected)
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 0
+    raw_vector = post(api, "/v1/embeddings", input="the whale", use_activation=False)["data"][0]["embedding"]
+    assert is_close(raw_vector, heads.hidden(ids_of(heads, "the whale"))[-1])
+    status, error = post(api, "/v1/embeddings", input="x", dimensions=8)
+    assert status == 400 and error["param"] == "dimensions"
+
+
+def test_pooling_does_each_task(api: RunningApi, heads: TinyHeads) -> None:
+    ids = ids_of(heads, TEXTS[3])
+    tagged = post(api, "/pooling", task="token_classify", input=TEXTS[3])
+    assert tagged["model"] == "entities" and tagged["data"][0]["object"] == "pooling"
+    assert is_close(tagged["data"][0]["data"], heads.outputs("entities", ids).softmax(-1))
+    assert post(api, "/pooling", model="entities", input=TEXTS[3])["data"] == tagged["data"]
+    assert len(tagged["data"][0]["data"][0]) == len(TAGS)
+    classified = post(api, "/pooling", task="classify", model="topics", input=TEXTS[3])["data"][0]["data"]
+    assert is_close(classified, heads.outputs("topics", ids).softmax(-1)) and len(classified) == len(TOPICS)
+    hidden = torch.nn.functional.normalize(heads.hidden(ids), dim=-1)
+    assert is_close(post(api, "/pooling", task="embed", input=TEXTS[3])["data"][0]["data"], hidden[-1])
+    assert is_close(post(api, "/pooling", task="token_embed", input=TEXTS[3])["data"][0]["data"], hidden)
+    status, error = post(api, "/pooling", task="token_classify", model="tiny", input="x")
+    assert status == 400 and "/v1/embeddings" in error["message"]
+
+
+def test_scores_compare_embeddings_or_come_from_a_judge(api: RunningApi, heads: TinyHeads) -> None:
+    hidden = [torch.nn.functional.normalize(heads.hidden(ids_of(heads, text))[-1], dim=-1) for text in TEXTS[:3]]
+    for path in ("/score", "/v1/score"):
+        answer = post(api, path, model="tiny", text_1=TEXTS[0], text_2=TEXTS[1:3])
+        assert is_close([item["score"] for item in answer["data"]], torch.stack([hidden[0] @ h for h in hidden[1:]]))
+    judged = post(api, "/score", model="judge", text_1=TEXTS[:2], text_2=TEXTS[1:3])["data"]
+    for item, first, second in zip(judged, TEXTS[:2], TEXTS[1:3], strict=True):
+        ids = heads.tokenizer(first, second)["input_ids"]
+        assert is_close([item["score"]], heads.outputs("judge", ids).sigmoid())
+    assert post(api, "/score", text_1=TEXTS[:2], text_2=TEXTS[:3])[0] == 400
+    status, error = post(api, "/score", model="topics", text_1="a", text_2="b")
+    assert status == 400 and "/classify" in error["message"]
+
+
+def test_a_causal_model_classifies_by_the_likelihood_of_labels(api: RunningApi, heads: TinyHeads) -> None:
+    labels = ["whale", "ship", "storm over the sea"]
+    answer = post(api, "/classify", model="tiny", input=TEXTS[:3], labels=labels)
+    for item, text in zip(answer["data"], TEXTS, strict=False):
+        scores = [likelihood(heads, ids_of(heads, text), " " + label) for label in labels]
+        expected = torch.tensor(scores).softmax(-1)
+        assert is_close(item["probs"], expected) and item["label"] == labels[int(expected.argmax())]
+    assert post(api, "/classify", input="x", labels=["a"], label_template="no place")[0] == 400
+    status, error = post(api, "/classify", model="topics", input="x", labels=["a", "b"])
+    assert status == 400 and "classification by `labels`" in error["message"]
+
+
+def likelihood(heads: TinyHeads, ids: list[int], ending: str) -> float:
+    tail = ids_of(heads, ending)
+    with torch.no_grad():
+        logits = heads.oracles["tiny"](torch.tensor([ids + tail])).logits[0].log_softmax(-1)
+    return math.fsum(float(logits[len(ids) - 1 + i, token]) for i, token in enumerate(tail))
+
+
+def test_a_model_of_another_task_is_refused_with_where_to_go(api: RunningApi) -> None:
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("/v1/chat/completions", {"model": "topics", "messages": [{"role": "user", "content": "x"}]}, "/classify"),
+        ("/v1/completions", {"model": "entities", "prompt": "x"}, "/hf/token-classification"),
+        ("/v1/embeddings", {"model": "answers", "input": "x"}, "/hf/question-answering"),
+        ("/classify", {"model": "tiny", "input": "x"}, "/v1/chat/completions"),
+        ("/classify", {"model": "entities", "input": "x"}, "/hf/token-classification"),
+    ]
+    for path, body, remedy in cases:
+        status, error = post(api, path, **body)
+        assert status == 400 and error["code"] == "wrong_task" and remedy in error["message"], (path, error)
+    status, message = post(api, "/hf/question-answering/topics", inputs={"question": "a", "context": "b"})
+    assert status == 400 and "/classify" in message
+    status, error = post(api, "/classify", model="nobody", input="x")
+    assert status == 404 and "topics" in error["message"]
+
+
+def test_models_are_listed_with_their_tasks(api: RunningApi) -> None:
+    with urllib.request.urlopen(api.url + "/v1/models") as answer:
+        tasks = {card["id"]: card["task"] for card in json.load(answer)["data"]}
+    assert tasks == {
+        "tiny": "text-generation",
+        **dict.fromkeys(("topics", "flags", "rating", "judge"), "text-classification"),
+        "entities": "token-classification",
+        "answers": "question-answering",
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/classify", {}, "input"),
+        ("/classify", {"input": ""}, "input"),
+        ("/classify", {"input": []}, "input"),
+        ("/classify", {"input": [1.5]}, "input"),
+        ("/classify", {"input": [9999]}, "input"),
+        ("/classify", {"input": "the sea " * 500}, "input"),
+        ("/classify", {"input": ["a"] * 201}, "input"),
+        ("/classify", {"input": "a", "lables": ["b"]}, "lables"),
+        ("/classify", {"input": "a", "labels": ["b", "b"]}, "labels"),
+        ("/classify", {"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ("/pooling", {"input": "a", "task": "rank"}, "task"),
+        ("/score", {"text_1": "a"}, "text_2"),
+        ("/score", {"text_1": [[1]], "text_2": "b"}, "text_1"),
+        ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format"),
+    ],
+)
+def test_bad_bodies_are_named(api: RunningApi, path: str, body: dict[str, Any], param: str) -> None:
+    status, error = post(api, path, **body)
+    assert status == 400 and error["param"] == param, error
