@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 
 from deploy.errors import InvalidApiKey
 
-OPEN_PATHS = frozenset({"/health", "/ping", "/ready"})
+OPEN_PATHS = frozenset({"/", "/mesh/view", "/health", "/ping", "/ready"})
 
 
 def all_keys(keys: Sequence[str], file: str | None) -> list[str]:

@@ -128,30 +128,31 @@ def _headline(before: Snapshot, now: Snapshot) -> RenderableType:
     mesh, values = now.mesh, now.values
     state = "no shards" if mesh.get("target_shards") == 0 else "complete" if mesh.get("complete") else "RECOVERING"
     table = Table.grid(padding=(0, 3))
+    table.add_column(no_wrap=True)
     busy = quantile(before, now, "inter_token_latency_seconds", 0.5) is not None
     since = before if busy else None
     spans = [
         f"{label} p50 {_ms(quantile(since, now, name, 0.5))}  p99 {_ms(quantile(since, now, name, 0.99))}"
         for label, name in (("TTFT", "time_to_first_token_seconds"), ("ITL", "inter_token_latency_seconds"))
     ]
+    queries = values.get("prefix_cache_queries_total", 0)
+    hits = f", prefix hits {100 * values.get('prefix_cache_hits_total', 0) / queries:.0f} %" if queries else ""
     table.add_row(
         f"[bold]{rate(before, now, 'generation_tokens_total'):.0f}[/bold] tokens/s out",
         f"{rate(before, now, 'prompt_tokens_total'):.0f} tokens/s in",
         f"{values.get('num_requests_running', 0):.0f} running, {values.get('num_requests_waiting', 0):.0f} waiting",
-        f"KV {100 * values.get('kv_cache_usage_perc', 0):.1f} %",
+        f"KV {100 * values.get('kv_cache_usage_perc', 0):.1f} %{hits}",
     )
-    queries = values.get("prefix_cache_queries_total", 0)
-    hits = f"prefix hits {100 * values.get('prefix_cache_hits_total', 0) / queries:.0f} %" if queries else ""
-    table.add_row(*spans, f"{'now' if busy else 'since the start'}", hits)
+    latency = Text.from_markup(f"{spans[0]}    {spans[1]}    [dim]{'now' if busy else 'since the start'}[/dim]")
     colour = "red" if state == "RECOVERING" else "green"
     title = f"expertmesh  epoch {mesh.get('epoch', '?')}  [{colour}]{state}[/{colour}]  {mesh.get('trouble', '')}"
-    return Panel(table, title=title, title_align="left", border_style="dim")
+    return Panel(Group(table, latency), title=title, title_align="left", border_style="dim")
 
 
 def _shards(before: Snapshot, now: Snapshot) -> RenderableType:
-    table = Table(box=None, header_style="dim", padding=(0, 2))
+    table = Table(box=None, header_style="dim", padding=(0, 1))
     for name in ("", "state", "host", "pid", "experts", "weights", "tokens/s", "busy"):
-        table.add_column(name, justify="left" if name in ("", "state", "host") else "right")
+        table.add_column(name, justify="left" if name in ("", "state", "host") else "right", no_wrap=True)
     earlier = {s["shard_id"]: s for s in before.mesh.get("shards", ())}
     span = max(now.at - before.at, 1e-9)
     for shard in now.mesh.get("shards", ()):

@@ -87,7 +87,7 @@ def end_service(mesh: str, app: str) -> list[str]:
     import ray
     from ray import serve
 
-    from actors.ray_mesh import NAMESPACE, actor_name
+    from actors.ray_shards import NAMESPACE, actor_name
 
     ended = []
     with contextlib.suppress(Exception):

@@ -1,0 +1,171 @@
+"""What ingresses count, how they share it, and limits that hold for all of them together."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from actors.ledger import SILENT_S, Ledger, add
+from actors.metrics import Buckets
+from deploy.errors import TooManyRequests
+from deploy.key_limits import KeyLimits
+from deploy.mesh_metrics import MAX_EXPERT_GROUPS, balancedness
+from deploy.metrics import ServingMetrics, Totals, render
+from deploy.settings import LimitSettings
+from tests.deploy.fakes import RunningApi
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def samples(text: bytes) -> dict[tuple[str, ...], float]:
+    found = {}
+    for family in text_string_to_metric_families(text.decode()):
+        for sample in family.samples:
+            found[(sample.name.removeprefix("expertmesh_"), *(value for _, value in sorted(sample.labels.items())))] = (
+                sample.value
+            )
+    return found
+
+
+def test_a_watch_times_the_first_token_the_gaps_and_the_end() -> None:
+    clock = Clock()
+    metrics = ServingMetrics(clock)
+    watch = metrics.watch(7)
+    for step_s, num_tokens in ((0.3, 1), (0.02, 1), (0.04, 2)):
+        clock.now += step_s
+        watch.saw(num_tokens)
+    watch.end("length")
+    metrics.watch(9).end("error")
+    now = samples(render(metrics, {}, {}))
+    assert now["time_to_first_token_seconds_sum",] == pytest.approx(0.3)
+    assert now["inter_token_latency_seconds_sum",] == pytest.approx(0.04), "two tokens in 40 ms are 20 ms each"
+    assert now["e2e_request_latency_seconds_sum",] == pytest.approx(0.36)
+    assert now["request_time_per_output_token_seconds_sum",] == pytest.approx(0.02)
+    assert (now["generation_tokens_total",], now["prompt_tokens_total",], now["ingress_requests",]) == (4, 7, 0)
+    assert (now["request_success_total", "length"], now["request_success_total", "error"]) == (1, 1)
+
+
+def test_any_ingress_tells_the_sum_of_all_those_gone_included() -> None:
+    clock = Clock()
+    ledger = Ledger(clock)
+    ingresses = [ServingMetrics(), ServingMetrics()]
+    for metrics, tokens in zip(ingresses, (5, 7), strict=True):
+        metrics.generation_tokens.inc(tokens)
+        metrics.rejected.labels("unusual" if tokens == 7 else "queue_full").inc()
+        metrics.running.inc()
+    ledger.share("b", ingresses[1].totals())
+    others = ledger.share("a", ingresses[0].totals())
+    now = samples(render(ingresses[0], others, {}))
+    assert now["generation_tokens_total",] == 12 and now["ingress_requests",] == 2
+    assert now["rejected_requests_total", "unusual"] == 1, "also a label that this one never used"
+    clock.now += SILENT_S + 1
+    now = samples(render(ingresses[0], ledger.share("a", ingresses[0].totals()), {}))
+    assert now["generation_tokens_total",] == 12, "a counter never falls when an ingress goes"
+    assert now["ingress_requests",] == 1, "what runs there is gone"
+
+
+def test_sums_add_sample_by_sample() -> None:
+    left: Totals = {"f": [("f", {"a": "1"}, 2.0)]}
+    right: Totals = {"f": [("f", {"a": "1"}, 3.0), ("f", {"a": "2"}, 1.0)], "g": [("g", {}, 4.0)]}
+    assert add(left, right) == {"f": [("f", {"a": "1"}, 5.0), ("f", {"a": "2"}, 1.0)], "g": [("g", {}, 4.0)]}
+
+
+def test_expert_tokens_have_bounded_cardinality_and_lose_nothing() -> None:
+    router = {"router_id": "r", "num_steps": 1, "expert_tokens": {"0": list(range(60)), "3": [1] * 5}}
+    now = samples(render(ServingMetrics(), {}, {"routers": [router, {**router, "router_id": "s"}]}))
+    layer = {key: value for key, value in now.items() if key[0] == "expert_tokens_total" and key[2] == "0"}
+    assert len(layer) <= MAX_EXPERT_GROUPS and sum(layer.values()) == 2 * sum(range(60))
+    assert now["expert_tokens_total", "4", "3"] == 2
+    assert now["layer_balancedness", "3"] == 1.0
+    assert balancedness([4.0, 0.0]) == 0.5 and balancedness([]) == 1.0 == balancedness([0.0, 0.0])
+
+
+def test_a_routers_histogram_reads_as_prometheus_does() -> None:
+    spent = Buckets((0.1, 0.2))
+    for value in (0.05, 0.1, 0.15, 5.0):
+        spent.observe(value)
+    part = {"dispatch_s": spent.to_dict(), "combine_s": spent.to_dict(), "dispatch_bytes": 9, "combine_bytes": 8}
+    now = samples(render(ServingMetrics(), {}, {"routers": [{"router_id": "r", "num_steps": 1, "exchange": part}]}))
+    assert now["dispatch_seconds_bucket", "0.1", "r"] == 2
+    assert now["dispatch_seconds_bucket", "0.2", "r"] == 3
+    assert now["dispatch_seconds_bucket", "+Inf", "r"] == 4 == now["dispatch_seconds_count", "r"]
+    assert now["dispatch_bytes_total", "r"] == 9
+
+
+def test_the_endpoint_works_when_nothing_but_the_ingress_is_known(api: RunningApi) -> None:
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 4}
+    assert httpx.post(api.url + "/v1/completions", json=body, timeout=30).status_code == 200
+    answer = httpx.get(api.url + "/metrics", timeout=30)
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert samples(answer.content)["generation_tokens_total",] >= 4
+
+
+def test_a_key_has_a_rate_and_a_number_at_once() -> None:
+    clock = Clock()
+    ledger = Ledger(clock)
+
+    def admit(key: str, request_id: str) -> str:
+        return ledger.admit(key, request_id, per_minute=60, at_once=2, lease_s=30.0)[0]
+
+    assert [admit("k", str(i)) for i in range(3)] == ["", "", "concurrency"]
+    assert admit("other", "x") == "", "one key's use is nobody else's"
+    ledger.release("k", "0")
+    assert admit("k", "3") == ""
+    clock.now += 31
+    assert admit("k", "4") == "", "a lease ends by itself: its ingress may have died"
+    assert [ledger.admit("r", str(i), per_minute=2, at_once=None, lease_s=1)[0] for i in range(3)] == ["", "", "rate"]
+    clock.now += 29
+    refused, wait_s = ledger.admit("r", "4", per_minute=2, at_once=None, lease_s=1)
+    assert refused == "rate" and wait_s == pytest.approx(1.0)
+    clock.now += 1.1
+    assert ledger.admit("r", "5", per_minute=2, at_once=None, lease_s=1)[0] == ""
+
+
+class Shared:
+    """A ledger that two ingresses reach; `is_up` False makes every call fail."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger(lambda: 0.0)
+        self.is_up = True
+
+    async def share(self, ingress_id: str, totals: Totals) -> Totals:
+        return self.ledger.share(ingress_id, totals)
+
+    async def admit(self, key: str, request_id: str, **limits: Any) -> tuple[str, float]:
+        if not self.is_up:
+            raise ConnectionError("gone")
+        return self.ledger.admit(key, request_id, **limits)
+
+    async def release(self, key: str, request_id: str) -> None:
+        self.ledger.release(key, request_id)
+
+
+def test_limits_hold_across_ingresses_and_fall_back_to_each_alone() -> None:
+    async def scenario() -> None:
+        shared = Shared()
+        limits = LimitSettings(max_requests_per_key=1)
+        one, two = KeyLimits(limits, shared), KeyLimits(limits, shared)
+        async with one.admitted("k", "a"):
+            with pytest.raises(TooManyRequests, match="1 requests in flight"):
+                async with two.admitted("k", "b"):
+                    pass
+        await asyncio.sleep(0.01)
+        async with two.admitted("k", "c"):
+            pass
+        shared.is_up = False
+        async with one.admitted("k", "d"), two.admitted("k", "e"):
+            with pytest.raises(TooManyRequests):
+                async with one.admitted("k", "f"):
+                    pass
+
+    asyncio.run(scenario())

@@ -1,0 +1,227 @@
+"""A live service as its operator meets it: metrics and dashboard, ports, doors without a key, commands, the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from deploy.processes import descendants
+from tests.e2e.conftest import ROOT, Service, start_service
+from tests.tiny import write_tiny_model
+
+KEY = "sk-operator"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    directory = tmp_path_factory.mktemp("operating")
+    model = write_tiny_model(directory / "tiny")
+    keys = directory / "keys"
+    keys.write_text(f"# ours\n{KEY}\n")
+    running = start_service([str(model), "--shards", "2", "--api-key-file", str(keys)], directory / "serve.log")
+    yield running
+    if running.process.poll() is None:
+        running.stop()
+
+
+def ask(service: Service, path: str, body: dict[str, Any] | None = None, key: str | None = KEY) -> tuple[int, str]:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(service.url + path, data, headers), timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def command(service: Service, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "EXPERTMESH_URL": service.url, "EXPERTMESH_API_KEY": KEY, "COLUMNS": "100"}
+    return subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *arguments],
+        capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment, check=False,
+    )  # fmt: skip
+
+
+def test_every_query_of_the_dashboard_names_metrics_that_a_live_service_emits(service: Service) -> None:
+    status, _ = ask(service, "/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 8, "ignore_eos": True})
+    assert status == 200
+    status, text = ask(service, "/metrics")
+    assert status == 200
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    emitted = {sample.name: set(sample.labels) for family in families.values() for sample in family.samples}
+    dashboard = json.loads((ROOT / "deploy/grafana/expertmesh.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    queries += [one["expr"] for one in dashboard["annotations"]["list"]]
+    assert len(queries) > 40
+    for query in queries:
+        names = re.findall(r"expertmesh_\w+", query)
+        assert names, query
+        for name in names:
+            assert name in emitted, f"{query}: the service emits no {name}"
+        for labels in re.findall(r"by \(([\w, ]+)\)", query):
+            for label in labels.split(", "):
+                assert any(label in emitted[name] for name in names), f"{query}: no label {label}"
+    assert all(family.documentation for family in families.values())
+
+
+def test_metrics_count_what_was_asked(service: Service) -> None:
+    def total(name: str, **labels: str) -> float:
+        text = ask(service, "/metrics")[1]
+        return sum(
+            s.value
+            for family in text_string_to_metric_families(text)
+            for s in family.samples
+            if s.name == f"expertmesh_{name}" and labels.items() <= s.labels.items()
+        )
+
+    names = ["generation_tokens_total", "prompt_tokens_total", "time_to_first_token_seconds_count", "rank_pairs_total"]
+    before = {name: total(name) for name in names}
+    done = total("request_success_total", finished_reason="length")
+    ask(service, "/v1/completions", {"prompt": [9, 8, 7, 6], "max_tokens": 5, "ignore_eos": True, "n": 2})
+    after = {name: total(name) for name in names}
+    assert after["generation_tokens_total"] - before["generation_tokens_total"] == 10
+    assert after["prompt_tokens_total"] - before["prompt_tokens_total"] == 8
+    assert after["time_to_first_token_seconds_count"] - before["time_to_first_token_seconds_count"] == 2
+    assert after["rank_pairs_total"] > before["rank_pairs_total"]
+    assert total("request_success_total", finished_reason="length") - done == 2
+    refused = total("rejected_requests_total", code="invalid_api_key")
+    assert ask(service, "/v1/models", key="wrong")[0] == 401
+    assert total("rejected_requests_total", code="invalid_api_key") == refused + 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/metrics", None),
+        ("/mesh", None),
+        ("/server_info", None),
+        ("/v1/models", None),
+        ("/openapi.json", None),
+        ("/docs", None),
+        ("/load", None),
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": []}),
+        ("/v1/messages", {"messages": []}),
+        ("/tokenize", {"prompt": "x"}),
+        ("/reset_prefix_cache", {}),
+        ("/nothing", None),
+    ],
+)
+def test_no_door_of_the_api_opens_without_a_key(service: Service, path: str, body: dict[str, Any] | None) -> None:
+    for key in (None, "", "sk-operatof", KEY + "x", KEY[:-1]):
+        status, text = ask(service, path, body, key)
+        assert status == 401, f"{path} with key {key!r}: {status}"
+        assert KEY not in text
+
+
+def test_health_and_readiness_and_the_page_need_no_key_and_tell_nothing(service: Service) -> None:
+    assert ask(service, "/health", key=None) == (200, "")
+    status, text = ask(service, "/ready", key=None)
+    assert (status, set(json.loads(text))) == (200, {"routers"})
+    assert ask(service, "/", key=None)[0] == 200
+
+
+def test_the_link_port_refuses_whoever_lacks_the_mesh_token(service: Service) -> None:
+    router = json.loads(ask(service, "/mesh")[1])["routers"][0]
+    for hello in ({}, {"op": "hello", "token": ""}, {"op": "hello", "token": None}, {"op": "hello", "token": "x"}):
+        with socket.create_connection((router["host"], router["port"]), timeout=5) as link:
+            link.sendall(json.dumps(hello).encode() + b"\n" + b'{"op":"command","request_id":"1","name":"stats"}\n')
+            answer = b""
+            while part := link.recv(4096):
+                answer += part
+        assert json.loads(answer)["op"] == "refused"
+
+
+def test_ray_refuses_whoever_lacks_its_token(service: Service) -> None:
+    processes = descendants(service.process.pid)
+    arguments = [part for p in processes for part in Path(f"/proc/{p.pid}/cmdline").read_bytes().split(b"\0")]
+    gcs = next(a.partition(b"=")[2].decode() for a in arguments if a.startswith(b"--gcs-address="))
+    environment = Path(f"/proc/{processes[0].pid}/environ").read_bytes().split(b"\0")
+    token = next(v.partition(b"=")[2].decode() for v in environment if v.startswith(b"RAY_AUTH_TOKEN="))
+    assert len(token) >= 32
+    path = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
+    assert call(gcs, path, token) is None
+    for wrong in (None, "", "0" * 64, token[:-1]):
+        assert call(gcs, path, wrong) == grpc.StatusCode.UNAUTHENTICATED
+    for address in open_ports(service):  # between Serve's replicas: pickles travel here
+        if not is_loopback(address):
+            port = int(address.rpartition(":")[2], 16)
+            for wrong in (None, "0" * 64):
+                code = call(f"127.0.0.1:{port}", "/ray.serve.ASGIService/HandleRequestWithRejection", wrong)
+                assert code == grpc.StatusCode.UNAUTHENTICATED
+
+
+def call(address: str, path: str, token: str | None) -> grpc.StatusCode | None:
+    """An empty gRPC request; None when it is answered."""
+    metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary(path)(b"", metadata=metadata, timeout=10)
+        except grpc.RpcError as error:
+            return error.code()  # type: ignore[attr-defined]
+    return None
+
+
+def open_ports(service: Service) -> list[str]:
+    """The service's listening sockets as /proc/net/tcp writes them, address:port in hexadecimal."""
+    ours = {process.pid for process in descendants(service.process.pid)} | {service.process.pid}
+    inodes = {
+        link.split("[")[1].rstrip("]")
+        for pid in ours
+        for entry in Path(f"/proc/{pid}/fd").iterdir()
+        if (link := _readlink(entry)).startswith("socket:")
+    }
+    lines = [line.split() for t in ("tcp", "tcp6") for line in Path(f"/proc/net/{t}").read_text().splitlines()[1:]]
+    return [fields[1] for fields in lines if fields[3] == "0A" and fields[9] in inodes]
+
+
+def is_loopback(address: str) -> bool:
+    return address.partition(":")[0] in ("0100007F", "0000000000000000FFFF00000100007F")
+
+
+def test_everything_listens_on_loopback_but_serves_token_guarded_port_between_replicas(service: Service) -> None:
+    ports = open_ports(service)
+    elsewhere = [port for port in ports if not is_loopback(port)]
+    ours = descendants(service.process.pid)
+    replicas = sum(b"ServeReplica" in Path(f"/proc/{p.pid}/cmdline").read_bytes() for p in ours)
+    assert replicas == 2 and len(ports) > 10
+    assert len(elsewhere) <= replicas, elsewhere
+
+
+def _readlink(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def test_the_commands_work_on_a_live_service(service: Service) -> None:
+    done = command(service, "status", "--once")
+    assert done.returncode == 0, done.stderr
+    for words in ("complete", "shard-0", "shard-1", "tokens/s", "TTFT p50", "tokens by layer and expert"):
+        assert words in done.stdout, done.stdout
+    done = command(service, "check", "--port", "1")
+    assert done.returncode == 1 and "fail" in done.stdout
+
+
+def test_down_ends_the_service_and_every_process_of_it(service: Service) -> None:
+    below = descendants(service.process.pid)
+    done = command(service, "down", "--port", service.url.rpartition(":")[2])
+    assert done.returncode == 0, done.stderr
+    assert service.url in done.stdout
+    assert not [process for process in below if process.is_alive]
+    again = command(service, "down", "--port", service.url.rpartition(":")[2])
+    assert again.returncode == 1 and "no service of yours" in again.stderr
