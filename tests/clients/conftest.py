@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Service, start_service
+from tests.environments import environment
 from tests.tiny import write_tiny_model
 
-ENVIRONMENTS = Path(sys.prefix) / "clients"
 PROGRAMS = Path(__file__).parent / "programs"
 MODEL = "tiny"
 
@@ -34,19 +34,13 @@ def service(directory: Path) -> Iterator[Service]:
         running.stop()
 
 
-def environment(program: Path) -> Path:
-    """The Python to run a program with: this one, or one with the dependencies that its header names (PEP 723)."""
+def python_for(program: Path) -> Path:
+    """This Python, or one with the dependencies that the program's header names (PEP 723)."""
     header = re.search(r"^# /// script\n(.*?)^# ///$", program.read_text(), re.MULTILINE | re.DOTALL)
     if header is None:
         return Path(sys.executable)
     wanted = tomllib.loads(re.sub(r"^# ?", "", header[1], flags=re.MULTILINE))["dependencies"]
-    folder = ENVIRONMENTS / program.stem
-    stamp = folder / ".installed"
-    if not stamp.exists() or stamp.read_text().splitlines() != wanted:
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", *wanted], check=True)
-        stamp.write_text("\n".join(wanted))
-    return folder / "bin" / "python"
+    return environment(program.stem, wanted)
 
 
 @pytest.fixture
@@ -56,7 +50,7 @@ def run_client(service: Service, tmp_path: Path) -> Callable[..., str]:
     def run(name: str, *arguments: str) -> str:
         program = PROGRAMS / f"{name}.py"
         done = subprocess.run(
-            [environment(program), program, service.url, MODEL, *arguments],
+            [python_for(program), program, service.url, MODEL, *arguments],
             capture_output=True,
             text=True,
             timeout=300,
