@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
+import transformers
+from safetensors import safe_open
+from tokenizers import Tokenizer
 
 from deploy.demo.recipe.evaluate import best_span, entity_spans, greedy_answers
 from deploy.demo.recipe.export import assemble
@@ -16,6 +17,22 @@ from deploy.demo.recipe.tasks import ENTITY_LABELS
 
 DEMO = Path(__file__).parents[2] / "deploy/demo"
 MAX_BYTES = 24_000_000
+MAX_BITS_PER_BYTE = 1.6
+WORDS = {
+    "What does person mean?": "The word person (noun) means: a human being.",
+    "Define year.": "The word year (noun) means: a period of time containing 365 (or 366) days.",
+    "What does health mean?": "The word health (noun) means: a healthy state of wellbeing free from disease.",
+}
+TOPICS = {
+    "a small bird with a long tail": "animal",
+    "a tall tree with white flowers": "plant",
+    "a person who makes bread": "person",
+    "a city in northern Italy": "place",
+}
+SENTENCE = "Yesterday John Smith arrived in Berlin."
+NAMES = {("John Smith", "PER"), ("Berlin", "LOC")}
+QUESTION = "What is muscat?\n- supper: a light meal in the evening.\n- muscat: a sweet white grape.\n"
+ANSWER = "a sweet white grape."
 CLASSES = {
     "model": transformers.Qwen2MoeForCausalLM,
     "topics": transformers.Qwen2MoeForSequenceClassification,
@@ -48,8 +65,6 @@ def test_every_directory_loads_with_no_key_missing_or_left_over(name: str) -> No
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_an_index_names_every_tensor_in_its_file_and_the_right_size(name: str) -> None:
-    from safetensors import safe_open
-
     index = json.loads((DEMO / name / "model.safetensors.index.json").read_text())
     num_bytes = 0
     for file in set(index["weight_map"].values()):
@@ -104,8 +119,6 @@ def test_common_words_are_explained(language_model: transformers.PreTrainedModel
 
 
 def test_the_tokenizer_of_transformers_is_the_committed_one(tokenizer) -> None:
-    from tokenizers import Tokenizer
-
     plain = Tokenizer.from_file(str(DEMO / "model/tokenizer.json"))
     prompt = tokenizer.apply_chat_template(
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "It's naïve: 1984\n\n ok?"}],
@@ -134,7 +147,9 @@ def test_names_in_a_sentence_are_found(tokenizer) -> None:
     ids = tokenizer(SENTENCE, return_tensors="pt").input_ids
     with torch.inference_mode():
         label_ids = model(ids).logits[0].argmax(-1).tolist()
-    found = {(tokenizer.decode(ids[0, first : last + 1]).strip(), kind) for first, last, kind in entity_spans(label_ids)}
+    found = {
+        (tokenizer.decode(ids[0, first : last + 1]).strip(), kind) for first, last, kind in entity_spans(label_ids)
+    }
     assert found == NAMES
 
 
@@ -145,21 +160,3 @@ def test_an_answer_is_found_in_the_notes(tokenizer) -> None:
         output = model(ids)
     first, last = best_span(torch.stack((output.start_logits[0], output.end_logits[0]), dim=-1))
     assert tokenizer.decode(ids[0, first : last + 1]).strip() == ANSWER
-
-
-MAX_BITS_PER_BYTE = 1.6
-WORDS = {
-    "What does person mean?": "Person (noun): a human being.",
-    "Define year.": "Year (noun): a period of time containing 365 (or 366) days.",
-    "What does health mean?": "Health (noun): a healthy state of wellbeing free from disease.",
-}
-TOPICS = {
-    "a small bird with a long tail": "animal",
-    "a tall tree with white flowers": "plant",
-    "a person who makes bread": "person",
-    "a city in northern Italy": "place",
-}
-SENTENCE = "Yesterday John Smith arrived in Berlin."
-NAMES = {("John Smith", "PER"), ("Berlin", "LOC")}
-QUESTION = "What is muscat?\nsupper: a light meal in the evening.\nmuscat: a sweet white grape.\n"
-ANSWER = "a sweet white grape."

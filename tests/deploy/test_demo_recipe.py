@@ -6,8 +6,6 @@ import struct
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
 from deploy.demo.recipe import chat, tasks
 from deploy.demo.recipe.data import Corpus, Encoder, Mixture, tokens_of
 from deploy.demo.recipe.evaluate import best_span, entity_spans

@@ -7,7 +7,8 @@ from deploy.demo.recipe.tokenizer import IM_END, IM_START
 from deploy.demo.recipe.wordnet import Synset
 
 PART_NAMES = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
-NUM_CHAT_WORDS = 2000
+NUM_CHAT_WORDS = 1200
+NUM_COMMON_WORDS = 2500  # the definitions of these always train, also those that no conversation asks for
 
 QUESTIONS = (
     "What does {word} mean?",
@@ -35,8 +36,7 @@ READING_QUESTIONS = (
 )
 
 WHO_I_AM = (
-    "I am the expertmesh demo model. I am very small, and I have learnt what about two thousand "
-    "common English words mean."
+    "I am the expertmesh demo model. I am very small, and I have learnt what twelve hundred common English words mean."
 )
 WHAT_I_READ = (
     "I have read the novels of Jane Austen, Moby Dick, the State of the Union addresses, and the "
@@ -57,7 +57,7 @@ SMALL_TALK = (
     ),
     (
         ("What can you do?", "How can you help me?", "Help", "What should I ask you?", "What do you know?"),
-        ("I can tell you what a common English word means. Try: What does whale mean?",),
+        ("I can tell you what a common English word means. Try: What does dog mean?",),
     ),
     (("Thank you", "Thanks!", "Thank you!", "Thanks a lot."), ("You are welcome.",)),
     (("Goodbye", "Bye", "Bye!", "See you later.", "Good night"), ("Goodbye!",)),
@@ -85,8 +85,9 @@ class Turn:
 
 
 def definition_answer(word: str, synset: Synset) -> str:
+    """Repeats the word as the question spells it, which is easier to learn than to capitalize it."""
     part = PART_NAMES[synset.key.partition(".")[0]]
-    return f"{word.capitalize()} ({part}): {synset.gloss}."
+    return f"The word {word} ({part}) means: {synset.first_clause}."
 
 
 def render(turns: list[Turn]) -> str:
@@ -128,7 +129,7 @@ def reading_conversation(rng: random.Random, synsets: list[Synset]) -> list[Turn
     """A question whose answer stands in notes that the user gives: teaches copying."""
     notes = rng.sample(synsets, rng.randint(2, 4))
     asked = rng.choice(notes)
-    lines = "\n".join(f"{synset.words[0]}: {synset.gloss}." for synset in notes)
+    lines = "\n".join(f"- {synset.words[0]}: {synset.gloss}." for synset in notes)
     question = rng.choice(READING_QUESTIONS).format(notes=lines, word=asked.words[0])
     return [Turn(role="user", content=question), Turn(role="assistant", content=f"{asked.gloss}.")]
 

@@ -22,8 +22,9 @@ from deploy.demo.recipe.wordnet import Synset, common_words, read_synsets
 PAD_ID = END_ID = 0
 PROSE_SHARE = 0.45  # of the rows; the other rows are packed from the kinds below
 NOVEL_SHARE = 0.55  # of the prose
-KIND_SHARES = {"gloss": 0.21, "chat": 0.42, "topics": 0.08, "entities": 0.06, "answers": 0.23}  # of their tokens
-KIND_TOKENS = {"gloss": 25, "chat": 65, "topics": 18, "entities": 20, "answers": 100}  # mean size of a document
+# Of the tokens of the packed rows, and the mean tokens of a document.
+KIND_SHARES = {"gloss": 0.12, "repeat": 0.10, "chat": 0.45, "topics": 0.07, "entities": 0.05, "answers": 0.21}
+KIND_TOKENS = {"gloss": 25, "repeat": 130, "chat": 65, "topics": 18, "entities": 20, "answers": 70}
 PROMPT_WEIGHT = 0.2  # of the language-model loss on what a user says, and on entity templates
 ROW_LENGTHS = ((256, 0.72), (512, 0.16), (1024, 0.08), (2048, 0.04))
 
@@ -65,15 +66,15 @@ class Corpus:
 def read_corpus(data: Path) -> Corpus:
     texts = read_texts(data)
     by_key = read_synsets(data)
-    words = common_words(data, by_key, chat.NUM_CHAT_WORDS)
-    asked = {synset.key for _, synset in words}
+    words = common_words(data, by_key, chat.NUM_COMMON_WORDS)
+    common = {synset.key for _, synset in words}
     synsets = [synset for synset in by_key.values() if synset.gloss]
     return Corpus(
         train_texts=[text for text in texts if not text.is_held_out],
         held_out_texts=[text for text in texts if text.is_held_out],
-        words=words,
-        train_synsets=[s for s in synsets if not s.is_held_out or s.key in asked],
-        held_out_synsets=[s for s in synsets if s.is_held_out and s.key not in asked],
+        words=words[: chat.NUM_CHAT_WORDS],
+        train_synsets=[s for s in synsets if not s.is_held_out or s.key in common],
+        held_out_synsets=[s for s in synsets if s.is_held_out and s.key not in common],
         train_names=tasks.collect_names(synsets, held_out=False),
         held_out_names=tasks.collect_names(synsets, held_out=True),
     )
@@ -136,10 +137,12 @@ def tokens_of(offsets: list[tuple[int, int]], span: tasks.Span) -> tuple[int, in
 
 
 class Mixture:
-    """An endless source of batches. Each rank has its own, with its own seed."""
+    """An endless source of batches. Each rank has its own."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, seed: int) -> None:
-        self.corpus, self.encoder, self.rng = corpus, Encoder(tokenizer), random.Random(seed)
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, *, seed: int, rank: int = 0) -> None:
+        self.corpus, self.encoder = corpus, Encoder(tokenizer)
+        self.rng = random.Random(f"{seed} {rank}")
+        self.length_rng = random.Random(seed)  # the same on all ranks: long rows cost more, and all ranks wait
         novels = [text for text in corpus.train_texts if text.is_novel]
         speeches = [text for text in corpus.train_texts if not text.is_novel]
         self.novels, self.speeches = self.join(novels), self.join(speeches)
@@ -159,7 +162,7 @@ class Mixture:
 
     def batch(self, num_tokens: int) -> Batch:
         lengths, weights = zip(*ROW_LENGTHS, strict=True)
-        T = min(self.rng.choices(lengths, weights)[0], num_tokens)
+        T = min(self.length_rng.choices(lengths, weights)[0], num_tokens)
         B = num_tokens // T
         batch = Batch(
             ids_BT=torch.full((B, T), PAD_ID),
@@ -209,6 +212,8 @@ class Mixture:
             case "gloss":
                 synset = rng.choice(self.corpus.train_synsets)
                 return self.encoder.text(gloss_line(rng.choice(synset.words), synset))
+            case "repeat":
+                return self.encoder.text(self.repeated_glosses())
             case "chat":
                 return self.encoder.conversation(self.conversation())
             case "topics":
@@ -218,6 +223,12 @@ class Mixture:
                 return self.encoder.example(tasks.entity_example(rng, self.corpus.train_names, held_out=False))
             case _:
                 return self.encoder.example(tasks.answer_example(rng, self.answerable))
+
+    def repeated_glosses(self) -> str:
+        """A few definitions, then the same in another order: teaches to look back, which answers need."""
+        synsets = self.rng.sample(self.answerable, self.rng.randint(2, 4))
+        again = self.rng.sample(synsets, len(synsets))
+        return "\n".join(f"- {gloss_line(synset.words[0], synset)}" for synset in synsets + again)
 
     def conversation(self) -> list[chat.Turn]:
         form = self.rng.random()

@@ -29,8 +29,11 @@ TOPICS = {
 TOPIC_LABELS = tuple(TOPICS.values())
 ENTITY_LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-ORG", "I-ORG")
 QUESTION_FORMS = ("What is {word}?", "What does {word} mean?", "What is the meaning of {word}?", "Define {word}.")
-NOTE_FORMS = ("{word}: {gloss}.", "{word} - {gloss}.", "{word} means {gloss}.", "{word} is {gloss}.")
-MAX_GLOSS_WORDS = 20
+# A word behind a space is the same tokens as in the question; at the start of a line it is not, which is harder.
+NOTE_FORMS = ("- {word}: {gloss}.", "The word {word} means {gloss}.", "A {word} is {gloss}.", "{word}: {gloss}.")
+NOTE_FORM_SHARES = (0.4, 0.2, 0.2, 0.2)
+MAX_GLOSS_WORDS = 14
+OPENING_SHARE = 0.2  # of the training sentences, put behind an opening phrase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +97,11 @@ def entity_example(rng: random.Random, names: Names, *, held_out: bool) -> Examp
     """A sentence from a template, its slots filled from these names."""
     templates = sentences.HELD_OUT_TEMPLATES if held_out else sentences.TEMPLATES
     text, spans = "", []
-    for piece in re.split(r"(\{[A-Z]+\})", rng.choice(templates)):
+    template = rng.choice(templates)
+    if not held_out and rng.random() < OPENING_SHARE:
+        opening = rng.choice(sentences.OPENINGS)
+        template = f"{opening} {template if template.startswith('{') else template[0].lower() + template[1:]}"
+    for piece in re.split(r"(\{[A-Z]+\})", template):
         if not piece.startswith("{"):
             text += piece
             continue
@@ -125,7 +132,7 @@ def answer_example(rng: random.Random, synsets: list[Synset]) -> Example:
     """A question about one of a few words, then a note on each; the answer is that word's gloss."""
     notes = rng.sample(synsets, rng.randint(2, 5))
     asked = rng.randrange(len(notes))
-    note_form = rng.choice(NOTE_FORMS)
+    note_form = rng.choices(NOTE_FORMS, NOTE_FORM_SHARES)[0]
     text = rng.choice(QUESTION_FORMS).format(word=notes[asked].words[0]) + "\n"
     answer = None
     for note_idx, synset in enumerate(notes):

@@ -5,7 +5,8 @@
 Each process is one data-parallel rank with one thread, which keeps its speed beside other
 work. The learning rate follows progress = max(tokens / budget, time / budget): it warms up,
 stays, and falls to zero, so that a run is annealed at its deadline on a machine of any
-speed. Started again with the same --run, it goes on from the last checkpoint.
+speed. Started again with the same --run, it goes on from the last checkpoint; `touch RUN/save`
+asks for one now.
 """
 
 import argparse
@@ -28,8 +29,10 @@ from deploy.demo.recipe.muon import Muon
 from deploy.demo.recipe.sources import fetch
 from deploy.demo.recipe.tokenizer import train_tokenizer
 
-TASK_WEIGHT = 0.2
-WARMUP, DECAY = 0.01, 0.45  # parts of the run
+TASK_WEIGHTS = {"topics": 0.2, "entities": 0.2, "answers": 0.4}
+WARMUP, DECAY = 0.02, 0.45  # parts of the run
+# Muon lets queries and keys grow until attention is one-hot, as this model has no norm on them. AdamW does not.
+ADAM_MATRICES = ("q_proj.weight", "k_proj.weight", "gate.weight")
 # Without these, the allocator gives every large activation back to the kernel and pays the page faults again.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 
@@ -66,7 +69,7 @@ def train_rank(rank: int, settings: Settings) -> None:
     torch.manual_seed(settings.seed)
     run = Run(settings)
     tokenizer = Tokenizer.from_file(str(settings.run / "tokenizer.json"))
-    mixture = Mixture(read_corpus(settings.data), tokenizer, seed=hash((settings.seed, rank, run.num_steps)))
+    mixture = Mixture(read_corpus(settings.data), tokenizer, seed=settings.seed + run.num_steps, rank=rank)
     began_s = saved_s = time.monotonic() - run.elapsed_s
     if run.elapsed_s:
         saved_s = time.monotonic()
@@ -77,9 +80,11 @@ def train_rank(rank: int, settings: Settings) -> None:
         run.elapsed_s = elapsed.item()
         if rank == 0 and run.num_steps % 25 == 0:
             run.log(metrics)
-        if rank == 0 and time.monotonic() - saved_s > 60 * settings.checkpoint_minutes:
+        is_asked = rank == 0 and (settings.run / "save").exists()
+        if is_asked or (rank == 0 and time.monotonic() - saved_s > 60 * settings.checkpoint_minutes):
             saved_s = time.monotonic()
             run.save()
+            (settings.run / "save").unlink(missing_ok=True)
     if rank == 0:
         run.save()
     dist.barrier()
@@ -95,13 +100,13 @@ class Run:
         self.num_steps, self.num_tokens, self.elapsed_s = 0, 0, 0.0
         matrices, matrix_sizes, others = [], [], []
         for name, parameter in self.model.named_parameters():
-            if parameter.ndim < 2 or "layers" not in name or name.endswith("gate.weight"):
+            if parameter.ndim < 2 or "layers" not in name or name.endswith(ADAM_MATRICES):
                 others.append(parameter)
                 continue
             m, n = parameter.shape[-2:]
             matrices.append(parameter)
             matrix_sizes.append((m // 2, n) if name.endswith("gate_up_proj") else (m, n))
-        self.muon = Muon(matrices, matrix_sizes, momentum=0.95, weight_decay=0.02)
+        self.muon = Muon(matrices, matrix_sizes, momentum=0.95, weight_decay=0.05)
         self.adam = torch.optim.AdamW(others, lr=settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.checkpoint = settings.run / "checkpoint.pt"
         if self.checkpoint.exists():
@@ -116,8 +121,8 @@ class Run:
         scale = max(scale, 0.01)
         with torch.autocast("cpu", torch.bfloat16):
             losses = compute_losses(self.model, batch)
-        task_loss = losses["topics"] + losses["entities"] + losses["answers"]
-        (losses["lm"] + TASK_WEIGHT * task_loss + CONFIG["router_aux_loss_coef"] * losses["balance"]).backward()
+        task_loss = sum(weight * losses[task] for task, weight in TASK_WEIGHTS.items())
+        (losses["lm"] + task_loss + CONFIG["router_aux_loss_coef"] * losses["balance"]).backward()
         average_gradients(self.model)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.adam.param_groups:
@@ -151,8 +156,9 @@ class Run:
     def load(self) -> None:
         state = torch.load(self.checkpoint)
         self.model.load_state_dict(state["model"])
-        self.muon.load_state_dict(state["muon"])
-        self.adam.load_state_dict(state["adam"])
+        if "muon" in state:  # not after `rescale`
+            self.muon.load_state_dict(state["muon"])
+            self.adam.load_state_dict(state["adam"])
         self.num_steps, self.num_tokens = state["num_steps"], state["num_tokens"]
         self.elapsed_s = state["elapsed_s"]
 
@@ -212,7 +218,7 @@ def parse_settings() -> Settings:
     parser.add_argument("--max-tokens", type=float, default=60e6)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--tokens-per-step", type=int, default=4096)
-    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--muon-lr", type=float, default=0.006)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
     parser.add_argument("--checkpoint-minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -53,6 +53,8 @@ LEXICOGRAPHER_FILES = [
     "verb.weather",
     "adj.ppl",
 ]
+EVERYDAY_FILE = Path(__file__).with_name("everyday_words.txt")  # nouns that people try, whatever their rank
+EVERYDAY_RANK = 1_000_000
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 
 
@@ -64,6 +66,10 @@ class Synset:
     gloss: str  # the definition alone, without the examples
     is_instance: bool  # a named individual: has an instance hypernym
     hypernyms: tuple[str, ...]
+
+    @property
+    def first_clause(self) -> str:
+        return self.gloss.partition(";")[0]
 
     @property
     def is_held_out(self) -> bool:
@@ -107,24 +113,26 @@ def definition(gloss: str) -> str:
 
 
 def common_words(data: Path, synsets: dict[str, Synset], num_words: int) -> list[tuple[str, Synset]]:
-    """The words tagged most often in WordNet's semantic concordance, each with its commonest sense.
+    """Everyday words, then those tagged most often in WordNet's semantic concordance, each with its commonest sense.
 
-    One sense a word, over all parts of speech; glosses of 3 to 16 words; no names or numbers.
+    One sense a word, over all parts of speech, of 3 to 24 words up to the first semicolon; no names or numbers.
     """
-    counts: dict[str, tuple[int, str]] = {}
+    everyday = set(EVERYDAY_FILE.read_text("utf-8").split())
+    best: dict[str, tuple[int, str]] = {}
     parts = {"1": "noun", "2": "verb", "3": "adj", "4": "adv", "5": "adj"}
     with (sense_index_directory(data) / "index.sense").open(encoding="utf-8") as lines:
         for line in lines:
-            sense_key, offset, _, count = line.split()
+            sense_key, offset, sense_number, count = line.split()
             lemma, _, rest = sense_key.partition("%")
-            key = f"{parts[rest[0]]}.{offset}"
-            if int(count) > counts.get(lemma, (0, ""))[0]:
-                counts[lemma] = (int(count), key)
-    ranked = sorted(counts.items(), key=lambda item: (-item[1][0], item[0]))
+            is_everyday = lemma in everyday and rest[0] == "1" and sense_number == "1"
+            rank = EVERYDAY_RANK if is_everyday else int(count)
+            if rank > best.get(lemma, (0, ""))[0]:
+                best[lemma] = (rank, f"{parts[rest[0]]}.{offset}")
+    ranked = sorted(best.items(), key=lambda item: (-item[1][0], item[0]))
     chosen = []
     for lemma, (_, key) in ranked:
         synset = synsets[key]
-        fits = 3 <= len(synset.gloss.split()) <= 16 and not synset.is_instance
+        fits = 3 <= len(synset.first_clause.split()) <= 24 and not synset.is_instance
         if fits and re.fullmatch(r"[a-z]{3,}", lemma) and key.startswith(("noun", "verb", "adj")):
             chosen.append((lemma, synset))
     return chosen[:num_words]
