@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from cluster.errors import MeshError
@@ -22,6 +22,7 @@ from cluster.view import Member
 log = logging.getLogger("expertmesh.fleet")
 T = TypeVar("T")
 FORGIVEN_S = 30.0
+FORGIVEN_TIMES = 2
 
 
 class ShardLost(MeshError):
@@ -60,14 +61,14 @@ class ShardStarter(Protocol):
 
 @dataclass(slots=True)
 class Shard:
-    """misses: pings in a row without an answer. blamed: when, and in which epoch, an exchange last failed over it
-    although it answers pings."""
+    """misses: pings in a row without an answer. blames: when exchanges failed over it, and it alone, although it
+    answers pings; by epoch."""
 
     member: Member
     handle: ShardHandle
     misses: int = 0
     silent_since: float = 0.0
-    blamed: tuple[float, int] | None = None
+    blames: dict[int, float] = field(default_factory=dict)
 
 
 class Fleet:
@@ -218,7 +219,8 @@ class Fleet:
         """Which members of an epoch are gone: shard id -> "dead", "silent" or "unreliable".
 
         A suspect that doesn't answer is; anybody else only when Ray says at once that it is dead (it may just be
-        busy). A suspect that does answer is forgiven once in half a minute."""
+        busy). A suspect that does answer is forgiven twice in half a minute, and always when others were suspected
+        with it: then the machine or the router is slow, and nothing would be better without them."""
         asked = [s for s in members if s in self.shards]
         states = await asyncio.gather(*(self._state(self.shards[s].handle, self._timeouts.ping_s) for s in asked))
         lost = {
@@ -231,9 +233,10 @@ class Fleet:
             shard = self.shards.get(shard_id)
             if shard is None or shard_id in lost:
                 continue
-            if shard.blamed is not None and shard.blamed[1] != epoch and now - shard.blamed[0] < FORGIVEN_S:
-                lost[shard_id] = "unreliable"
-            shard.blamed = (now, epoch)
+            if len(suspects) == 1:
+                shard.blames = {e: at for e, at in shard.blames.items() if now - at < FORGIVEN_S} | {epoch: now}
+                if len(shard.blames) > FORGIVEN_TIMES:
+                    lost[shard_id] = "unreliable"
         return lost
 
     async def sweep(self) -> dict[str, str]:
@@ -253,11 +256,15 @@ class Fleet:
                     shard.misses = 0
                     self.shards[shard_id] = self.silent.pop(shard_id)
                     self._changed()
-                elif state == "dead" or self._clock() - shard.silent_since > self._timeouts.rejoin_s:
+                elif state == "dead" or self._clock() - shard.silent_since > self._rejoin_s():
                     del self.silent[shard_id]
                     self._spawn(self._starter.kill(shard_id))
                     self._changed()
         return lost
+
+    def _rejoin_s(self) -> float:
+        """When nobody answers, everything is slow, and ending the shards would only make it worse."""
+        return self._timeouts.rejoin_s if self.shards else self._timeouts.patience_s
 
     def remove(self, shard_id: str, state: str) -> None:
         """No member any more. A silent one may come back for a while; any other is ended."""

@@ -179,6 +179,8 @@ class RemoteExchange:
                 failed_at = self._clock()
             failed_epoch = self._abandon(suspects, reason)
             self._connection = self._wait_newer(failed_epoch, give_up)
+            if set(suspects) & set(self._connection.view.shard_ids):  # not dead, only slow: wait longer next time
+                self._estimate.observe(self._clock() - receipt.started, len(receipt.x_TH))
             receipt.started = self._clock()
             self._send(receipt, receipt.topk_ids_TK.cpu().numpy())
 
