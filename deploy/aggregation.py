@@ -42,7 +42,7 @@ def entities(
 ) -> list[dict[str, Any]]:
     """The pipeline's answer for one window of the text; `outputs_TL` are the head's raw outputs, T tokens x L labels.
 
-    An entity's place has no white space at its ends, and its word is what stands there in the text."""
+    Entities of several tokens still begin with the space before a word; see `trimmed`."""
     scores_TL = _softmax(np.asarray(outputs_TL, dtype=np.float64))
     mine = [(i, token) for i, token in enumerate(tokens) if token.text_idx is not None]
     found: list[dict[str, Any]]
@@ -81,6 +81,12 @@ def longest_of_overlapping(found: Sequence[dict[str, Any]]) -> list[dict[str, An
         elif _rank(entity) > _rank(kept[-1]):
             kept[-1] = entity
     return kept
+
+
+def trimmed(text: str, entity: Mapping[str, Any]) -> dict[str, Any]:
+    """The entity without white space at its ends; its word is what stands there in the text."""
+    start, end = trim(text, entity["start"], entity["end"])
+    return {**entity, "word": text[start:end], "start": start, "end": end}
 
 
 def _rank(entity: Mapping[str, Any]) -> tuple[int, float]:
@@ -133,7 +139,7 @@ def _read_label(label: str) -> tuple[bool, str]:
 
 
 def _entity(text: str, group: Sequence[Tagged]) -> dict[str, Any]:
-    start, end = trim(text, group[0].start, group[-1].end)
+    start, end = group[0].start, group[-1].end
     return {
         "entity_group": group[0].label.split("-", 1)[-1],
         "score": float(np.mean([one.score for one in group])),

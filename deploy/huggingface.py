@@ -102,7 +102,10 @@ async def token_classification(service: Service, body: HuggingFaceBody, name: st
                 aggregation.entities(text, part, rows, model.id2label, strategy, ignored)
                 for part, rows in zip(parts, batch, strict=True)
             ]
-            return found[0] if len(found) == 1 else aggregation.longest_of_overlapping([*itertools.chain(*found)])
+            if strategy == "none":
+                return found[0]
+            whole = found[0] if len(found) == 1 else aggregation.longest_of_overlapping([*itertools.chain(*found)])
+            return [aggregation.trimmed(text, entity) for entity in whole]
 
         return await service.run(aggregate, len(text))
 

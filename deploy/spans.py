@@ -41,7 +41,7 @@ def answers(
         for text, answer in of_window.items():
             if text not in found or answer["score"] > found[text]["score"]:
                 found[text] = answer
-    ranked = list(found.values())
+    ranked = [answer for answer in found.values() if not answer["answer"].isspace()] or list(found.values())
     if options.handle_impossible_answer:
         ranked.append({"score": null_score, "start": 0, "end": 0, "answer": ""})
     return sorted(ranked, key=lambda answer: -float(answer["score"]))[: options.top_k]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import struct
 import urllib.error
 import urllib.request
@@ -17,7 +16,7 @@ import torch
 
 from deploy.settings import Settings
 from tests.deploy.fakes import RunningApi, running_api
-from tests.deploy.tiny_heads import TAGS, TOPICS, HeadRouter, TinyHeads, write_tiny_heads
+from tests.deploy.tiny_heads import TAGS, TOPICS, HeadRouter, TinyHeads, likelihood, write_tiny_heads
 
 TEXTS = [
     "the whale",
@@ -163,13 +162,6 @@ def test_a_causal_model_classifies_by_the_likelihood_of_labels(api: RunningApi, 
     assert post(api, "/classify", input="x", labels=["a"], label_template="no place")[0] == 400
     status, error = post(api, "/classify", model="topics", input="x", labels=["a", "b"])
     assert status == 400 and "classification by `labels`" in error["message"]
-
-
-def likelihood(heads: TinyHeads, ids: list[int], ending: str) -> float:
-    tail = ids_of(heads, ending)
-    with torch.no_grad():
-        logits = heads.oracles["tiny"](torch.tensor([ids + tail])).logits[0].log_softmax(-1)
-    return math.fsum(float(logits[len(ids) - 1 + i, token]) for i, token in enumerate(tail))
 
 
 def test_a_model_of_another_task_is_refused_with_where_to_go(api: RunningApi) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,14 @@ def write_nfc_tokenizer(path: Path) -> None:
     tokenizer.save(str(path / "tokenizer.json"))
     config = json.loads((path / "tokenizer_config.json").read_text())
     (path / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": 96}))
+
+
+def likelihood(heads: TinyHeads, ids: list[int], ending: str) -> float:
+    """log P(ending | ids)."""
+    tail = heads.tokenizer(ending)["input_ids"]
+    with torch.no_grad():
+        logits = heads.oracles["tiny"](torch.tensor([ids + tail])).logits[0].log_softmax(-1)
+    return math.fsum(float(logits[len(ids) - 1 + i, token]) for i, token in enumerate(tail))
 
 
 class HeadRouter:
