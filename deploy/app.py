@@ -188,6 +188,7 @@ def bind(settings: Settings) -> serve.Application:
         ray_actor_options={
             "num_cpus": settings.mesh.router_cpus,
             "num_gpus": settings.mesh.router_gpus,
+            "resources": settings.mesh.router_resources,
             "runtime_env": {"env_vars": worker_environment(settings.engine.threads)},
         },
     )(RouterReplica)
@@ -197,7 +198,7 @@ def bind(settings: Settings) -> serve.Application:
         max_ongoing_requests=4 * settings.limits.max_queue,  # our own limits answer first, with a reason
         health_check_period_s=5,
         graceful_shutdown_timeout_s=5,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": settings.server.ingress_cpus},
     )(serve.ingress()(IngressReplica))
     application: serve.Application = ingress.bind(dumped, router.bind(dumped))
     return application

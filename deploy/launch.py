@@ -131,7 +131,8 @@ def _cpus_wanted(settings: Settings) -> int:
 
 def _custom_resources(settings: Settings) -> dict[str, float]:
     count = 4 * (settings.mesh.shards + settings.mesh.spares + 1)
-    return {name: amount * count for name, amount in settings.mesh.shard_resources.items()}
+    routers = {name: amount * 2 * settings.mesh.routers for name, amount in settings.mesh.router_resources.items()}
+    return routers | {name: amount * count for name, amount in settings.mesh.shard_resources.items()}
 
 
 @contextlib.contextmanager

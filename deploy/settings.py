@@ -52,6 +52,7 @@ class ServerSettings(Section):
     api_key_file: str | None = None  # further keys, one a line; "#" begins a comment
     allowed_origins: tuple[str, ...] = ()  # browsers' origins that may call (CORS)
     num_ingresses: int = Field(default=1, ge=1)
+    ingress_cpus: float = Field(default=0.0, ge=0)
 
     @field_validator("api_keys")
     @classmethod
@@ -111,6 +112,7 @@ class MeshSettings(Section):
     shard_resources: dict[str, float] = {}  # custom Ray resources that each shard asks for
     router_cpus: float = Field(default=1.0, ge=0)
     router_gpus: float = Field(default=0.0, ge=0)
+    router_resources: dict[str, float] = {}  # custom Ray resources that each router asks for
     token: str | None = None  # shared secret of the links; None: a random one at start
     connect_timeout_s: float = Field(default=5.0, gt=0)
     step_timeout_s: float = Field(default=30.0, gt=0)  # upper bound; the deadline of a step adapts below it
