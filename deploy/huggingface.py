@@ -7,6 +7,7 @@ list get a list of answers. A text is one request at the routers, or one for eac
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field
@@ -16,7 +17,7 @@ from deploy.errors import ContextTooLong, InvalidRequest
 from deploy.label_likelihood import label_log_likelihoods
 from deploy.openai_requests import RequestBody, parse
 from deploy.placed_tokens import PlacedToken, num_windows, place_tokens, split, windows
-from deploy.pooling import activate, activation_of, all_of, check_ids, encode, run_head
+from deploy.pooling import Rows, activate, activation_of, check_ids, encode, run_head
 from deploy.served_model import ServedModel
 from deploy.service import Service
 
@@ -47,7 +48,7 @@ class TokenClassificationParameters(RequestBody):
 class QuestionAnsweringParameters(RequestBody):
     """The defaults of transformers' pipeline. `doc_stride` is how many context tokens two windows share."""
 
-    top_k: int | None = Field(default=None, ge=1)
+    top_k: int | None = Field(default=None, ge=1, le=1000)
     doc_stride: int | None = Field(default=None, ge=0)
     max_answer_len: int | None = Field(default=None, ge=1)
     max_seq_len: int | None = Field(default=None, ge=1)
@@ -92,25 +93,26 @@ async def token_classification(service: Service, body: HuggingFaceBody, name: st
     texts = _texts(body.inputs)
     prompts = await _read(service, [(text, None) for text in texts], model, check=parameters.stride is None)
 
-    async def tag(text: str, tokens: list[PlacedToken]) -> list[dict[str, Any]]:
-        parts = [tokens] if parameters.stride is None else _parts(service, tokens, 0, size, parameters.stride, "stride")
-        batch = await run_head(service, model, [_ids(part) for part in parts], head=model.names[0], tokens="all")
-        ignored = parameters.ignore_labels if parameters.ignore_labels is not None else ["O"]
+    ignored = parameters.ignore_labels if parameters.ignore_labels is not None else ["O"]
+    if parameters.stride is None:
+        parts = [[tokens] for tokens in prompts]
+    else:
+        parts = [_parts(service, tokens, 0, size, parameters.stride, "stride") for tokens in prompts]
+    batch = await _run_parts(service, model, parts)
 
-        def aggregate() -> list[dict[str, Any]]:
-            found = [
-                aggregation.entities(text, part, rows, model.id2label, strategy, ignored)
-                for part, rows in zip(parts, batch, strict=True)
-            ]
-            if strategy == "none":
-                return found[0]
-            whole = found[0] if len(found) == 1 else aggregation.longest_of_overlapping([*itertools.chain(*found)])
-            return [aggregation.trimmed(text, entity) for entity in whole]
+    def aggregate(text: str, windows: Sequence[tuple[list[PlacedToken], Rows]]) -> list[dict[str, Any]]:
+        found = [
+            aggregation.entities(text, tokens, rows, model.id2label, strategy, ignored) for tokens, rows in windows
+        ]
+        if strategy == "none":
+            return found[0]
+        whole = found[0] if len(found) == 1 else aggregation.longest_of_overlapping([*itertools.chain(*found)])
+        return [aggregation.trimmed(text, entity) for entity in whole]
 
-        return await service.run(aggregate, len(text))
-
-    found = await all_of([tag(*one) for one in zip(texts, prompts, strict=True)])
-    return found if isinstance(body.inputs, list) else found[0]
+    answers = await service.run(
+        lambda: [aggregate(*one) for one in zip(texts, batch, strict=True)], sum(len(text) for text in texts)
+    )
+    return answers if isinstance(body.inputs, list) else answers[0]
 
 
 async def question_answering(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
@@ -120,8 +122,21 @@ async def question_answering(service: Service, body: HuggingFaceBody, name: str 
     pairs = [_question(one) for one in (body.inputs if isinstance(body.inputs, list) else [body.inputs])]
     if not pairs:
         raise InvalidRequest("inputs: send at least one question with its context", param="inputs")
-    found = await all_of([_answer(service, model, parameters, *pair) for pair in pairs])
-    shown = [one if (parameters.top_k or 1) > 1 else one[0] for one in found]
+    prompts = await _read(service, list(pairs), model, check=False)
+    parts = [_question_parts(service, model, parameters, tokens) for tokens in prompts]
+    batch = await _run_parts(service, model, parts)
+    top_k = parameters.top_k or 1
+    options = spans.SpanOptions(
+        top_k=top_k,
+        max_answer_len=parameters.max_answer_len or 15,
+        align_to_words=parameters.align_to_words is not False,
+        handle_impossible_answer=bool(parameters.handle_impossible_answer),
+    )
+    found = await service.run(
+        lambda: [spans.answers(context, windows, options) for (_, context), windows in zip(pairs, batch, strict=True)],
+        sum(len(context) for _, context in pairs),
+    )
+    shown = [one if top_k > 1 else one[0] for one in found]
     return shown if isinstance(body.inputs, list) else shown[0]
 
 
@@ -152,36 +167,35 @@ async def zero_shot_classification(service: Service, body: HuggingFaceBody, name
     return answers if isinstance(body.inputs, list) else answers[0]
 
 
-async def _answer(
-    service: Service, model: ServedModel, parameters: QuestionAnsweringParameters, question: str, context: str
-) -> list[dict[str, Any]]:
-    [tokens] = await _read(service, [(question, context)], model, check=False)
+def _question_parts(
+    service: Service, model: ServedModel, parameters: QuestionAnsweringParameters, tokens: list[PlacedToken]
+) -> list[list[PlacedToken]]:
+    """The question with each window of the context. Raises InvalidRequest."""
     first, _ = split(tokens, 1)
     if first == len(tokens):
         raise InvalidRequest("inputs.context: there is no text to find an answer in", param="inputs.context")
-    max_question_len = parameters.max_question_len or 64
-    kept = sum(token.text_idx == 0 for token in tokens[:first]) - max_question_len
-    if kept > 0:  # the question's end goes, as a tokenizer's truncation takes it
-        last = 1 + max(i for i, token in enumerate(tokens[:first]) if token.text_idx == 0)
-        tokens = tokens[: last - kept] + tokens[last:]
+    question = [i for i, token in enumerate(tokens[:first]) if token.text_idx == 0]
+    cut = set(question[parameters.max_question_len or 64 :])  # its end goes, as a tokenizer's truncation takes it
+    tokens = [token for i, token in enumerate(tokens) if i not in cut]
     first, last = split(tokens, 1)
     max_seq_len = min(parameters.max_seq_len or 384, _window_size(model))
     size = max_seq_len - (len(tokens) - (last - first))
     if last - first <= size:
-        parts = [tokens]
-    else:
-        usual = min(max_seq_len // 2, 128)
-        doc_stride = parameters.doc_stride if parameters.doc_stride is not None else min(usual, max(size // 2, 0))
-        parts = _parts(service, tokens, 1, max_seq_len, doc_stride, "doc_stride")
-    batch = await run_head(service, model, [_ids(part) for part in parts], head=model.names[0], tokens="all")
-    options = spans.SpanOptions(
-        top_k=parameters.top_k or 1,
-        max_answer_len=parameters.max_answer_len or 15,
-        align_to_words=parameters.align_to_words is not False,
-        handle_impossible_answer=bool(parameters.handle_impossible_answer),
-    )
-    pairs = list(zip(parts, batch, strict=True))
-    return await service.run(lambda: spans.answers(context, pairs, options), len(context))
+        return [tokens]
+    usual = min(max_seq_len // 2, 128, max(size // 2, 0))
+    doc_stride = parameters.doc_stride if parameters.doc_stride is not None else usual
+    return _parts(service, tokens, 1, max_seq_len, doc_stride, "doc_stride")
+
+
+async def _run_parts(
+    service: Service, model: ServedModel, parts: Sequence[Sequence[list[PlacedToken]]]
+) -> list[list[tuple[list[PlacedToken], Rows]]]:
+    """Each text's windows with the head's outputs for their tokens. Raises InvalidRequest for too many."""
+    if (num := sum(map(len, parts))) > (most := service.settings.limits.max_prompts):
+        raise ContextTooLong(f"inputs: {num} windows are more than this server's {most} in one request", param="inputs")
+    flat = [_ids(window) for windows in parts for window in windows]
+    batch = iter(await run_head(service, model, flat, head=model.names[0], tokens="all"))
+    return [[(window, next(batch)) for window in windows] for windows in parts]
 
 
 def _parts(

@@ -124,7 +124,7 @@ class ModelList:
                 return model
             raise InvalidRequest(
                 f"{model.names[0]!r} is a {model.task.name} model and not for {doing}; "
-                f"it is served at POST {' and '.join(model.task.endpoints)}",
+                f"it is served at POST {', '.join(model.task.endpoints)}",
                 param="model",
                 code="wrong_task",
             )
