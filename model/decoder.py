@@ -12,7 +12,7 @@ from model.forward_batch import ForwardBatch
 from model.kernels import Kernels
 from model.kv_cache import KVCache
 from model.layers import MLP, Rope, rms_norm
-from model.linear import DenseWeight, Int8Weight
+from model.linear import Embedding
 from model.moe import Exchange, MoeBlock
 
 
@@ -30,8 +30,8 @@ class Decoder:
     """Built by `load_decoder`. Holds no state between steps; the KV cache comes in with each."""
 
     config: ModelConfig
-    embedding: DenseWeight | Int8Weight
-    """[V, H]. A tied LM head is made of it."""
+    embedding: Embedding
+    """[V, H]. A tied LM head is the same weight."""
     layers: tuple[DecoderLayer, ...]
     norm_H: Tensor
     rope: Rope

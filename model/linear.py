@@ -38,6 +38,13 @@ class Weight(Protocol):
         """The matrix as float32 [N, K]."""
 
 
+class Embedding(Weight, Protocol):
+    """A weight whose rows can be looked up."""
+
+    def rows(self, ids_T: Tensor) -> Tensor:
+        """Rows of the matrix, float32 [T, K]."""
+
+
 def linear(x_TK: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias: float32 [T, K] -> float32 [T, N]."""
     return weight.multiply(x_TK, bias)
@@ -115,7 +122,7 @@ class Int4Weight:
     values: Tensor
     """uint8 [N, ceil(K / 2)]: input 2j in the low nibble of byte j."""
     scales: Tensor
-    """float32 [N, groups]."""
+    """float16 [N, groups]."""
     zeros: Tensor
     """uint8 [N, groups]."""
     group_size: int
@@ -138,7 +145,7 @@ class Int4Weight:
     def dequantize(self) -> Tensor:
         num_outputs, num_inputs = self.shape
         nibbles = torch.stack([self.values & 15, self.values >> 4], dim=2).view(num_outputs, -1)[:, :num_inputs]
-        scales = self.scales.repeat_interleave(self.group_size, dim=1)[:, :num_inputs]
+        scales = self.scales.float().repeat_interleave(self.group_size, dim=1)[:, :num_inputs]
         zeros = self.zeros.repeat_interleave(self.group_size, dim=1)[:, :num_inputs]
         matrix = (nibbles.float() - zeros) * scales
         if self.input_order is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from model.gate import Gate
 from model.heads import Head
 from model.kernels import REFERENCE_KERNELS, Kernels
 from model.layers import MLP, Rope
-from model.linear import DenseWeight, Int4Weight, Int8Weight, Weight
+from model.linear import DenseWeight, Embedding, Int4Weight, Weight
 from model.moe import MoeBlock
 from model.quantize import concatenate_int4, from_gptq, quantize_int4, quantize_int8
 
@@ -83,7 +84,7 @@ def load_head(
     decoder: Decoder | None = None,
     kernels: Kernels = REFERENCE_KERNELS,
 ) -> Head:
-    """The head that `config.head_kind` names. A tied LM head is made of the decoder's embedding where one is given.
+    """The head that `config.head_kind` names. A tied LM head is the decoder's embedding where one is given.
 
     Raises ValueError as `Checkpoint` does, and for a base model, which has no head.
     """
@@ -95,7 +96,7 @@ def load_head(
     read = _Reader(checkpoint, config, quantization, device, kernels)
     if kind == "causal_lm":
         if config.tie_word_embeddings:
-            weight = kernels.pack_weight(read.embedding() if decoder is None else decoder.embedding)
+            weight: Weight = read.embedding() if decoder is None else decoder.embedding
         else:
             weight = read.quantized(read.matrix("lm_head.weight", (config.vocab_size, hidden), base=False))
         return Head(kind=kind, weight=weight, bias=None)
@@ -134,9 +135,12 @@ class _Reader:
         """Norms and biases: float32, since they meet float32 activations elementwise."""
         return self.checkpoint.float_tensor(self._name(name, base), (length,), None).float().to(self.device)
 
-    def embedding(self) -> DenseWeight | Int8Weight:
+    def embedding(self) -> Embedding:
+        """Packed where it is the LM head too, so that there is one copy for both."""
         table = self.matrix("embed_tokens.weight", (self.config.vocab_size, self.config.hidden_size))
-        return DenseWeight(table) if self.quantization is None else quantize_int8(table)
+        weight = DenseWeight(table) if self.quantization is None else quantize_int8(table)
+        is_head = self.config.tie_word_embeddings and self.config.head_kind == "causal_lm"
+        return cast(Embedding, self.kernels.pack_weight(weight)) if is_head else weight
 
     def dense(self, name: str, shape: tuple[int, int], *, base: bool = True) -> Weight:
         """A matrix that is never quantized: gates and small heads."""

@@ -10,6 +10,7 @@ from model.linear import Int4Weight, Int8Weight
 INT4_GROUP_SIZE = 64
 # Rows are quantized in blocks of about this many numbers, so that the float32 copies stay small.
 _BLOCK_ELEMENTS = 1 << 20
+_FLOAT16 = torch.finfo(torch.float16)
 
 
 def quantize_int8(matrix_NK: Tensor) -> Int8Weight:
@@ -26,6 +27,8 @@ def quantize_int8(matrix_NK: Tensor) -> Int8Weight:
 def quantize_int4(matrix_NK: Tensor, group_size: int = INT4_GROUP_SIZE) -> Int4Weight:
     """Asymmetric, 16 steps from the least to the greatest weight of each group of inputs (or to 0).
 
+    Scales are rounded to float16 first, as GPTQ stores them: with groups of 64, float32 would be a tenth of the bytes.
+
     group_size is a multiple of 4; the last group may be shorter.
     """
     num_outputs, num_inputs = matrix_NK.shape
@@ -33,17 +36,17 @@ def quantize_int4(matrix_NK: Tensor, group_size: int = INT4_GROUP_SIZE) -> Int4W
         raise ValueError(f"group_size {group_size} must be a positive multiple of 4: use 32, 64 or 128")
     num_groups = -(-num_inputs // group_size)
     values = torch.empty(num_outputs, -(-num_inputs // 2), dtype=torch.uint8, device=matrix_NK.device)
-    scales = torch.empty(num_outputs, num_groups, device=matrix_NK.device)
+    scales = torch.empty(num_outputs, num_groups, dtype=torch.float16, device=matrix_NK.device)
     zeros = torch.empty(num_outputs, num_groups, dtype=torch.uint8, device=matrix_NK.device)
     for rows in _row_blocks(matrix_NK):
         block = matrix_NK[rows].float()
         padded = torch.nn.functional.pad(block, (0, num_groups * group_size - num_inputs))
         groups = padded.view(len(block), num_groups, group_size)
         low, high = groups.amin(dim=2).clamp_max_(0), groups.amax(dim=2).clamp_min_(0)
-        scale = ((high - low) / 15).clamp_min_(1e-30)
+        scale = ((high - low) / 15).clamp_(_FLOAT16.smallest_normal, _FLOAT16.max).half().float()
         zero = (-low / scale).round_().clamp_(0, 15)
         nibbles = (groups / scale[..., None] + zero[..., None]).round_().clamp_(0, 15).to(torch.uint8)
-        scales[rows], zeros[rows] = scale, zero.to(torch.uint8)
+        scales[rows], zeros[rows] = scale.half(), zero.to(torch.uint8)
         values[rows] = _two_to_a_byte(nibbles.flatten(1)[:, :num_inputs])
     return Int4Weight(shape=(num_outputs, num_inputs), values=values, scales=scales, zeros=zeros, group_size=group_size)
 
@@ -73,7 +76,7 @@ def from_gptq(
     return Int4Weight(
         shape=(num_outputs, num_inputs),
         values=_two_to_a_byte(nibbles_KN.T),
-        scales=scales.T.float().contiguous(),
+        scales=scales.T.half().contiguous(),
         zeros=zeros.contiguous(),
         group_size=group_size,
         input_order=input_order,

@@ -210,7 +210,7 @@ INLINE void integer_tile(const struct tile *t, int format, const int R, const in
 #pragma GCC unroll 8
             for (int c = 0; c < 2 * C; c++) {
                 long at = ((long)(first_panel + c / 2) * num_groups + b) * PANEL + 16 * (c % 2) + strip;
-                vec scale = format == INT4 ? load(w->scales + at) : broadcast(1.0f);
+                vec scale = format == INT4 ? load_f16((const uint16_t *)w->scales + at) : broadcast(1.0f);
                 vec zero = format == INT4 ? load_u8_as_float(w->zeros + at) : broadcast(0.0f);
 #pragma GCC unroll 12
                 for (int r = 0; r < R; r++) {
@@ -225,7 +225,7 @@ INLINE void integer_tile(const struct tile *t, int format, const int R, const in
         }
         if (format == INT8)
             for (int i = 0; i < R * 2 * C; i++)
-                totals[i] *= load(w->scales + t->first_output + 16 * (i % (2 * C)) + strip);
+                totals[i] *= load((const float *)w->scales + t->first_output + 16 * (i % (2 * C)) + strip);
         store_tile(t, strip, totals, C);
     }
 }

@@ -16,6 +16,7 @@
  *
  * INT8: weight = scales[output] * (byte - 128).
  * INT4: weight = scales[panel][group][32] * (nibble - zeros[panel][group][32]), groups of `block_size` inputs.
+ * Scales are float32 for INT8, float16 for INT4, which has many.
  * Inputs of INT8 and INT4 are quantized to 8 bits with one scale for each row and each `block_size` inputs.
  * input_order, if any: packed input k is input input_order[k] of the layer (GPTQ's act-order).
  */
@@ -24,7 +25,7 @@ enum { PANEL = 32 };
 
 struct weight {
     const void *data;
-    const float *scales;
+    const void *scales;
     const uint8_t *zeros;
     const int32_t *input_order;
     int32_t format;

@@ -25,7 +25,7 @@ class PackedWeight:
     panels: Tensor
     """float32, bfloat16 or float16 [panels, K, 32]; uint8 [panels, K / 4, 128] (int8) or [panels, K / 4, 64] (int4)."""
     scales: Tensor | None = None
-    """float32 [32 panels] (int8) or [panels, groups, 32] (int4)."""
+    """float32 [32 panels] (int8) or float16 [panels, groups, 32] (int4)."""
     zeros: Tensor | None = None
     """uint8 [panels, groups, 32] (int4)."""
     input_order: Tensor | None = None
@@ -68,6 +68,20 @@ class PackedWeight:
         )
         return y_TN
 
+    def rows(self, ids_T: Tensor) -> Tensor:
+        """Rows of the matrix, float32 [T, K]: the lookup of an embedding that is the LM head too. Not for int4."""
+        panels_T, outputs_T = ids_T // PANEL, ids_T % PANEL
+        num_inputs = self.shape[1]
+        if self.format == "bfloat16":
+            pairs = self.panels.view(len(self.panels), num_inputs, 16, 2)
+            return pairs[panels_T, :, outputs_T % 16, outputs_T // 16].float()
+        if self.format == "int8":
+            assert self.scales is not None
+            quads_TQ4 = self.panels.view(len(self.panels), -1, PANEL, 4)[panels_T, :, outputs_T]
+            return (quads_TQ4.flatten(1)[:, :num_inputs].float() - 128) * self.scales[ids_T, None]
+        assert self.format in ("float32", "float16")
+        return self.panels[panels_T, :, outputs_T].float()
+
     def dequantize(self) -> Tensor:
         num_outputs, num_inputs = self.shape
         num_panels = len(self.panels)
@@ -87,7 +101,7 @@ class PackedWeight:
         elif self.format == "int4":
             assert self.scales is not None and self.zeros is not None
             scales, zeros = (
-                t.transpose(1, 2).reshape(num_panels * PANEL, -1).repeat_interleave(self.block_size, dim=1)
+                t.float().transpose(1, 2).reshape(num_panels * PANEL, -1).repeat_interleave(self.block_size, dim=1)
                 for t in (self.scales, self.zeros)
             )
             matrix = (matrix - zeros[:, :num_inputs]) * scales[:, :num_inputs]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
-from model.linear import DenseWeight
+from model.kernels import REFERENCE_KERNELS, Kernels
 from model.load import load_decoder, load_expert, load_head
 
 EXPERT_BYTES = 3 * 16 * 32 * 4  # gate, up and down of the tiny config in float32
@@ -42,9 +42,14 @@ def test_the_parts_together_read_each_tensor_once(tiny: Any, tmp_path: Path) -> 
     assert engine.checkpoint.bytes_read == sum(t.nbytes for t in load_file(tmp_path / "model.safetensors").values())
 
 
-def test_a_tied_head_shares_the_embedding(tiny: Any, tmp_path: Path) -> None:
-    _, engine = tiny.make(tmp_path, tie_word_embeddings=True)
-    assert isinstance(engine.head.weight, DenseWeight)
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_a_tied_head_is_the_embedding(
+    quantization: str | None, native: bool, fast_kernels: Kernels, tiny: Any, tmp_path: Path
+) -> None:
+    tiny.make(tmp_path, tie_word_embeddings=True)
+    kernels = fast_kernels if native else REFERENCE_KERNELS
+    engine = tiny.engine(tmp_path, quantization=quantization, kernels=kernels)
     assert engine.head.weight is engine.decoder.embedding
 
 

@@ -48,7 +48,7 @@ def test_bytes_are_those_of_the_storage() -> None:
     assert weights["float32"].num_bytes == 64 * 96 * 4
     assert weights["bfloat16"].num_bytes == 64 * 96 * 2
     assert weights["int8"].num_bytes == 64 * 96 + 64 * 4
-    assert weights["int4"].num_bytes == 64 * 96 // 2 + 64 * 3 * (4 + 1)
+    assert weights["int4"].num_bytes == 64 * 96 // 2 + 64 * 3 * (2 + 1)
 
 
 def test_an_embedding_looks_up_rows_in_any_storage() -> None:

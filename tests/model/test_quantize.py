@@ -26,9 +26,10 @@ def test_int8_is_off_by_at_most_half_a_step_of_its_row(n: int, k: int, dtype: to
 def test_int4_is_off_by_at_most_one_step_of_its_group(n: int, k: int, group_size: int, seed: int) -> None:
     matrix = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
     weight = quantize_int4(matrix, group_size)
-    steps = weight.scales.repeat_interleave(group_size, dim=1)[:, :k]
-    # Half a step of rounding, and as much again at the ends because the zero point is rounded to a step.
-    assert ((weight.dequantize() - matrix).abs() <= steps * 1.0001).all()
+    steps = weight.scales.repeat_interleave(group_size, dim=1)[:, :k].float()
+    # Half a step of rounding, and as much again at the ends because the zero point is rounded to a step, a little more
+    # because the scale is rounded to float16.
+    assert ((weight.dequantize() - matrix).abs() <= steps * 1.01).all()
 
 
 def test_rows_and_groups_of_zeros_stay_zeros() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model.linear import DenseWeight, Int4Weight, Weight, linear
 from model.native.kernels import NativeKernels
+from model.native.packed_weight import PackedWeight
 from model.quantize import quantize_int4, quantize_int8
 
 SHAPES = [(1, 8), (32, 16), (33, 20), (96, 64), (130, 257), (200, 130), (7, 384)]
@@ -55,6 +56,16 @@ def test_packing_keeps_every_weight(native: NativeKernels, storage: str, shape: 
     packed = native.pack_weight(weight)
     assert packed is not weight and packed.shape == shape
     assert torch.equal(packed.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16", "int8"])
+def test_a_packed_embedding_looks_up_its_rows(native: NativeKernels, storage: str, shape: tuple[int, int]) -> None:
+    weight = _weight(storage, *shape)
+    packed = native.pack_weight(weight)
+    ids_T = torch.randint(0, shape[0], (9,))
+    assert isinstance(packed, PackedWeight)
+    assert torch.equal(packed.rows(ids_T), weight.dequantize()[ids_T])
 
 
 def test_packing_takes_no_more_memory_when_panels_are_full(native: NativeKernels) -> None:
