@@ -10,32 +10,34 @@ from actors.scheduler import Scheduled
 class Pace:
     """Keeps prefill chunks small enough that decodes running beside them are not held up.
 
-    A step with decodes may take about `stretch` times an ordinary decode step; what a prompt token costs is measured.
+    A step that carries both may take about `stretch` times a step with the same decodes alone. What a prompt token
+    costs depends on too much to be modelled (the chunk's own length, the context before it, which experts it wakes),
+    so the chunk follows the durations seen: shorter at once when steps were too long, longer in small moves.
     """
 
-    stretch = 2.0
+    stretch = 2.2
     smallest_chunk = 16
+    first_chunk = 64
 
     def __init__(self) -> None:
-        self._decode_step_s: float | None = None
-        self._prompt_token_s: float | None = None
+        self._decode_step_s: dict[int, float] = {}  # by the bit length of the number of decodes
+        self._chunk = float(self.first_chunk)
 
-    def prefill_budget(self) -> int | None:
-        """Prompt tokens to allow beside running decodes; None while nothing is known."""
-        if self._decode_step_s is None or self._prompt_token_s is None:
-            return None
-        spare_s = (self.stretch - 1) * self._decode_step_s
-        return max(self.smallest_chunk, int(spare_s / max(self._prompt_token_s, 1e-9)))
+    def prefill_budget(self) -> int:
+        """Prompt tokens to allow beside running decodes."""
+        return int(self._chunk)
 
     def observe(self, work: Sequence[Scheduled], duration_s: float) -> None:
         num_decodes = sum(item.end - item.begin == 1 for item in work)
         num_prompt = sum(item.end - item.begin for item in work) - num_decodes
+        size = num_decodes.bit_length()
         if num_prompt == 0:
-            self._decode_step_s = _smoothed(self._decode_step_s, duration_s)
-        elif num_prompt >= self.smallest_chunk:
-            own_s = duration_s - (self._decode_step_s or 0.0) * bool(num_decodes)
-            self._prompt_token_s = _smoothed(self._prompt_token_s, max(own_s, 0.0) / num_prompt)
-
-
-def _smoothed(old: float | None, new: float) -> float:
-    return new if old is None else 0.9 * old + 0.1 * new
+            old = self._decode_step_s.get(size, duration_s)
+            # One step that the machine held up says little.
+            self._decode_step_s[size] = 0.9 * old + 0.1 * min(duration_s, 2 * old)
+        elif num_decodes and self._decode_step_s:
+            nearest = min(self._decode_step_s, key=lambda known: abs(known - size))
+            change = self.stretch * self._decode_step_s[nearest] / duration_s
+            is_whole = num_prompt >= 0.8 * int(self._chunk)  # a prompt's rest says nothing about longer chunks
+            self._chunk *= min(max(change, 0.5), 1.1 if is_whole else 1.0)
+            self._chunk = max(self._chunk, float(self.smallest_chunk))
