@@ -66,7 +66,7 @@ class ZeroShotParameters(RequestBody):
 async def text_classification(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
     """One list of {"label", "score"} for each text, the best first."""
     model = service.models.find_for(("sequence_classification",), name, "text classification")
-    parameters = _parameters(body, TextClassificationParameters)
+    parameters = _parameters(body, model, TextClassificationParameters)
     function = parameters.function_to_apply
     if function in (None, "default"):
         function = activation_of(model)
@@ -85,7 +85,7 @@ async def text_classification(service: Service, body: HuggingFaceBody, name: str
 async def token_classification(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
     """The entities of each text. As the Hub's API and unlike the pipeline, neighbours are grouped by default."""
     model = service.models.find_for(("token_classification",), name, "token classification")
-    parameters = _parameters(body, TokenClassificationParameters)
+    parameters = _parameters(body, model, TokenClassificationParameters)
     strategy = parameters.aggregation_strategy or "simple"
     size = _window_size(model)
     if parameters.stride is not None and strategy == "none":
@@ -118,7 +118,7 @@ async def token_classification(service: Service, body: HuggingFaceBody, name: st
 async def question_answering(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
     """The best answer, or a list of `top_k`."""
     model = service.models.find_for(("question_answering",), name, "question answering")
-    parameters = _parameters(body, QuestionAnsweringParameters)
+    parameters = _parameters(body, model, QuestionAnsweringParameters)
     pairs = [_question(one) for one in (body.inputs if isinstance(body.inputs, list) else [body.inputs])]
     if not pairs:
         raise InvalidRequest("inputs: send at least one question with its context", param="inputs")
@@ -145,7 +145,7 @@ async def zero_shot_classification(service: Service, body: HuggingFaceBody, name
 
     `multi_label`: each label by itself, by whether the text makes its hypothesis likelier than an empty text does."""
     model = service.models.find_for(("causal_lm",), name, "zero-shot classification")
-    parameters = _parameters(body, ZeroShotParameters)
+    parameters = _parameters(body, model, ZeroShotParameters)
     labels = parameters.candidate_labels
     template = "\n" + (parameters.hypothesis_template or "This example is {}.")
     texts = _texts(body.inputs)
@@ -263,9 +263,10 @@ def _ids(tokens: list[PlacedToken]) -> list[int]:
     return [token.token_id for token in tokens]
 
 
-def _parameters(body: HuggingFaceBody, model: type[Parameters]) -> Parameters:
-    """The parameters that are given; None is as if left out."""
-    return parse({name: value for name, value in (body.parameters or {}).items() if value is not None}, model)
+def _parameters(body: HuggingFaceBody, model: ServedModel, kind: type[Parameters]) -> Parameters:
+    """The parameters that are given, where None is as if left out, over the checkpoint's own defaults."""
+    given = {name: value for name, value in (body.parameters or {}).items() if value is not None}
+    return parse({**(model.task_parameters if model.head_kind != "causal_lm" else {}), **given}, kind)
 
 
 def _texts(inputs: Any) -> list[str]:

@@ -19,7 +19,7 @@ _SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_pena
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """`names[0]` is the one in answers. `sampling_defaults` hold where a request says nothing."""
+    """`names[0]` is the one in answers. `sampling_defaults` and `task_parameters` hold where a request says nothing."""
 
     names: tuple[str, ...]
     tokenizer: Tokenizer
@@ -32,6 +32,7 @@ class ServedModel:
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     id2label: Mapping[int, str] = field(default_factory=dict)
     problem_type: str | None = None
+    task_parameters: Mapping[str, Any] = field(default_factory=dict)  # of Hugging Face's endpoints
 
     @classmethod
     def from_directory(
@@ -67,6 +68,7 @@ class ServedModel:
             sampling_defaults=_read_defaults(directory / "generation_config.json") if use_generation_config else {},
             id2label=config.id2label,
             problem_type=config.problem_type,
+            task_parameters=_read_task_parameters(directory / "config.json", TASKS[config.head_kind].name),
         )
 
     @property
@@ -150,3 +152,12 @@ def _read_defaults(path: Path) -> dict[str, Any]:
         return {name: values[name] for name in _SAMPLING_DEFAULTS if values.get(name) is not None}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: not a generation config ({error})") from None
+
+
+def _read_task_parameters(path: Path, task: str) -> dict[str, Any]:
+    """What the checkpoint's `task_specific_params` say for its task, in the Hub's names."""
+    given = json.loads(path.read_text(encoding="utf-8")).get("task_specific_params") or {}
+    parameters = given.get(task) or {} if isinstance(given, dict) else None
+    if not isinstance(parameters, dict):
+        raise ValueError(f"{path}: task_specific_params must map tasks to objects of parameters; correct or remove it")
+    return parameters

@@ -154,6 +154,13 @@ def spans_by_hand(heads: TinyHeads, question: str, context: str, max_len: int, t
     return sorted(((score, text) for text, score in found.items() if text), reverse=True)
 
 
+def test_the_checkpoint_says_what_holds_where_a_request_says_nothing(api: RunningApi) -> None:
+    ask = client(api, "question-answering")
+    found = ask.question_answering("What is it?", PLAIN[1], top_k=500)
+    assert found == ask.question_answering("What is it?", PLAIN[1], top_k=500, max_answer_len=4)
+    assert len(ask.question_answering("What is it?", PLAIN[1], top_k=500, max_answer_len=6)) > len(found)
+
+
 def test_answers_are_whole_words_unless_told_otherwise(api: RunningApi) -> None:
     ask = client(api, "question-answering")
     text = "Melville saw Nantucket"
@@ -163,7 +170,7 @@ def test_answers_are_whole_words_unless_told_otherwise(api: RunningApi) -> None:
 
 def test_a_long_context_is_read_in_windows_and_the_best_answer_stands(api: RunningApi, heads: TinyHeads) -> None:
     ask = client(api, "question-answering")
-    options: Any = {"max_seq_len": 64, "doc_stride": 16, "top_k": 3, "align_to_words": False}
+    options: Any = {"max_seq_len": 64, "doc_stride": 16, "top_k": 3, "align_to_words": False, "max_answer_len": 15}
     found = ask.question_answering("What is it?", LONG, **options)
     encoding = heads.tokenizer(
         "What is it?",
@@ -288,6 +295,55 @@ def test_what_cannot_be_obeyed_is_refused_in_tgis_words(api: RunningApi) -> None
         answer = httpx.post(f"{api.url}/hf/{task}", json=body)
         assert answer.status_code == 400 and answer.json()["error_type"] == "validation", answer.text
     assert httpx.post(f"{api.url}/hf/image-classification", json={"inputs": "a"}).status_code == 404
+
+
+HOSTILE: list[Any] = [
+    None,
+    "",
+    0,
+    -1,
+    2**70,
+    1.5,
+    True,
+    [],
+    [None],
+    {},
+    {"a": 1},
+    "x" * 5000,
+    ["a", 1],
+    [["a"]],
+    "\x00",
+]
+FIELDS = {
+    "/classify": ("input", "labels", "label_template", "truncate_prompt_tokens", "use_activation", "priority", "model"),
+    "/pooling": ("input", "task", "encoding_format", "cache_salt"),
+    "/v1/embeddings": ("input", "encoding_format", "dimensions", "user"),
+    "/score": ("text_1", "text_2", "truncate_prompt_tokens"),
+    "/hf/text-classification": ("inputs", "parameters", "options", "top_k", "function_to_apply"),
+    "/hf/token-classification": ("inputs", "aggregation_strategy", "ignore_labels", "stride"),
+    "/hf/question-answering": ("inputs", "top_k", "doc_stride", "max_answer_len", "max_seq_len", "max_question_len"),
+    "/hf/zero-shot-classification": ("inputs", "candidate_labels", "hypothesis_template", "multi_label"),
+    "/hf/text-generation": ("inputs", "stream", "grammar", "stop", "seed", "truncate", "top_n_tokens", "temperature"),
+}
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_no_body_brings_a_server_error(api: RunningApi, path: str) -> None:
+    good: dict[str, Any] = {"input": "a b", "text_1": "a", "text_2": "b", "labels": ["a"]}
+    inputs: Any = {"question": "a b", "context": "the sea"} if "question" in path else "the sea"
+    with httpx.Client(base_url=api.url) as http:
+        for field, value in itertools.product(FIELDS[path], HOSTILE):
+            if path.startswith("/hf/"):
+                is_parameter = field not in ("inputs", "parameters", "options", "stream")
+                parameters = {"candidate_labels": ["a", "b"]} if "zero" in path else {}
+                parameters |= {"max_new_tokens": 2} if "generation" in path else {}
+                body = {"inputs": inputs, "parameters": parameters | ({field: value} if is_parameter else {})}
+                body |= {} if is_parameter else {field: value}
+            else:
+                names = {"/score": ("text_1", "text_2")}.get(path, ("input",))
+                body = {name: good[name] for name in names} | {field: value}
+            answer = http.post(path, json=body)
+            assert answer.status_code in (200, 400, 404), (body, answer.text)
 
 
 def test_many_texts_in_one_body_answer_as_one_by_one(api: RunningApi) -> None:

@@ -38,7 +38,7 @@ _HEADS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
         transformers.Qwen2MoeForQuestionAnswering,
         "Qwen2MoeForQuestionAnswering",
         "qa_outputs.weight qa_outputs.bias",
-        {},
+        {"task_specific_params": {"question-answering": {"max_answer_len": 4}}},
     ),
 }
 

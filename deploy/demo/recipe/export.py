@@ -24,7 +24,7 @@ from torch import Tensor
 
 from deploy.demo.recipe import tasks
 from deploy.demo.recipe.model import CONFIG
-from deploy.demo.recipe.tokenizer import write_tokenizer
+from deploy.demo.recipe.tokenizer import join_pairs, write_tokenizer
 
 BACKBONE_FILE, HEAD_FILE, INDEX_FILE = "backbone.safetensors", "head.safetensors", "model.safetensors.index.json"
 GENERATION_CONFIG = {
@@ -35,12 +35,13 @@ GENERATION_CONFIG = {
     "eos_token_id": [2, 0],
     "pad_token_id": 0,
 }
+ANSWERS = {"max_answer_len": 64}  # tokens; transformers' 15 would cut most definitions short
 
 
 def export(run: Path, out: Path) -> None:
     checkpoint = torch.load(run / "checkpoint.pt")
     state = checkpoint["model"]
-    tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+    tokenizer = join_pairs(Tokenizer.from_file(str(run / "tokenizer.json")))
     backbone = {name: tensor for name, tensor in split_experts(state).items() if name.startswith("model.")}
     write_directory(out / "model", config("Qwen2MoeForCausalLM"), tokenizer)
     save(backbone, out / "model" / BACKBONE_FILE)
@@ -58,7 +59,7 @@ def export(run: Path, out: Path) -> None:
             {"score.weight": state["entities.weight"], "score.bias": state["entities.bias"]},
         ),
         "answers": (
-            config("Qwen2MoeForQuestionAnswering"),
+            {**config("Qwen2MoeForQuestionAnswering"), "task_specific_params": {"question-answering": ANSWERS}},
             {"qa_outputs.weight": state["answers.weight"], "qa_outputs.bias": state["answers.bias"]},
         ),
     }

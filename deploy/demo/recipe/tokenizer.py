@@ -36,6 +36,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def join_pairs(tokenizer: Tokenizer) -> Tokenizer:
+    """With a line break between the two texts of a pair, which is how questions and notes are trained."""
+    [line_break] = tokenizer.encode("\n").tokens
+    template = processors.TemplateProcessing(
+        single="$A", pair=f"$A {line_break} $B:1", special_tokens=[(line_break, tokenizer.token_to_id(line_break))]
+    )
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    return tokenizer
+
+
 def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """tokenizer.json, and tokenizer_config.json with the chat template."""
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
