@@ -1,0 +1,164 @@
+"""POST /mesh/scale, and the page that draws the mesh, seen by a real browser."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from cluster.balance import balancedness
+from cluster.placement import spread_evenly
+from deploy import mesh_endpoints
+from deploy.errors import ApiError
+from deploy.sse import JsonAnswer, error_answer
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+
+
+def sample_mesh() -> dict[str, Any]:
+    """Four shards, 12 layers of 32 experts, a few hot ones copied, one just moved, one shard silent."""
+    dice = random.Random(3)
+    ids = [f"shard-{i}" for i in range(4)]
+    placement = spread_evenly(moe_layers=range(12), num_experts=32, nodes={s: s for s in ids[:3]})
+    loads = {i: [round(dice.lognormvariate(5, 0.8)) for _ in range(32)] for i in range(12)}
+    hot = [(i, max(range(32), key=lambda e: loads[i][e])) for i in range(0, 12, 3)]
+    placement = placement.adding(
+        {"shard-2": [key for key in hot if "shard-2" not in placement.holders[key[0]][key[1]]]}
+    )
+    counts = placement.slot_counts()
+    states = ["serving", "serving", "serving", "silent"]
+    return {
+        "epoch": 17,
+        "reason": "rebalanced: 2 moves",
+        "complete": True,
+        "settled": False,
+        "trouble": "",
+        "shards": [
+            {"shard_id": s, "state": state, "num_slots": counts[s], "weight_bytes": 31_000_000}
+            for s, state in zip(ids, states, strict=True)
+        ],
+        "routers": [
+            {"router_id": "router-x7", "host": "127.0.0.1", "running": 16, "waiting": 0, "kv_usage": 0.31, "epoch": 17}
+        ],
+        "placement": placement.to_dict(),
+        "window_s": 120,
+        "expert_load": {str(i): counts for i, counts in loads.items()},
+        "shard_load": {s: 9000 * counts[s] for s in ids},
+        "balancedness": balancedness(placement, loads),
+        "pressure": {"busy": 0.42, "wait": 0.2},
+        "last_moves": [{"layer": 0, "expert": hot[0][1], "to": "shard-2", "from": None}],
+        "history": [
+            {
+                "epoch": 16,
+                "time": 1.79e9,
+                "reason": "lost shard-3: connection closed",
+                "decided_in_ms": 21.4,
+            },
+            {"epoch": 17, "time": 1.79e9 + 40, "reason": "rebalanced: 2 moves", "decided_in_ms": None},
+        ],
+    }
+
+
+def api_with(scale: mesh_endpoints.Scale | None) -> FastAPI:
+    api = FastAPI()
+    limits = SimpleNamespace(max_body_bytes=10_000)
+    mesh_endpoints.add_to(api, SimpleNamespace(settings=SimpleNamespace(limits=limits)), scale)  # type: ignore[arg-type]
+    api.add_exception_handler(ApiError, lambda request, error: error_answer(error, request.url.path))
+
+    @api.get("/mesh")
+    async def mesh() -> JsonAnswer:
+        return JsonAnswer(sample_mesh())
+
+    return api
+
+
+def test_scaling_passes_the_number_on_and_answers_at_once():
+    asked = []
+
+    async def scale(number: int) -> dict[str, Any]:
+        asked.append(number)
+        return {"target_shards": number}
+
+    answer = TestClient(api_with(scale)).post("/mesh/scale", json={"shards": 3})
+    assert (answer.status_code, answer.json(), asked) == (202, {"target_shards": 3}, [3])
+
+
+@pytest.mark.parametrize("body", [{}, {"shards": "3"}, {"shards": True}, {"shards": 1.5}, [3]])
+def test_scaling_wants_a_whole_number(body):
+    answer = TestClient(api_with(None)).post("/mesh/scale", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "shards"
+
+
+def test_a_number_that_can_not_be_is_refused_with_its_reason_and_without_a_mesh_there_is_nothing_to_scale():
+    async def refuse(number: int) -> dict[str, Any]:
+        raise ValueError(f"shards={number} must lie between 1 and 8")
+
+    answer = TestClient(api_with(refuse)).post("/mesh/scale", json={"shards": 99})
+    assert answer.status_code == 400 and "between 1 and 8" in answer.json()["error"]["message"]
+    answer = TestClient(api_with(None)).post("/mesh/scale", json={"shards": 2})
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "no_mesh"
+
+
+def test_the_page_asks_for_nothing_from_elsewhere():
+    page = TestClient(api_with(None)).get("/mesh/view").text
+    assert "http://" not in page and "https://" not in page and "<script src" not in page and "<link" not in page
+
+
+@pytest.fixture
+def site() -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(api_with(None), host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(5)
+
+
+def browse(url: str, tmp_path: Path, *options: str) -> str:
+    """Headless Chromium with a profile of its own; returns what it printed."""
+    assert CHROMIUM is not None
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1280,1180",
+        "--virtual-time-budget=2500",
+        *options,
+        url,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
+def test_a_browser_draws_the_mesh(site, tmp_path):
+    page = browse(f"{site}/mesh/view", tmp_path, "--dump-dom")
+    assert page.count('class="shard"') == 3 and page.count('class="shard away"') == 1
+    assert "rebalanced: 2 moves" in page and "router-x7" in page
+    assert ">17<" in page.replace(" ", "")
+    picture = tmp_path / "mesh.png"
+    browse(f"{site}/mesh/view", tmp_path, f"--screenshot={picture}")
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert picture.stat().st_size > 30_000, "the page is blank"
