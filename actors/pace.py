@@ -17,7 +17,7 @@ class Pace:
 
     stretch = 2.2
     smallest_chunk = 16
-    first_chunk = 64
+    first_chunk = 32
 
     def __init__(self) -> None:
         self._decode_step_s: dict[int, float] = {}  # by the bit length of the number of decodes
