@@ -70,6 +70,7 @@ def plan_requests(
             raise _refusal(error) from None
         requests += [
             GenerateRequest(
+                model=model.names[0],
                 prompt_ids=prompt_ids,
                 sampling=replace(one, seed=(seed + i) & SEED_MASK).to_dict(),
                 deadline=deadline,

@@ -47,6 +47,7 @@ async def label_log_likelihoods(
         # One token is drawn to end the request, so the context must have room for it.
         check_ids(model, [*whole, whole[0]], "input")
         request = GenerateRequest(
+            model=model.names[0],
             prompt_ids=whole,
             sampling=SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0).to_dict(),
             deadline=deadline,

@@ -30,8 +30,9 @@ class RouterAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterLoad:
-    """What a router last said of itself. `kv_usage` in [0, 1]."""
+    """What a router last said of itself. `kv_usage` in [0, 1]; `ready`: its mesh is whole, so requests can finish."""
 
+    ready: bool = True
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
@@ -71,7 +72,9 @@ class Chunk:
 
 
 class RouterLink:
-    """An open connection. Build with `connect`; `on_change` is called when load arrives and when the link is lost."""
+    """An open connection. Build with `connect`; `on_change` is called when load arrives and when the link is lost.
+
+    `models` are the names that the router serves."""
 
     def __init__(
         self,
@@ -79,8 +82,10 @@ class RouterLink:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         on_change: Callable[[], None],
+        models: frozenset[str] = frozenset(),
     ) -> None:
         self.address = address
+        self.models = models
         self.load = RouterLoad()
         self.is_open = True
         self.is_listed = True  # still among the routers that discovery names: new requests may go here
@@ -121,7 +126,7 @@ class RouterLink:
             except BaseException:
                 writer.close()
                 raise
-        return cls(address, reader, writer, on_change)
+        return cls(address, reader, writer, on_change, frozenset(map(str, hello.get("models") or ())))
 
     @property
     def num_open(self) -> int:
@@ -180,7 +185,10 @@ class RouterLink:
                     queue.put_nowait(Chunk.from_wire(data))
         elif message["op"] == "load":
             self.load = RouterLoad(
-                running=message["running"], waiting=message["waiting"], kv_usage=message.get("kv_usage") or 0.0
+                ready=message.get("ready", True),
+                running=message["running"],
+                waiting=message["waiting"],
+                kv_usage=message.get("kv_usage") or 0.0,
             )
             self._on_change()
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.responses import Response
 
 from deploy.errors import Unavailable
+from deploy.served_model import ServedModel
 from deploy.service import Service
 from deploy.settings import SECRETS
 from deploy.sse import JsonAnswer
 
 
 def add_to(api: FastAPI, service: Service, mesh_info: Callable[[], Awaitable[dict[str, Any]]] | None) -> None:
+    def refuse_without_routers(models: Sequence[ServedModel]) -> None:
+        missing = [model.names[0] for model in models if not service.pool.serves(model.names[0])]
+        if missing:
+            raise Unavailable(
+                f"no router is up for {', '.join(missing)}; the mesh is starting or recovering", code="no_router"
+            )
+
     @api.get("/health")
     async def health() -> Response:
-        """This ingress lives. Whether it can serve now is /ready."""
+        """Requests for the first model can finish. That this process lives is /ping."""
+        refuse_without_routers(service.models.models[:1])
         return Response(status_code=200)
 
     @api.get("/ping")
@@ -27,8 +36,10 @@ def add_to(api: FastAPI, service: Service, mesh_info: Callable[[], Awaitable[dic
 
     @api.get("/ready")
     async def ready() -> Response:
-        if not service.pool.links:
-            raise Unavailable("no router is up; the mesh is starting or recovering", code="no_router")
+        """Every model is served and there is room: new requests are welcome."""
+        refuse_without_routers(service.models.models)
+        if service.num_active >= service.settings.limits.max_queue:
+            raise Unavailable("the queue is full", code="queue_full")
         return JsonAnswer({"routers": len(service.pool.links)})
 
     @api.get("/version")

@@ -218,6 +218,7 @@ async def run_head(
     async def run_one(prompt_ids: list[int]) -> Rows:
         async with places:
             return await service.pool.pool(
+                model=model.names[0],
                 head=head,
                 tokens=tokens,
                 prompt_ids=prompt_ids,

@@ -1,4 +1,4 @@
-"""All routers of the mesh, as one: the least loaded takes the next request, and a request outlives its router.
+"""All routers, as one: the least loaded one that serves the model takes a request, and a request outlives its router.
 
 The pool keeps a log of each request's output tokens. When a link is lost, the request goes to another router with
 `prompt_ids` and `output_ids` so far and the same seed; sampling is keyed by (seed, position), so the tokens go on as
@@ -39,9 +39,12 @@ class PoolOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """One sequence to generate. `deadline` is in the loop's time; `sampling` is `SamplingParams.to_dict()`, seeded."""
+    """One sequence to generate. `deadline` is in the loop's time; `sampling` is `SamplingParams.to_dict()`, seeded.
+
+    `model` is the name by which routers know the model; None where all routers are alike."""
 
     prompt_ids: list[int]
+    model: str | None = None
     sampling: Mapping[str, Any]
     deadline: float
     priority: int = 0
@@ -103,13 +106,16 @@ class RouterPool:
             "cache_salt": request.cache_salt,
             "return_routed_experts": request.return_routed_experts,
         }
-        async with contextlib.aclosing(self._run(common, request.deadline, replays_output=True)) as chunks:
+        async with contextlib.aclosing(
+            self._run(common, request.deadline, request.model, replays_output=True)
+        ) as chunks:
             async for chunk in chunks:
                 yield chunk
 
     async def pool(
         self,
         *,
+        model: str | None = None,
         head: str,
         tokens: str,
         prompt_ids: list[int],
@@ -129,7 +135,7 @@ class RouterPool:
         }
         watch, ended = self.metrics.watch(len(prompt_ids)), "error"
         try:
-            async with contextlib.aclosing(self._run(message, deadline)) as chunks:
+            async with contextlib.aclosing(self._run(message, deadline, model)) as chunks:
                 async for chunk in chunks:
                     if chunk.values is not None:
                         ended = "stop"
@@ -160,7 +166,7 @@ class RouterPool:
         return dict(answer for answer in answers if answer is not None)
 
     async def _run(
-        self, message: Mapping[str, Any], deadline: float, *, replays_output: bool = False
+        self, message: Mapping[str, Any], deadline: float, model: str | None, *, replays_output: bool = False
     ) -> AsyncGenerator[Chunk]:
         """Sends the message to one router after another until one has finished it."""
         loop = asyncio.get_running_loop()
@@ -171,7 +177,7 @@ class RouterPool:
         has_first = False
         refused_at: float | None = None  # since when there have been only refusals
         while True:
-            link = await self._pick(deadline, full, may_give_up=not has_first)
+            link = await self._pick(model, deadline, full, may_give_up=not has_first)
             attempt = {**message, "deadline_s": max(0.0, deadline - loop.time())}
             if replays_output:
                 attempt["output_ids"] = output_ids
@@ -183,7 +189,7 @@ class RouterPool:
                         finished = True
                         full.add(link)
                         refused_at = refused_at or loop.time()
-                        others = any(one not in full for one in self._usable())
+                        others = any(one not in full for one in self._usable(model))
                         may_wait = has_first and loop.time() - refused_at < self._options.router_wait_s
                         if chunk.error.get("status") == 503 and (others or may_wait):
                             break
@@ -216,16 +222,24 @@ class RouterPool:
             finally:
                 link.release(request_id, abort=not finished)
 
-    def _usable(self) -> list[RouterLink]:
-        links = self.links
-        return [link for link in links if link.is_listed] or links
+    def serves(self, model: str) -> bool:
+        """Whether a router for it is connected and has a whole mesh, so that requests can finish."""
+        return any(link.load.ready for link in self._usable(model))
 
-    async def _pick(self, deadline: float, full: set[RouterLink], *, may_give_up: bool) -> RouterLink:
+    def _usable(self, model: str | None) -> list[RouterLink]:
+        """Those that are leaving, or whose mesh heals, only when there are no others."""
+        links = [link for link in self.links if model is None or model in link.models]
+        links = [link for link in links if link.is_listed] or links
+        return [link for link in links if link.load.ready] or links
+
+    async def _pick(
+        self, model: str | None, deadline: float, full: set[RouterLink], *, may_give_up: bool
+    ) -> RouterLink:
         """The least loaded router; waits while there is none. A stream that has begun waits until its deadline."""
         loop = asyncio.get_running_loop()
         give_up = min(deadline, loop.time() + self._options.router_wait_s) if may_give_up else deadline
         while True:
-            links = [link for link in self._usable() if link not in full]
+            links = [link for link in self._usable(model) if link not in full]
             if links:
                 self._turn += 1
                 order = self._turn
