@@ -60,7 +60,7 @@ _BODIES: dict[str, type[RequestBody]] = {
     "/detokenize": DetokenizeRequest,
     "/load_model": transformers_chat.LoadModelRequest,
 }
-_FREE_PATHS = frozenset({"/ping", "/tokenize", "/detokenize", "/reset_prefix_cache", "/scale", "/load_model"})
+_FREE_PATHS = frozenset({"/ping", "/tokenize", "/detokenize", "/reset_prefix_cache", "/mesh/scale", "/load_model"})
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -215,6 +217,100 @@ def test_the_commands_work_on_a_live_service(service: Service) -> None:
         assert words in done.stdout, done.stdout
     done = command(service, "check", "--port", "1")
     assert done.returncode == 1 and "fail" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def browser(service: Service) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if shutil.which("chromedriver") is None or shutil.which("chromium") is None:
+        pytest.skip("no chromium and chromedriver here (Debian: chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1280,900",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    driver.set_page_load_timeout(60)
+    driver.get(service.url + "/")
+    key = driver.find_element("id", "key")
+    key.send_keys(KEY)
+    driver.execute_script("arguments[0].dispatchEvent(new Event('change'))", key)
+    wait(driver, lambda: driver.find_element("id", "model").get_attribute("value"))
+    yield driver
+    driver.quit()
+
+
+def wait(driver: Any, condition: Any, seconds: float = 30.0) -> Any:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(driver, seconds).until(lambda _: condition())
+
+
+def bubbles(driver: Any) -> list[Any]:
+    return list(driver.find_elements("css selector", ".said"))
+
+
+def test_a_chat_streams_into_the_page_can_be_stopped_and_started_anew(browser: Any) -> None:
+    browser.find_element("id", "text").send_keys("the whale\n")
+    wait(browser, lambda: len(bubbles(browser)) == 2 and "first token" in bubbles(browser)[1].text)
+    assert bubbles(browser)[0].text == "the whale"
+    assert "error" not in bubbles(browser)[1].get_attribute("class")
+    browser.find_element("id", "reset").click()
+    tokens = browser.find_element("id", "tokens")
+    tokens.clear()
+    tokens.send_keys("300")
+    browser.find_element("id", "text").send_keys("the sea\n")
+    wait(browser, lambda: len(bubbles(browser)) == 2 and bubbles(browser)[1].text)
+    assert "error" not in bubbles(browser)[1].get_attribute("class")
+    browser.find_element("id", "stop").click()
+    wait(browser, lambda: browser.find_element("id", "send").is_enabled())
+    browser.find_element("id", "reset").click()
+    assert bubbles(browser) == []
+
+
+def test_labels_get_their_probabilities(browser: Any) -> None:
+    browser.find_element("id", "piece").send_keys("the ship and the storm")
+    browser.find_element("id", "labels").send_keys("sea, land")
+    browser.find_element("id", "classify").click()
+    rows = wait(browser, lambda: browser.find_elements("css selector", "#classes .bar"))
+    shares = [float(row.text.split()[-2]) for row in rows]
+    assert len(rows) == 2 and sum(shares) == pytest.approx(100, abs=0.2) and shares == sorted(shares, reverse=True)
+
+
+def test_a_killed_shard_is_seen_to_heal(browser: Any) -> None:
+    def state() -> str:
+        return str(browser.find_element("id", "state").text)
+
+    def cards() -> list[str]:
+        return list(browser.execute_script("return [...document.querySelectorAll('.shard')].map(c => c.innerText)"))
+
+    wait(browser, lambda: "complete" in state().lower() and len(cards()) == 2)
+    before = cards()
+    victim = int(before[0].rpartition("pid ")[2])
+    os.kill(victim, signal.SIGKILL)
+    wait(browser, lambda: "lost shard" in browser.find_element("id", "history").text, 60)
+    wait(
+        browser,
+        lambda: len(cards()) == 2 and not any(str(victim) in c for c in cards()) and "complete" in state().lower(),
+        90,
+    )
+    browser.find_element("id", "text").send_keys("again\n")
+    wait(browser, lambda: len(bubbles(browser)) == 2 and "first token" in bubbles(browser)[1].text, 60)
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_complains_of_nothing(browser: Any, service: Service) -> None:
+    text = (ROOT / "deploy/pages/index.html").read_text()
+    assert "http://" not in text and "https://" not in text and " src=" not in text
+    urls = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert urls and all(url.startswith(service.url) for url in urls)
+    errors = [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE"]
+    assert [e for e in errors if "401" not in e and "favicon" not in e] == []
 
 
 def test_down_ends_the_service_and_every_process_of_it(service: Service) -> None:
