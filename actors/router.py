@@ -148,6 +148,7 @@ class Router:
     def _load_report(self) -> dict[str, Any]:
         scheduler = self.engine.scheduler
         return {
+            "ready": self.is_ready,
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
             "kv_usage": round(scheduler.blocks.usage(), 4),
