@@ -21,6 +21,7 @@ from cluster.view import Member
 
 log = logging.getLogger("expertmesh.fleet")
 T = TypeVar("T")
+AT_ONCE_S = 0.03
 FORGIVEN_S = 30.0
 FORGIVEN_TIMES = 2
 
@@ -221,13 +222,16 @@ class Fleet:
         A suspect that doesn't answer is; anybody else only when Ray says at once that it is dead (it may just be
         busy). A suspect that does answer is forgiven twice in half a minute, and always when others were suspected
         with it: then the machine or the router is slow, and nothing would be better without them."""
-        asked = [s for s in members if s in self.shards]
-        states = await asyncio.gather(*(self._state(self.shards[s].handle, self._timeouts.ping_s) for s in asked))
-        lost = {
-            s: state
-            for s, state in zip(asked, states, strict=True)
-            if state == "dead" or (s in suspects and state == "silent")
+        asks = {
+            s: asyncio.ensure_future(self._state(self.shards[s].handle, self._timeouts.ping_s))
+            for s in members
+            if s in self.shards
         }
+        first = {task for s, task in asks.items() if s in suspects} or set(asks.values())
+        await asyncio.gather(*first)
+        await asyncio.wait({*asks.values()}, timeout=AT_ONCE_S)
+        states = {s: task.result() for s, task in asks.items() if task.done()}
+        lost = {s: state for s, state in states.items() if state == "dead" or (s in suspects and state == "silent")}
         now = self._clock()
         for shard_id in suspects:
             shard = self.shards.get(shard_id)

@@ -139,14 +139,20 @@ class Chaos:
 
     def strike(self, kind: str, num_shards: int, num_routers: int) -> None:
         """Do it, wait until everything is back, and note the longest gap."""
-        began = time.monotonic()
+        began, told = time.monotonic(), time.time()
         getattr(self, kind)()
         time.sleep(1.0)
-        self.settle(num_shards, num_routers)
+        mesh = self.settle(num_shards, num_routers)
         time.sleep(0.3)
         stall_s = self.load.longest_gap_s(began, time.monotonic())
         self.stalls.setdefault(kind, []).append(stall_s)
-        print(f"{kind:28} {stall_s:6.2f} s   {self.mesh()['reason'][:110]}", flush=True)
+        print(f"{kind:28} {stall_s:6.2f} s", flush=True)
+        for change in mesh["history"]:
+            if change["time"] > told:
+                reason = change["reason"][:120]
+                print(
+                    f"    +{change['time'] - told:5.2f} s  {change['decided_in_ms'] or 0:7.1f} ms  {reason}", flush=True
+                )
 
     def finish(self) -> None:
         for thread in self.threads:
