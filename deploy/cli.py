@@ -117,7 +117,7 @@ def _serve(settings: Any) -> None:
 
 
 # Below the application that they join.
-from deploy import cli_bench, cli_chat, cli_check, cli_down, cli_mesh, cli_status  # noqa: E402
+from deploy import cli_bench, cli_chat, cli_check, cli_down, cli_mesh, cli_plan, cli_status  # noqa: E402
 
 for _command in (
     cli_chat.chat,
@@ -125,6 +125,7 @@ for _command in (
     cli_status.status,
     cli_check.check,
     cli_bench.bench,
+    cli_plan.plan,
     cli_mesh.scale,
     cli_down.down,
 ):

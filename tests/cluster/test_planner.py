@@ -1,0 +1,143 @@
+"""The planner's arithmetic by hand, and its simulation against the arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.planner import (
+    DEVICES,
+    Layout,
+    ModelShape,
+    Targets,
+    Trouble,
+    evaluate,
+    most_users,
+    plans,
+    simulate,
+    step_times,
+)
+from deploy.cli import cli
+
+QWEN2_57B = ModelShape(
+    hidden_size=3584, num_layers=28, num_moe_layers=28, num_heads=28, num_kv_heads=4, head_dim=128, num_experts=64,
+    top_k=8, expert_size=2560, shared_size=20480, dense_size=18944, vocab_size=151936,
+)  # fmt: skip
+SMALL = ModelShape(
+    hidden_size=100, num_layers=2, num_moe_layers=2, num_heads=1, num_kv_heads=1, head_dim=100, num_experts=4, top_k=4,
+    expert_size=10, shared_size=0, dense_size=0, vocab_size=1,
+)  # fmt: skip
+A100 = DEVICES["a100-80g"]
+IDEAL = replace(A100, bandwidth=1e6, flops=1e30, network=1e30, latency_s=0.0, overhead_s=0.0, efficiency=1.0)
+
+
+def test_sizes_are_those_of_the_published_model() -> None:
+    total = (QWEN2_57B.experts_bytes + QWEN2_57B.router_bytes) / 2
+    assert total == pytest.approx(57.4e9, rel=0.01), "the name says 57B"
+    active = QWEN2_57B.router_bytes / 2 + 28 * 8 * QWEN2_57B.expert_params
+    assert active == pytest.approx(14.2e9, rel=0.03), "and A14B"
+    assert QWEN2_57B.kv_bytes_per_token == 2 * 28 * 4 * 128 * 2
+
+
+def test_a_step_bound_by_memory_is_its_bytes_over_the_bandwidth() -> None:
+    times = step_times(SMALL, IDEAL, Layout(routers=1, shards=1), Targets(users=1, context=0, tpot_s=1.0))
+    router_bytes = 2 * (4 * 100 * 100 + 100 * 4)  # q, k, v, o and the gate
+    expert_bytes = 2 * 4 * 3 * 100 * 10  # all four are hit
+    head_bytes = 2 * 100
+    assert times.step_s == pytest.approx((2 * router_bytes + 2 * expert_bytes + head_bytes) / 1e6)
+    assert times.shard_is_memory_bound and times.network_s < 1e-20
+
+
+def test_more_shards_more_bandwidth_and_a_longer_context_never_go_the_wrong_way() -> None:
+    targets = Targets(users=256, context=2048, tpot_s=0.05)
+    steps = [step_times(QWEN2_57B, A100, Layout(routers=2, shards=s), targets).step_s for s in (4, 8, 16, 32)]
+    assert steps == sorted(steps, reverse=True)
+    fast = step_times(QWEN2_57B, replace(A100, bandwidth=4e12), Layout(routers=2, shards=8), targets)
+    slow = step_times(QWEN2_57B, A100, Layout(routers=2, shards=8), replace(targets, context=32768))
+    assert fast.step_s < steps[1] < slow.step_s
+
+
+def test_plans_fit_in_memory_and_the_best_comes_first() -> None:
+    targets = Targets(users=256, context=2048, tpot_s=0.06)
+    found = plans(QWEN2_57B, A100, targets, 8)
+    assert found[0].meets_tpot and all(p.fits for p in found)
+    assert all(p.layout.routers + p.layout.shards == 8 for p in found)
+    good = [p.tokens_per_s for p in found if p.meets_tpot]
+    assert good == sorted(good, reverse=True)
+    assert plans(QWEN2_57B, A100, targets, 2) == [], "99 GB of experts don't fit on one of two"
+    users = most_users(QWEN2_57B, A100, found[0].layout, targets)
+    assert evaluate(QWEN2_57B, A100, found[0].layout, replace(targets, users=users)).meets_tpot
+    more = evaluate(QWEN2_57B, A100, found[0].layout, replace(targets, users=users + 1))
+    assert not (more.meets_tpot and more.fits)
+
+
+@pytest.mark.parametrize(
+    ("routers", "shards", "users"), [(1, 2, 8), (1, 7, 64), (2, 6, 256), (4, 12, 512), (8, 24, 1024), (16, 48, 2048)]
+)
+def test_the_simulation_agrees_with_the_arithmetic_where_loads_are_even(routers: int, shards: int, users: int) -> None:
+    layout, targets = Layout(routers=routers, shards=shards), Targets(users=users, context=2048, tpot_s=1.0)
+    expected = step_times(QWEN2_57B, A100, layout, targets).step_s
+    seen = simulate(QWEN2_57B, A100, layout, targets, Trouble(), num_steps=12, num_layers=3)
+    # Whole experts don't divide evenly over 12, 24 or 48 shards, nor draws over experts: the fullest shard decides.
+    assert 0.8 * expected < seen.step_s[50] < 1.2 * expected * max(1.0, -(-64 // shards) * shards / 64)
+
+
+def test_the_simulation_repeats_with_its_seed_and_reaches_1000_shards() -> None:
+    layout, targets = Layout(routers=20, shards=1000, replicas=16), Targets(users=4000, context=1024, tpot_s=1.0)
+    began = time.perf_counter()
+    one = simulate(QWEN2_57B, A100, layout, targets, Trouble(skew=0.6), num_steps=3, num_layers=2, seed=4)
+    assert time.perf_counter() - began < 30
+    assert one == simulate(QWEN2_57B, A100, layout, targets, Trouble(skew=0.6), num_steps=3, num_layers=2, seed=4)
+    assert one.tokens_per_s > 0
+
+
+def test_copies_of_popular_experts_level_a_skewed_load() -> None:
+    targets = Targets(users=256, context=512, tpot_s=1.0)
+    spread = [
+        simulate(
+            QWEN2_57B,
+            A100,
+            Layout(routers=1, shards=32, replicas=r),
+            targets,
+            Trouble(skew=1.0),
+            num_steps=5,
+            num_layers=2,
+        )
+        for r in (1, 2)
+    ]
+    assert spread[1].imbalance < 0.7 * spread[0].imbalance
+
+
+def test_failures_stall_the_mesh_and_copies_make_it_shorter() -> None:
+    targets = Targets(users=64, context=512, tpot_s=1.0)
+    stalls = []
+    for mtbf_s, replicas in itertools.product((float("inf"), 6.0), (1, 2)):
+        layout = Layout(routers=1, shards=6, replicas=replicas)
+        trouble = Trouble(mtbf_s=mtbf_s, restart_s=0.5)
+        seen = simulate(QWEN2_57B, A100, layout, targets, trouble, num_steps=200, seed=1)
+        stalls.append(seen.stalled)
+        assert (seen.num_failures > 0) == (mtbf_s == 6.0)
+    assert stalls[:2] == [0.0, 0.0] and stalls[2] > 3 * stalls[3] > 0
+
+
+def test_plan_reads_a_config_alone_and_says_that_it_computed(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944, "moe_intermediate_size": 2560,
+        "shared_expert_intermediate_size": 20480, "num_experts": 64, "num_experts_per_tok": 8, "vocab_size": 151936,
+        "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = CliRunner().invoke(cli, ["plan", str(tmp_path), "--devices", "8", "--users", "200"])
+    assert done.exit_code == 0, done.output
+    assert "Computed, not measured" in done.output and "bound" in done.output and "simulated" in done.output
+    done = CliRunner().invoke(cli, ["plan", str(tmp_path), "--devices", "2"])
+    assert done.exit_code == 1 and "can't hold it" in done.output
+    assert "choose one of" in CliRunner().invoke(cli, ["plan", str(tmp_path), "--device", "abacus"]).output
