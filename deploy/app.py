@@ -30,7 +30,7 @@ from deploy.ingress import create_api
 from deploy.metrics import Totals
 from deploy.router_pool import PoolOptions, RouterPool
 from deploy.served_model import ServedModel
-from deploy.settings import Settings, load
+from deploy.settings import Settings, load, take_models
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -89,10 +89,12 @@ class RouterReplica:
 class IngressReplica:
     """The HTTP face as a Serve deployment: deploy.ingress over the links to the routers. Imports no torch."""
 
-    def __init__(self, settings: dict[str, Any], router: DeploymentHandle[Any]) -> None:
+    def __init__(self, settings: dict[str, Any], *routers: DeploymentHandle[Any]) -> None:
         self._settings = Settings.model_validate(settings)
-        self._router = router  # keeps the router part of the application; requests go over the links
-        self._supervisor: Any = None
+        self._routers = routers  # keeps the routers part of the application; requests go over the links
+        self._mesh_names = [one.mesh.name for one in self._settings.each_mesh()]
+        self._supervisors: dict[str, Any] = {}
+        self._listed: dict[str, list[dict[str, Any]]] = {}
         self._pool: RouterPool | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -113,16 +115,31 @@ class IngressReplica:
         )
 
     async def _discover(self) -> list[dict[str, Any]]:
-        return list(await self._ask("routers"))
+        """The routers of all meshes. Where a supervisor is away, its last answer stands."""
+        answers = await asyncio.gather(
+            *(self._ask("routers", mesh=name) for name in self._mesh_names), return_exceptions=True
+        )
+        for name, answer in zip(self._mesh_names, answers, strict=True):
+            if not isinstance(answer, BaseException):
+                self._listed[name] = list(answer)
+            elif len(self._mesh_names) == 1:
+                raise answer
+            else:
+                log.warning("mesh %s: its supervisor does not answer: %s", name, answer)
+        return [router for routers in self._listed.values() for router in routers]
 
     async def _mesh(self) -> dict[str, Any]:
-        """The supervisor's view, and each router's own figures over its link."""
+        """The supervisor's view, and each router's own figures over its link; further meshes under `further_meshes`."""
         assert self._pool is not None
+        views = asyncio.gather(*(self._ask("mesh", mesh=name) for name in self._mesh_names))
         try:
-            mesh, stats = await asyncio.gather(self._ask("mesh"), self._pool.command("stats", timeout_s=2.0))
+            found, stats = await asyncio.gather(views, self._pool.command("stats", timeout_s=2.0))
         except Exception as error:
             raise _no_supervisor(error) from None
-        return {**mesh, "routers": [{**r, **stats.get(r["router_id"], {})} for r in mesh["routers"]]}
+        first, *further = [
+            {**mesh, "routers": [{**r, **stats.get(r["router_id"], {})} for r in mesh["routers"]]} for mesh in found
+        ]
+        return {**first, "further_meshes": dict(zip(self._mesh_names[1:], further, strict=True))} if further else first
 
     async def _scale(self, num_shards: int) -> dict[str, Any]:
         """Raises ValueError for a number that can't be."""
@@ -143,16 +160,17 @@ class IngressReplica:
     async def release(self, key: str, request_id: str) -> None:
         await self._ask("release", key, request_id)
 
-    async def _ask(self, method: str, *args: Any) -> Any:
-        """Call the supervisor; after an error look it up again (it may have been restarted)."""
+    async def _ask(self, method: str, *args: Any, mesh: str | None = None) -> Any:
+        """Call a mesh's supervisor, the first's by default; after an error look it up again: it may be a new one."""
+        mesh = mesh or self._mesh_names[0]
         try:
-            if self._supervisor is None:
-                name = actor_name(self._settings.mesh.name, "supervisor")
-                self._supervisor = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
+            if mesh not in self._supervisors:
+                name = actor_name(mesh, "supervisor")
+                self._supervisors[mesh] = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
             async with asyncio.timeout(5.0):
-                return await getattr(self._supervisor, method).remote(*args)
+                return await getattr(self._supervisors[mesh], method).remote(*args)
         except Exception:
-            self._supervisor = None
+            self._supervisors.pop(mesh, None)
             raise
 
 
@@ -166,20 +184,36 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
 
     EXPERTMESH_* variables fill in what is not given. Raises ValueError with one line.
     """
-    settings = load(environ=os.environ, flags=_dotted(args)).settings
-    return bind(settings)
+    args = dict(args)
+    further_models = take_models(args, "arguments")
+    return bind(load(environ=os.environ, flags=_dotted(args), further_models=further_models).settings)
 
 
 def bind(settings: Settings) -> serve.Application:
-    """The two deployments with their resources, bound to these settings."""
+    """The deployments with their resources, bound to these settings: routers for each mesh, and one ingress."""
     if settings.mesh.token is None:
         settings = settings.model_copy(
             update={"mesh": settings.mesh.model_copy(update={"token": secrets.token_hex(16)})}
         )
-    dumped = settings.model_dump(mode="json")
+    ingress = serve.deployment(
+        name="ingress",
+        num_replicas=settings.server.num_ingresses,
+        max_ongoing_requests=4 * settings.limits.max_queue,  # our own limits answer first, with a reason
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=5,
+        ray_actor_options={"num_cpus": settings.server.ingress_cpus},
+    )(serve.ingress()(IngressReplica))
+    meshes = settings.each_mesh()
+    routers = [_bind_router(mesh, "router" if mesh is meshes[0] else f"router-{mesh.mesh.name}") for mesh in meshes]
+    application: serve.Application = ingress.bind(settings.model_dump(mode="json"), *routers)
+    return application
+
+
+def _bind_router(settings: Settings, name: str) -> serve.Application:
+    """The routers of one mesh."""
     specs.router_spec(settings)  # contradictions show here, not in a replica's log
     router = serve.deployment(
-        name="router",
+        name=name,
         num_replicas=settings.mesh.routers,
         max_ongoing_requests=1000,
         health_check_period_s=2,
@@ -192,20 +226,16 @@ def bind(settings: Settings) -> serve.Application:
             "runtime_env": {"env_vars": worker_environment(settings.engine.threads)},
         },
     )(RouterReplica)
-    ingress = serve.deployment(
-        name="ingress",
-        num_replicas=settings.server.num_ingresses,
-        max_ongoing_requests=4 * settings.limits.max_queue,  # our own limits answer first, with a reason
-        health_check_period_s=5,
-        graceful_shutdown_timeout_s=5,
-        ray_actor_options={"num_cpus": settings.server.ingress_cpus},
-    )(serve.ingress()(IngressReplica))
-    application: serve.Application = ingress.bind(dumped, router.bind(dumped))
-    return application
+    bound: serve.Application = router.bind(settings.model_dump(mode="json"))
+    return bound
 
 
 def served_models(settings: Settings) -> list[ServedModel]:
-    """The models as the API sees them. Raises ValueError for a config or tokenizer that can't be served."""
+    """The models of all meshes as the API sees them. Raises ValueError for one that can't be served."""
+    return [model for mesh in settings.each_mesh() for model in _models_of_mesh(mesh)]
+
+
+def _models_of_mesh(settings: Settings) -> list[ServedModel]:
     directory = specs.model_directory(settings)
     tokenizer = settings.model.tokenizer
     use_defaults = settings.model.generation_config == "auto"

@@ -10,7 +10,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,15 +54,17 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
     from deploy import specs
 
     models = application.served_models(settings)  # config and tokenizer: refused before anything is started
-    specs.router_spec(settings)
-    application.plan_of(settings)
+    meshes = settings.each_mesh()
+    for mesh in meshes:
+        specs.router_spec(mesh)
+        application.plan_of(mesh)
     for name in ("ray.serve", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     say("starting Ray")
     ray.init(
         address="local",  # never somebody else's cluster
-        num_cpus=max(os.cpu_count() or 1, _cpus_wanted(settings)),
-        resources=_custom_resources(settings),
+        num_cpus=max(os.cpu_count() or 1, sum(map(_cpus_wanted, meshes))),
+        resources=_custom_resources(meshes),
         include_dashboard=False,
         logging_level=logging.ERROR,
         log_to_driver=False,
@@ -70,8 +73,10 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
     )
     try:
         say(f"Ray is up after {time.monotonic() - began:.1f} s; loading {models[0].names[0]}")
-        supervisor = application.ensure_mesh(settings)
-        with _progress(supervisor, say):
+        supervisors = [application.ensure_mesh(mesh) for mesh in meshes]
+        with contextlib.ExitStack() as progress:
+            for supervisor in supervisors:
+                progress.enter_context(_progress(supervisor, say))
             serve.start(
                 proxy_location="HeadOnly",
                 http_options={"host": settings.server.host, "port": settings.server.port},
@@ -81,7 +86,8 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
                 target=_run_app, args=(application.bind(settings), application.APP_NAME), daemon=True
             )
             handle.start()
-            _wait_for_mesh(supervisor)
+            for supervisor in supervisors:
+                _wait_for_mesh(supervisor)
             _wait_for_app(application.APP_NAME)
             url = f"http://{settings.server.host}:{settings.server.port}"
             _wait_ready(url)
@@ -129,10 +135,14 @@ def _cpus_wanted(settings: Settings) -> int:
     return int(shards * mesh.shard_cpus + 2 * mesh.routers * mesh.router_cpus) + 4
 
 
-def _custom_resources(settings: Settings) -> dict[str, float]:
-    count = 4 * (settings.mesh.shards + settings.mesh.spares + 1)
-    routers = {name: amount * 2 * settings.mesh.routers for name, amount in settings.mesh.router_resources.items()}
-    return routers | {name: amount * count for name, amount in settings.mesh.shard_resources.items()}
+def _custom_resources(meshes: Sequence[Settings]) -> dict[str, float]:
+    wanted: dict[str, float] = defaultdict(float)
+    for mesh in (settings.mesh for settings in meshes):
+        for name, amount in mesh.router_resources.items():
+            wanted[name] += amount * 2 * mesh.routers
+        for name, amount in mesh.shard_resources.items():
+            wanted[name] += amount * 4 * (mesh.shards + mesh.spares + 1)
+    return dict(wanted)
 
 
 @contextlib.contextmanager

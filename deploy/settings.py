@@ -11,7 +11,7 @@ Environment names are the dotted path in capitals with two underscores between t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -130,6 +130,16 @@ class MeshSettings(Section):
     autoscale_cooldown_s: float = Field(default=60.0, ge=0)
 
 
+class FurtherModel(ModelSettings):
+    """A model with a backbone of its own, and so with a mesh of its own.
+
+    `engine` and `mesh` hold what differs from the sections of the same name."""
+
+    path: str
+    engine: dict[str, Any] = {}
+    mesh: dict[str, Any] = {}
+
+
 class Settings(Section):
     """Everything. Sections are values; change one with `settings.model_copy(update={...})`."""
 
@@ -138,6 +148,28 @@ class Settings(Section):
     limits: LimitSettings = LimitSettings()
     engine: EngineSettings = EngineSettings()
     mesh: MeshSettings = MeshSettings()
+    further_models: tuple[FurtherModel, ...] = ()  # in a file: the list `models`, after its first entry
+
+    def each_mesh(self) -> list[Settings]:
+        """The settings of each mesh by itself: of the main model, and of those with backbones of their own.
+
+        Raises ValueError for a mesh or engine that can't be, or a name that two meshes have."""
+        found = [self.model_copy(update={"further_models": ()})]
+        for number, further in enumerate(self.further_models, 2):
+            model = further.model_dump(exclude={"engine", "mesh"})
+            engine = self.engine.model_dump() | further.engine
+            mesh = self.mesh.model_dump() | {"name": f"{self.mesh.name}-{number}"} | further.mesh
+            shared = {"server": self.server.model_dump(), "limits": self.limits.model_dump()}
+            try:
+                found.append(Settings.model_validate({"model": model, "engine": engine, "mesh": mesh, **shared}))
+            except ValidationError as error:
+                first = error.errors()[0]
+                name = ".".join(str(part) for part in first["loc"])
+                raise ValueError(f"models[{number - 1}] ({further.path}): {name}: {first['msg']}") from None
+        names = [one.mesh.name for one in found]
+        if len(set(names)) < len(names):
+            raise ValueError(f"mesh.name: each model's mesh needs a name of its own, got {', '.join(names)}")
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +197,11 @@ def field_names() -> list[str]:
 
 
 def load(
-    *, file: str | Path | None = None, environ: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None
+    *,
+    file: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+    further_models: Sequence[Any] = (),
 ) -> LoadedSettings:
     """Merges the three sources and validates. Flags are dotted names; a flag of None is unset.
 
@@ -178,7 +214,9 @@ def load(
         values[section][field] = value
         origins[name] = source
 
-    for name, value in _flatten(_read_yaml(file) if file is not None else {}, f"file {file}"):
+    data = _read_yaml(file) if file is not None else {}
+    further_models = [*take_models(data, f"file {file}"), *further_models]
+    for name, value in _flatten(data, f"file {file}"):
         put(name, value, f"file {file}")
     for variable, text in (environ or {}).items():
         if variable.startswith(ENV_PREFIX) and "__" in variable:
@@ -190,7 +228,8 @@ def load(
             _check_name(name, "flag")
             put(name, value, "flag")
     try:
-        settings = Settings.model_validate(values)
+        settings = Settings.model_validate({**values, "further_models": further_models})
+        settings.each_mesh()
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][:2])
@@ -228,6 +267,21 @@ def _read_yaml(file: str | Path) -> dict[str, Any]:
             f"settings file {file}: expected sections ({', '.join(_sections())}), found {type(data).__name__}"
         )
     return data or {}
+
+
+def take_models(data: dict[str, Any], source: str) -> list[Any]:
+    """Takes the list `models` out of the file: its first entry becomes the section `model`, the others are returned."""
+    models = data.pop("models", None)
+    if models is None:
+        return []
+    if not isinstance(models, list) or not models or not all(isinstance(one, dict) for one in models):
+        raise ValueError(f"models ({source}): expected a list of models, each with its path")
+    if "model" in data:
+        raise ValueError(f"model ({source}): a file has either `model` or the list `models`; remove one")
+    if set(models[0]) & {"engine", "mesh"}:
+        raise ValueError(f"models[0] ({source}): the sections `engine` and `mesh` are the first model's; put it there")
+    data["model"] = models[0]
+    return models[1:]
 
 
 def _flatten(data: Mapping[str, Any], source: str) -> Iterable[tuple[str, Any]]:
