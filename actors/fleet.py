@@ -229,7 +229,8 @@ class Fleet:
         }
         first = {task for s, task in asks.items() if s in suspects} or set(asks.values())
         await asyncio.gather(*first)
-        await asyncio.wait({*asks.values()}, timeout=AT_ONCE_S)
+        if asks:
+            await asyncio.wait({*asks.values()}, timeout=AT_ONCE_S)
         states = {s: task.result() for s, task in asks.items() if task.done()}
         lost = {s: state for s, state in states.items() if state == "dead" or (s in suspects and state == "silent")}
         now = self._clock()
