@@ -35,13 +35,14 @@ def plan(
 
     if device not in DEVICES:
         fail(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)} and change it with --memory and so on")
-    given = {
-        "memory_bytes": (memory, 1e9),
-        "bandwidth": (bandwidth, 1e9),
-        "flops": (flops, 1e12),
-        "network": (network, 1e9),
-    }
-    hardware = replace(DEVICES[device], **{k: v * unit for k, (v, unit) in given.items() if v is not None})
+    hardware = DEVICES[device]
+    hardware = replace(
+        hardware,
+        memory_bytes=hardware.memory_bytes if memory is None else memory * 1e9,
+        bandwidth=hardware.bandwidth if bandwidth is None else bandwidth * 1e9,
+        flops=hardware.flops if flops is None else flops * 1e12,
+        network=hardware.network if network is None else network * 1e9,
+    )
     if efficiency is not None:
         hardware = replace(hardware, efficiency=efficiency)
     try:
