@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection
 from pathlib import Path
 
@@ -45,18 +46,22 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file(name).entries[name].shape
 
-    def tensor(self, name: str, row: int | None = None) -> Tensor:
-        """A tensor in its stored dtype on the CPU; with `row`, only `tensor[row]` is read."""
+    def tensor(self, name: str, first: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor in its stored dtype on the CPU; with `shape`, only that part from its element `first` on."""
         file = self._file(name)
         dtype = file.entries[name].dtype
         if dtype not in TORCH_DTYPES:
             raise ValueError(f"{file.path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(_FLOATS)}")
-        tensor = file.read(name, row)
+        tensor = file.read(name, first, shape)
         self.bytes_read += tensor.nbytes
         return tensor
 
-    def float_tensor(self, name: str, shape: tuple[int, ...], dtype: str | None, row: int | None = None) -> Tensor:
+    def float_tensor(
+        self, name: str, shape: tuple[int, ...], dtype: str | None, index: int | None = None, rows: slice | None = None
+    ) -> Tensor:
         """A weight of this (whole) shape; kept as stored, or rounded to `dtype` where that isn't wider.
+
+        With `index`, of its slice `[index]`, and with `rows`, of these rows of the matrix: only they are read.
 
         Never widens: a bfloat16 tensor stays so for dtype "float32", which would only take twice the memory.
         """
@@ -72,7 +77,14 @@ class Checkpoint:
                 f"{file.path}: tensor {name!r} has dtype {entry.dtype}, expected one of {', '.join(_FLOATS)}; "
                 "convert the checkpoint"
             )
-        tensor = self.tensor(name, row)
+        first, part = 0, shape
+        if index is not None:
+            part = part[1:]
+            first = index * math.prod(part)
+        if rows is not None:
+            first += rows.start * math.prod(part[1:])
+            part = (rows.stop - rows.start, *part[1:])
+        tensor = self.tensor(name, first, part)
         wanted = tensor.dtype if dtype is None else getattr(torch, dtype)
         return tensor.to(wanted) if wanted.itemsize <= tensor.dtype.itemsize else tensor
 

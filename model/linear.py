@@ -6,8 +6,9 @@ whatever the other rows are: a request's logits don't depend on its batchmates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -151,6 +152,31 @@ class Int4Weight:
         if self.input_order is None:
             return matrix
         return torch.empty_like(matrix).index_copy_(1, self.input_order.long(), matrix)
+
+
+def stack_rows(blocks: Iterable[Weight], num_outputs: int) -> Weight:
+    """One weight of blocks of its rows, filled as they come: memory for the whole and one block, never for two wholes.
+
+    All blocks have the same storage, and all but the last the same number of rows, a multiple of 32.
+    """
+    whole: dict[str, Tensor] = {}
+    num_filled: dict[str, int] = {}
+    block: Any = None
+    for block in blocks:
+        if block.shape[0] == num_outputs:
+            return cast(Weight, block)
+        parts = {field.name: getattr(block, field.name) for field in fields(block) if field.name != "input_order"}
+        for name, part in parts.items():
+            if isinstance(part, Tensor):
+                if name not in whole:
+                    length = -(-num_outputs // 32) * 32 * len(part) // block.shape[0]
+                    whole[name], num_filled[name] = part.new_empty(length, *part.shape[1:]), 0
+                whole[name][num_filled[name] : num_filled[name] + len(part)] = part
+                num_filled[name] += len(part)
+    changes: dict[str, Any] = {name: tensor[: num_filled[name]] for name, tensor in whole.items()}
+    if any(field.name == "shape" for field in fields(block)):
+        changes["shape"] = (num_outputs, block.shape[1])
+    return cast(Weight, replace(block, **changes))
 
 
 def _multiply_float32(x_TK: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,11 +18,13 @@ from model.gate import Gate
 from model.heads import Head
 from model.kernels import REFERENCE_KERNELS, Kernels
 from model.layers import MLP, Rope
-from model.linear import DenseWeight, Embedding, Int4Weight, Weight
+from model.linear import DenseWeight, Embedding, Int4Weight, Weight, stack_rows
 from model.moe import MoeBlock
 from model.quantize import concatenate_int4, from_gptq, quantize_int4, quantize_int8
 
 QUANTIZATIONS = ("int8", "int4")
+# Numbers that are read, quantized and packed at a time: 1 or 2 MB with the float32 copies that quantizing makes.
+_BLOCK_ELEMENTS = 1 << 16
 _HEAD_MODULES: dict[HeadKind, str] = {
     "causal_lm": "lm_head",
     "sequence_classification": "score",
@@ -68,10 +70,9 @@ def load_expert(
     hidden, inner = config.hidden_size, config.moe_intermediate_size
     experts = f"layers.{layer_idx}.mlp.experts"
     if f"{checkpoint.prefix}{experts}.gate_up_proj" in checkpoint:
-        num_experts = config.num_experts
-        gate_up = read.matrix(f"{experts}.gate_up_proj", (num_experts, 2 * inner, hidden), row=expert_id)
-        down = read.matrix(f"{experts}.down_proj", (num_experts, hidden, inner), row=expert_id)
-        return ExpertWeights(read.quantized(gate_up), read.quantized(down))
+        gate_up = _Part(f"{experts}.gate_up_proj", (config.num_experts, 2 * inner, hidden), expert_id)
+        down = _Part(f"{experts}.down_proj", (config.num_experts, hidden, inner), expert_id)
+        return ExpertWeights(read.weight([gate_up], quantization), read.weight([down], quantization))
     mlp = _load_mlp(read, f"{experts}.{expert_id}", hidden, inner)
     return ExpertWeights(mlp.gate_up, mlp.down)
 
@@ -98,7 +99,7 @@ def load_head(
         if config.tie_word_embeddings:
             weight: Weight = read.embedding() if decoder is None else decoder.embedding
         else:
-            weight = read.quantized(read.matrix("lm_head.weight", (config.vocab_size, hidden), base=False))
+            weight = read.weight([_Part("lm_head.weight", (config.vocab_size, hidden), base=False)], quantization)
         return Head(kind=kind, weight=weight, bias=None)
     num_outputs = 2 if kind == "question_answering" else config.num_labels
     module = _HEAD_MODULES[kind]
@@ -109,6 +110,17 @@ def load_head(
         bias=read.vector(f"{module}.bias", num_outputs, base=False) if has_bias else None,
         pad_token_id=config.pad_token_id if kind == "sequence_classification" else None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A matrix in a checkpoint, or one of the matrices of a fused tensor; its name is relative to the base prefix."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    index: int | None = None
+    base: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,39 +139,62 @@ class _Reader:
                 f"quantization {self.quantization!r} is not known: expected one of {', '.join(QUANTIZATIONS)}"
             )
 
-    def matrix(self, name: str, shape: tuple[int, ...], *, row: int | None = None, base: bool = True) -> Tensor:
-        tensor = self.checkpoint.float_tensor(self._name(name, base), shape, self.config.dtype, row)
-        return tensor.to(self.device)
-
     def vector(self, name: str, length: int, *, base: bool = True) -> Tensor:
         """Norms and biases: float32, since they meet float32 activations elementwise."""
         return self.checkpoint.float_tensor(self._name(name, base), (length,), None).float().to(self.device)
 
     def embedding(self) -> Embedding:
         """Packed where it is the LM head too, so that there is one copy for both."""
-        table = self.matrix("embed_tokens.weight", (self.config.vocab_size, self.config.hidden_size))
-        weight = DenseWeight(table) if self.quantization is None else quantize_int8(table)
+        table = _Part("embed_tokens.weight", (self.config.vocab_size, self.config.hidden_size))
+        quantization = None if self.quantization is None else "int8"
         is_head = self.config.tie_word_embeddings and self.config.head_kind == "causal_lm"
-        return cast(Embedding, self.kernels.pack_weight(weight)) if is_head else weight
+        return cast(Embedding, self.weight([table], quantization, packed=is_head))
 
     def dense(self, name: str, shape: tuple[int, int], *, base: bool = True) -> Weight:
         """A matrix that is never quantized: gates and small heads."""
-        return self.kernels.pack_weight(DenseWeight(self.matrix(name, shape, base=base)))
+        return self.weight([_Part(name, shape, base=base)], None)
 
-    def quantized(self, matrix: Tensor) -> Weight:
-        if self.quantization == "int8":
-            return self.kernels.pack_weight(quantize_int8(matrix))
-        if self.quantization == "int4":
-            return self.kernels.pack_weight(quantize_int4(matrix))
-        return self.kernels.pack_weight(DenseWeight(matrix))
+    def weight(self, parts: Sequence[_Part], quantization: str | None, *, packed: bool = True) -> Weight:
+        """The rows of all parts as one weight. Read, quantized and packed in blocks of rows, so that loading takes
+        little more memory than the weight that stays."""
+
+        def store(block: Tensor) -> Weight:
+            weight: Weight = DenseWeight(block)
+            if quantization is not None:
+                weight = quantize_int8(block) if quantization == "int8" else quantize_int4(block)
+            return self.kernels.pack_weight(weight) if packed else weight
+
+        blocks = self._row_blocks(parts, max(32, _BLOCK_ELEMENTS // parts[0].shape[-1] // 32 * 32))
+        return stack_rows(map(store, blocks), sum(part.shape[-2] for part in parts))
+
+    def _row_blocks(self, parts: Sequence[_Part], step: int) -> Iterator[Tensor]:
+        """All rows of all parts in order, in blocks of `step` rows; one may hold rows of several parts."""
+        pieces: list[Tensor] = []
+        room = step
+        for part in parts:
+            start, num_rows = 0, part.shape[-2]
+            while start < num_rows:
+                stop = min(start + room, num_rows)
+                name = self._name(part.name, part.base)
+                pieces.append(
+                    self.checkpoint.float_tensor(name, part.shape, self.config.dtype, part.index, slice(start, stop))
+                )
+                room -= stop - start
+                start = stop
+                if room == 0:
+                    yield _joined(pieces).to(self.device)
+                    pieces, room = [], step
+        if pieces:
+            yield _joined(pieces).to(self.device)
 
     def linear(self, modules: Sequence[tuple[str, int]], num_inputs: int) -> Weight:
         """The weights of several modules (name, outputs) with the same input, as one matrix of all their rows."""
         if f"{self.checkpoint.prefix}{modules[0][0]}.qweight" in self.checkpoint:
             parts = [self._gptq(name, (num_outputs, num_inputs)) for name, num_outputs in modules]
             return self.kernels.pack_weight(parts[0] if len(parts) == 1 else concatenate_int4(parts))
-        matrices = [self.matrix(f"{name}.weight", (num_outputs, num_inputs)) for name, num_outputs in modules]
-        return self.quantized(matrices[0] if len(matrices) == 1 else torch.cat(matrices))
+        return self.weight(
+            [_Part(f"{name}.weight", (num_outputs, num_inputs)) for name, num_outputs in modules], self.quantization
+        )
 
     def _gptq(self, name: str, shape: tuple[int, int]) -> Int4Weight:
         gptq = self.config.gptq
@@ -237,3 +272,7 @@ def _load_mlp(read: _Reader, name: str, hidden: int, inner: int) -> MLP:
         gate_up=read.linear([(f"{name}.gate_proj", inner), (f"{name}.up_proj", inner)], hidden),
         down=read.linear([(f"{name}.down_proj", hidden)], inner),
     )
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -45,7 +45,8 @@ def quantize_int4(matrix_NK: Tensor, group_size: int = INT4_GROUP_SIZE) -> Int4W
         low, high = groups.amin(dim=2).clamp_max_(0), groups.amax(dim=2).clamp_min_(0)
         scale = ((high - low) / 15).clamp_(_FLOAT16.smallest_normal, _FLOAT16.max).half().float()
         zero = (-low / scale).round_().clamp_(0, 15)
-        nibbles = (groups / scale[..., None] + zero[..., None]).round_().clamp_(0, 15).to(torch.uint8)
+        steps = (groups / scale[..., None]).add_(zero[..., None]).round_().clamp_(0, 15)
+        nibbles = steps.to(torch.uint8)
         scales[rows], zeros[rows] = scale.half(), zero.to(torch.uint8)
         values[rows] = _two_to_a_byte(nibbles.flatten(1)[:, :num_inputs])
     return Int4Weight(shape=(num_outputs, num_inputs), values=values, scales=scales, zeros=zeros, group_size=group_size)
@@ -68,14 +69,16 @@ def from_gptq(
             f"{list(scales.shape)}; expected [K / 8, N], [groups, N / 8], [groups, N]; fetch the checkpoint again"
         )
     group_size = -(-num_inputs // num_groups)
-    nibbles_KN = _nibbles_of_int32(qweight.T).T
     zeros = _nibbles_of_int32(qzeros).T + zero_point_offset
     input_order = _group_order(g_idx, num_inputs, num_groups, group_size)
-    if input_order is not None:
-        nibbles_KN = nibbles_KN[input_order.long()]
+    if input_order is None:
+        # A little-endian word is four of our bytes: only their order changes.
+        values = qweight.contiguous().view(torch.uint8).view(-1, num_outputs, 4).transpose(0, 1).flatten(1)
+    else:
+        values = _two_to_a_byte(_nibbles_of_int32(qweight.T)[:, input_order.long()])
     return Int4Weight(
         shape=(num_outputs, num_inputs),
-        values=_two_to_a_byte(nibbles_KN.T),
+        values=values,
         scales=scales.T.half().contiguous(),
         zeros=zeros.contiguous(),
         group_size=group_size,
@@ -119,8 +122,8 @@ def _two_to_a_byte(nibbles_NK: Tensor) -> Tensor:
 
 def _nibbles_of_int32(packed: Tensor) -> Tensor:
     """int32 [R, C] -> uint8 [R, 8 C], the lowest four bits first."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
-    return ((packed[:, :, None] >> shifts) & 15).to(torch.uint8).flatten(1)
+    octets = packed.contiguous().view(torch.uint8)
+    return torch.stack((octets & 15, octets >> 4), dim=2).flatten(1)
 
 
 def _group_order(g_idx: Tensor | None, num_inputs: int, num_groups: int, group_size: int) -> Tensor | None:

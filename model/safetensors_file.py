@@ -48,14 +48,15 @@ class SafetensorsFile:
         self.path = path
         self.entries = _read_entries(path)
 
-    def read(self, name: str, row: int | None = None) -> Tensor:
-        """A tensor in its stored dtype, or `tensor[row]` reading only that part. A fresh copy on the CPU."""
+    def read(self, name: str, first: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor in its stored dtype, or of `shape` from its element `first` on, reading only that part.
+
+        A fresh copy on the CPU.
+        """
         entry = self.entries[name]
-        shape, offset, num_bytes = entry.shape, entry.offset, entry.num_bytes
-        if row is not None:
-            num_bytes //= shape[0]
-            offset += row * num_bytes
-            shape = shape[1:]
+        dtype = TORCH_DTYPES[entry.dtype]
+        shape = entry.shape if shape is None else shape
+        offset, num_bytes = entry.offset + first * dtype.itemsize, math.prod(shape) * dtype.itemsize
         buffer = torch.empty(num_bytes, dtype=torch.uint8)
         target = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy's arrays have the buffer protocol
         with self.path.open("rb", buffering=0) as file:
@@ -67,7 +68,7 @@ class SafetensorsFile:
                         f"{self.path} ended inside tensor {name!r}: it changed while in use; fetch it again"
                     )
                 done += count
-        return buffer.view(TORCH_DTYPES[entry.dtype]).view(shape)
+        return buffer.view(dtype).view(shape)
 
 
 def _read_entries(path: Path) -> dict[str, TensorEntry]:
