@@ -49,7 +49,7 @@ class Router:
         self._spec = spec
         directory = locate_model(spec.model, spec.revision, spec.download_dir)
         config = load_config(directory, spec.dtype)
-        kernels = select_kernels(device)
+        kernels = select_kernels(device, num_threads=spec.num_threads)
         model, blocks = _load(spec, directory, config, kernels, device)
         self.membership = RouterMembership(
             client,

@@ -46,7 +46,7 @@ class ExpertShard:
         directory = locate_model(spec.model, spec.revision, spec.download_dir)
         self._config = load_config(directory, spec.dtype)
         self._checkpoint = Checkpoint(directory)
-        self._kernels = select_kernels(device)
+        self._kernels = select_kernels(device, num_threads=spec.num_threads)
         self._layers: dict[int, dict[int, ExpertWeights]] = {i: {} for i in self._config.moe_layers}
         self._load_lock = threading.Lock()
         self._compute_lock = threading.Lock()

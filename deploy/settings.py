@@ -92,7 +92,6 @@ class EngineSettings(Section):
     max_num_batched_tokens: int = Field(default=2048, ge=1)
     max_waiting: int = Field(default=512, ge=0)  # requests in a router's queue; more are answered with queue_full
     prefix_cache: bool = True
-    seed: int = Field(default=0, ge=0)
     threads: int = Field(default=1, ge=1)
 
 
