@@ -92,6 +92,7 @@ class FakeRouter:
     says_hello: bool = True
     is_silent: bool = False
     port: int = 0
+    models: list[str] = field(default_factory=lambda: ["tiny"])
     token: str | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -130,7 +131,7 @@ class FakeRouter:
             if self.says_hello:
                 writer.close()
             return
-        self._send(writer, {"op": "hello", "router_id": self.router_id, "models": ["tiny"]})
+        self._send(writer, {"op": "hello", "router_id": self.router_id, "models": self.models})
         load = asyncio.create_task(self._report(writer))
         try:
             while line := await reader.readline():
