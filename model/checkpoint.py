@@ -17,7 +17,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
 _BASE_PREFIXES = ("model.", "transformer.", "")
 _HEAD_NAMES = ("lm_head.", "score.", "qa_outputs.")
-_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOATS = ("F32", "BF16", "F16")
 
 
 class Checkpoint:
@@ -51,7 +51,10 @@ class Checkpoint:
         file = self._file(name)
         dtype = file.entries[name].dtype
         if dtype not in TORCH_DTYPES:
-            raise ValueError(f"{file.path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(_FLOATS)}")
+            known = ', '.join(TORCH_DTYPES)
+            raise ValueError(f"{file.path}: tensor {name!r} has dtype {dtype}, expected one of {known}")
+                f"{file.path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(TORCH_DTYPES)}"
+            )
         tensor = file.read(name, first, shape)
         self.bytes_read += tensor.nbytes
         return tensor
@@ -65,18 +68,7 @@ class Checkpoint:
 
         Never widens: a bfloat16 tensor stays so for dtype "float32", which would only take twice the memory.
         """
-        file = self._file(name)
-        entry = file.entries[name]
-        if entry.shape != shape:
-            raise ValueError(
-                f"{file.path}: tensor {name!r} has shape {list(entry.shape)}, expected {list(shape)} by config.json; "
-                "the weights and config.json belong to different models"
-            )
-        if entry.dtype not in _FLOATS:
-            raise ValueError(
-                f"{file.path}: tensor {name!r} has dtype {entry.dtype}, expected one of {', '.join(_FLOATS)}; "
-                "convert the checkpoint"
-            )
+        self.check(name, shape, FLOATS)
         first, part = 0, shape
         if index is not None:
             part = part[1:]
@@ -87,6 +79,21 @@ class Checkpoint:
         tensor = self.tensor(name, first, part)
         wanted = tensor.dtype if dtype is None else getattr(torch, dtype)
         return tensor.to(wanted) if wanted.itemsize <= tensor.dtype.itemsize else tensor
+
+    def check(self, name: str, shape: tuple[int, ...], dtypes: Collection[str]) -> None:
+        """Raises ValueError unless the tensor is there, of this shape and one of these dtypes of safetensors."""
+        file = self._file(name)
+        entry = file.entries[name]
+        if entry.shape != shape:
+            raise ValueError(
+                f"{file.path}: tensor {name!r} has shape {list(entry.shape)}, expected {list(shape)} by config.json; "
+                "the weights and config.json belong to different models"
+            )
+        if entry.dtype not in dtypes:
+            raise ValueError(
+                f"{file.path}: tensor {name!r} has dtype {entry.dtype}, expected one of {', '.join(dtypes)}; "
+                "convert the checkpoint"
+            )
 
     def backbone_id(self) -> str:
         """A stable id of the files that hold the decoder and experts: equal for heads that share one backbone."""

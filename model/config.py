@@ -25,6 +25,7 @@ HEAD_KINDS: Mapping[str, HeadKind] = {
     "Qwen2MoeModel": "base",
 }
 _LAYER_TYPES: Mapping[str, KVGroup] = {"full_attention": "full", "sliding_attention": "sliding"}
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -145,7 +146,7 @@ class ModelConfig:
             eos_token_ids=_resolve_eos(values),
             pad_token_id=read.optional_id("pad_token_id"),
             id2label=_resolve_labels(values, read),
-            problem_type=values.get("problem_type"),
+            problem_type=_resolve_problem_type(values),
             token_classification_bias=read.flag("token_classification_bias", True),
             gptq=_resolve_gptq(values),
         )
@@ -307,6 +308,16 @@ def _resolve_labels(values: Mapping[str, Any], read: _Reader) -> Mapping[int, st
     if sorted(id2label) != list(range(len(id2label))):
         raise ValueError(f"id2label has the numbers {sorted(id2label)}, expected 0 to {len(id2label) - 1} once each")
     return dict(sorted(id2label.items()))
+
+
+def _resolve_problem_type(values: Mapping[str, Any]) -> str | None:
+    problem_type = values.get("problem_type")
+    if problem_type not in (None, *_PROBLEM_TYPES):
+        raise ValueError(
+            f"problem_type {problem_type!r} is not known: expected one of {', '.join(_PROBLEM_TYPES)}; "
+            "correct config.json"
+        )
+    return problem_type
 
 
 def _resolve_gptq(values: Mapping[str, Any]) -> GPTQConfig | None:

@@ -157,7 +157,7 @@ class Int4Weight:
 def stack_rows(blocks: Iterable[Weight], num_outputs: int) -> Weight:
     """One weight of blocks of its rows, filled as they come: memory for the whole and one block, never for two wholes.
 
-    All blocks have the same storage, and all but the last the same number of rows, a multiple of 32.
+    All blocks have the same storage, and all but the last a multiple of 32 rows.
     """
     whole: dict[str, Tensor] = {}
     num_filled: dict[str, int] = {}

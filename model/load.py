@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.attention import Attention
-from model.checkpoint import Checkpoint
+from model.checkpoint import FLOATS, Checkpoint
 from model.config import HeadKind, ModelConfig
 from model.decoder import Decoder, DecoderLayer
 from model.experts import ExpertWeights
@@ -20,7 +20,7 @@ from model.kernels import REFERENCE_KERNELS, Kernels
 from model.layers import MLP, Rope
 from model.linear import DenseWeight, Embedding, Int4Weight, Weight, stack_rows
 from model.moe import MoeBlock
-from model.quantize import concatenate_int4, from_gptq, quantize_int4, quantize_int8
+from model.quantize import check_same_groups, concatenate_int4, from_gptq, quantize_int4, quantize_int8
 
 QUANTIZATIONS = ("int8", "int4")
 # Numbers that are read, quantized and packed at a time: 1 or 2 MB with the float32 copies that quantizing makes.
@@ -190,29 +190,53 @@ class _Reader:
     def linear(self, modules: Sequence[tuple[str, int]], num_inputs: int) -> Weight:
         """The weights of several modules (name, outputs) with the same input, as one matrix of all their rows."""
         if f"{self.checkpoint.prefix}{modules[0][0]}.qweight" in self.checkpoint:
-            parts = [self._gptq(name, (num_outputs, num_inputs)) for name, num_outputs in modules]
-            return self.kernels.pack_weight(parts[0] if len(parts) == 1 else concatenate_int4(parts))
+            return self._gptq(modules, num_inputs)
         return self.weight(
             [_Part(f"{name}.weight", (num_outputs, num_inputs)) for name, num_outputs in modules], self.quantization
         )
 
-    def _gptq(self, name: str, shape: tuple[int, int]) -> Int4Weight:
+    def _gptq(self, modules: Sequence[tuple[str, int]], num_inputs: int) -> Weight:
+        blocks = (block for name, num_outputs in modules for block in self._gptq_blocks(name, num_outputs, num_inputs))
+        if any(num_outputs % 32 for _, num_outputs in modules):
+            return self.kernels.pack_weight(concatenate_int4(list(blocks)))
+        first: list[Int4Weight] = []
+
+        def pack(block: Int4Weight) -> Weight:
+            first.append(block) if not first else check_same_groups(first[0], block)
+            return self.kernels.pack_weight(block)
+
+        return stack_rows(map(pack, blocks), sum(num_outputs for _, num_outputs in modules))
+
+    def _gptq_blocks(self, name: str, num_outputs: int, num_inputs: int) -> Iterator[Int4Weight]:
+        """A GPTQ matrix, some of its outputs at a time."""
         gptq = self.config.gptq
         if gptq is None:
             raise ValueError(f"tensor '{name}.qweight' is GPTQ's, but config.json has no quantization_config; add it")
-        qweight, qzeros, scales = (
-            self.checkpoint.tensor(self._name(f"{name}.{part}", True)).to(self.device)
-            for part in ("qweight", "qzeros", "scales")
-        )
-        g_idx_name = self._name(f"{name}.g_idx", True)
-        g_idx = self.checkpoint.tensor(g_idx_name) if g_idx_name in self.checkpoint else None
-        weight = from_gptq(qweight, qzeros, scales, g_idx, zero_point_offset=gptq.zero_point_offset)
-        if weight.shape != shape:
-            raise ValueError(
-                f"GPTQ tensor '{name}.qweight' is a matrix of shape {list(weight.shape)}, expected {list(shape)} by "
-                "config.json; the weights and config.json belong to different models"
-            )
-        return weight
+
+        def read(part: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Tensor:
+            full_name = self._name(f"{name}.{part}", True)
+            self.checkpoint.check(full_name, shape, dtypes)
+            return self.checkpoint.tensor(full_name).to(self.device)
+
+        num_groups = max(1, *self.checkpoint.shape(self._name(f"{name}.scales", True))[:1])
+        qweight = read("qweight", (num_inputs // 8, num_outputs), ("I32",))
+        qzeros = read("qzeros", (num_groups, num_outputs // 8), ("I32",))
+        scales = read("scales", (num_groups, num_outputs), FLOATS)
+        has_order = self._name(f"{name}.g_idx", True) in self.checkpoint
+        g_idx = read("g_idx", (num_inputs,), ("I32", "I64")) if has_order else None
+        step = max(32, 8 * _BLOCK_ELEMENTS // num_inputs // 32 * 32)
+        for start in range(0, num_outputs, step):
+            part, octets = slice(start, start + step), slice(start // 8, (start + step) // 8)
+            try:
+                yield from_gptq(
+                    qweight[:, part],
+                    qzeros[:, octets],
+                    scales[:, part],
+                    g_idx,
+                    zero_point_offset=gptq.zero_point_offset,
+                )
+            except ValueError as error:
+                raise ValueError(f"{self.checkpoint.directory}: tensors '{name}.*': {error}") from None
 
     def _name(self, name: str, base: bool) -> str:
         return f"{self.checkpoint.prefix}{name}" if base else name

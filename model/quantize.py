@@ -90,14 +90,7 @@ def concatenate_int4(weights: list[Int4Weight]) -> Int4Weight:
     """The outputs of several matrices with the same inputs, groups and input order as one matrix."""
     first = weights[0]
     for other in weights[1:]:
-        same_order = (other.input_order is None) == (first.input_order is None) and (
-            first.input_order is None or other.input_order is None or torch.equal(first.input_order, other.input_order)
-        )
-        if (other.shape[1], other.group_size) != (first.shape[1], first.group_size) or not same_order:
-            raise ValueError(
-                "GPTQ matrices with the same input have different groups (g_idx), which can't be run as one: "
-                "quantize the model again without act-order (desc_act=False)"
-            )
+        check_same_groups(first, other)
     return Int4Weight(
         shape=(sum(weight.shape[0] for weight in weights), first.shape[1]),
         values=torch.cat([weight.values for weight in weights]),
@@ -106,6 +99,18 @@ def concatenate_int4(weights: list[Int4Weight]) -> Int4Weight:
         group_size=first.group_size,
         input_order=first.input_order,
     )
+
+
+def check_same_groups(first: Int4Weight, other: Int4Weight) -> None:
+    """Raises ValueError unless both have the same inputs in the same groups."""
+    same_order = (other.input_order is None) == (first.input_order is None) and (
+        first.input_order is None or other.input_order is None or torch.equal(first.input_order, other.input_order)
+    )
+    if (other.shape[1], other.group_size) != (first.shape[1], first.group_size) or not same_order:
+        raise ValueError(
+            "GPTQ matrices with the same input have different groups (g_idx), which can't be run as one: "
+            "quantize the model again without act-order (desc_act=False)"
+        )
 
 
 def _row_blocks(matrix_NK: Tensor) -> list[slice]:

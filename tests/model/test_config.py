@@ -132,6 +132,7 @@ def test_labels_come_from_id2label_or_num_labels() -> None:
         ({"num_hidden_layers": 1, "layer_types": ["chunked_attention"]}, ["'chunked_attention'"]),
         ({"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}, ["sliding_attention", "use_sliding_window"]),
         ({"use_sliding_window": True, "sliding_window": None}, ["sliding_window None"]),
+        ({"problem_type": "ranking"}, ["problem_type 'ranking'", "regression"]),
         ({"dtype": "float64"}, ["dtype 'float64'", "bfloat16"]),
         ({"eos_token_id": "x"}, ["eos_token_id 'x'"]),
         ({"id2label": {"0": "a", "2": "b"}}, ["id2label", "[0, 2]"]),

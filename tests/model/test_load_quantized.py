@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +14,10 @@ from torch import Tensor
 
 from model.kernels import REFERENCE_KERNELS, Kernels
 from model.quantize import quantize_int4, quantize_int8
+from tests.gptq import is_quantized, to_gptq, write_gptq
 
 GROUP = 8
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
-
-
-def pack(values: Tensor) -> Tensor:
-    """uint4 [8 n, m] -> int32 [n, m], the first value in the lowest bits."""
-    nibbles = values.to(torch.int64).view(-1, 8, values.shape[1]) << (4 * torch.arange(8))[None, :, None]
-    return nibbles.sum(1).to(torch.int32)
-
-
-def to_gptq(weight_NK: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """GPTQ's v1 tensors of a matrix rounded to 4 bits, and the rounded matrix."""
-    groups_NGK = weight_NK.unflatten(1, (-1, GROUP))
-    low, high = groups_NGK.aminmax(dim=-1, keepdim=True)
-    scales = ((high - low) / 15).half().float()
-    zeros = (-low / scales).round().clamp(1, 15)
-    values = (groups_NGK / scales + zeros).round().clamp(0, 15)
-    tensors = {
-        "qweight": pack(values.flatten(1).T),
-        "qzeros": pack(zeros.squeeze(-1) - 1).T.contiguous(),
-        "scales": scales.squeeze(-1).T.half().contiguous(),
-        "g_idx": (torch.arange(weight_NK.shape[1]) // GROUP).int(),
-    }
-    return tensors, ((values - zeros) * scales).flatten(1)
-
-
-def is_quantized(name: str) -> bool:
-    return name.endswith("_proj.weight")
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -53,7 +29,7 @@ def test_a_gptq_checkpoint_computes_with_its_rounded_weights(
     for name, tensor in load_file(tmp_path / "dense" / "model.safetensors").items():
         dense[name] = packed[name] = tensor
         if is_quantized(name):
-            tensors, dense[name] = to_gptq(packed.pop(name))
+            tensors, dense[name] = to_gptq(packed.pop(name), GROUP)
             packed |= {f"{name.removesuffix('weight')}{part}": value for part, value in tensors.items()}
     (tmp_path / "gptq").mkdir()
     save_file(dense, tmp_path / "dense" / "model.safetensors")
@@ -72,7 +48,7 @@ def test_gptq_tensors_without_a_quantization_config_are_refused(tiny: Any, tmp_p
     tiny.write_checkpoint(tmp_path, tiny.values, tiny.build_oracle(tiny.values))
     tensors = load_file(tmp_path / "model.safetensors")
     name = "model.layers.0.self_attn.o_proj"
-    packed, _ = to_gptq(tensors.pop(f"{name}.weight"))
+    packed, _ = to_gptq(tensors.pop(f"{name}.weight"), GROUP)
     save_file(tensors | {f"{name}.{part}": value for part, value in packed.items()}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"layers.0.self_attn.o_proj.qweight' is GPTQ's.*quantization_config"):
         tiny.engine(tmp_path)
@@ -93,3 +69,75 @@ def test_matrices_are_quantized_while_loading_and_gates_are_not(
     assert torch.equal(ours.mlp.gate.weight.dequantize(), theirs.mlp.gate.weight)
     expert = engine.experts[1, 4]
     assert torch.equal(expert.gate_up.dequantize(), quantize(theirs.mlp.experts.gate_up_proj[4]).dequantize())
+
+
+O_PROJ = "model.layers.1.self_attn.o_proj"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda t: t.pop(f"{O_PROJ}.qzeros"), [f"{O_PROJ}.qzeros", "missing"]),
+        (lambda t: t.pop(f"{O_PROJ}.scales"), [f"{O_PROJ}.scales", "missing"]),
+        (
+            lambda t: t.update({f"{O_PROJ}.qweight": torch.zeros(4, 31, dtype=torch.int32)}),
+            [f"{O_PROJ}.qweight", "shape [4, 31]", "expected [4, 32]"],
+        ),
+        (
+            lambda t: t.update({f"{O_PROJ}.qzeros": torch.zeros(3, 4, dtype=torch.int32)}),
+            [f"{O_PROJ}.qzeros", "shape [3, 4]", "expected [4, 4]"],
+        ),
+        (
+            lambda t: t.update({f"{O_PROJ}.scales": torch.zeros(4, 32, dtype=torch.int32)}),
+            [f"{O_PROJ}.scales", "dtype I32", "F16"],
+        ),
+        (
+            lambda t: t.update({f"{O_PROJ}.qweight": torch.zeros(4, 32)}),
+            [f"{O_PROJ}.qweight", "dtype F32", "I32"],
+        ),
+        (
+            lambda t: t.update({f"{O_PROJ}.g_idx": torch.zeros(5, dtype=torch.int32)}),
+            [f"{O_PROJ}.g_idx", "shape [5]", "expected [32]"],
+        ),
+        (
+            lambda t: t.update({f"{O_PROJ}.g_idx": torch.zeros(32, dtype=torch.int32)}),
+            ["layers.1.self_attn.o_proj", "g_idx does not put 8 of 32 inputs"],
+        ),
+    ],
+)
+def test_every_defect_of_gptq_tensors_is_one_line_with_its_name(
+    damage: Callable[[dict[str, Tensor]], object], words: list[str], tiny: Any, tmp_path: Path
+) -> None:
+    tiny.write_checkpoint(tmp_path / "dense", tiny.values, tiny.build_oracle(tiny.values))
+    write_gptq(tmp_path / "dense", tmp_path / "gptq", GROUP)
+    file = tmp_path / "gptq" / "model.safetensors"
+    tensors = load_file(file)
+    damage(tensors)
+    save_file(tensors, file)
+    with pytest.raises(ValueError) as failure:  # noqa: PT011 - the words are checked below
+        tiny.engine(tmp_path / "gptq")
+    message = str(failure.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.1.mlp.experts.gate_up_proj", (5, 32, 32)),
+        ("model.layers.1.mlp.experts.gate_up_proj", (6, 16, 32)),
+        ("model.layers.1.mlp.experts.down_proj", (6, 16, 32)),
+        ("model.layers.0.mlp.gate.weight", (5, 32)),
+    ],
+)
+def test_fused_experts_of_another_count_or_size_are_refused(
+    name: str, shape: tuple[int, ...], tiny: Any, tmp_path: Path
+) -> None:
+    tiny.write_checkpoint(tmp_path, tiny.values, tiny.build_oracle(tiny.values), fused=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    found, tensors[name] = list(tensors[name].shape), torch.zeros(shape)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as failure:  # noqa: PT011 - the words are checked below
+        tiny.engine(tmp_path)
+    message = str(failure.value)
+    assert name in message and f"shape {list(shape)}, expected {found}" in message and "\n" not in message
