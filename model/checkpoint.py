@@ -51,10 +51,8 @@ class Checkpoint:
         file = self._file(name)
         dtype = file.entries[name].dtype
         if dtype not in TORCH_DTYPES:
-            known = ', '.join(TORCH_DTYPES)
+            known = ", ".join(TORCH_DTYPES)
             raise ValueError(f"{file.path}: tensor {name!r} has dtype {dtype}, expected one of {known}")
-                f"{file.path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(TORCH_DTYPES)}"
-            )
         tensor = file.read(name, first, shape)
         self.bytes_read += tensor.nbytes
         return tensor
