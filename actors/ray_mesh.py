@@ -101,6 +101,7 @@ def ensure_supervisor(mesh: str, plan: MeshPlan, spec: ShardSpec, resources: Sha
             max_restarts=-1,
             max_concurrency=1000,
             num_cpus=0,
+            resources={"node:__internal_head__": 0.001},  # where Ray's own head is: never cut off from it alone
         )
         .remote(mesh, plan, spec, resources, timeouts)
     )
