@@ -10,7 +10,7 @@ average  ... the best of the tokens' mean scores
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -61,6 +61,7 @@ def entities(
                 }
             )
         return [entity for entity in found if entity["entity"] not in ignore_labels]
+    mine, scores_TL = _whole_characters(mine, scores_TL)
     if strategy == "simple":
         tagged = [_tagged([token], scores_TL[i], id2label) for i, token in mine]
     else:
@@ -91,6 +92,22 @@ def trimmed(text: str, entity: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rank(entity: Mapping[str, Any]) -> tuple[int, float]:
     return entity["end"] - entity["start"], entity["score"]
+
+
+def _whole_characters(
+    tokens: Sequence[tuple[int, PlacedToken]], scores_TL: Scores
+) -> tuple[list[tuple[int, PlacedToken]], Scores]:
+    """Tokens that share a character, as the bytes of an emoji do, as one with their mean scores.
+
+    The pipeline lets entities begin and end in the middle of a character; then two of them claim it."""
+    groups: list[list[tuple[int, PlacedToken]]] = []
+    for i, token in tokens:
+        if groups and token.start < groups[-1][-1][1].end:
+            groups[-1].append((i, token))
+        else:
+            groups.append([(i, token)])
+    whole = [(i, replace(group[0][1], end=group[-1][1].end)) for i, group in enumerate(groups)]
+    return whole, np.array([scores_TL[[i for i, _ in group]].mean(axis=0) for group in groups])
 
 
 def _words(text: str, tokens: Sequence[tuple[int, PlacedToken]]) -> list[list[tuple[int, PlacedToken]]]:

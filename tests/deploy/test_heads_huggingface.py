@@ -120,6 +120,8 @@ def test_places_index_the_callers_text_with_emoji_and_combining_marks(api: Runni
     for strategy in ("simple", "first", "average", "max"):
         for one in tag.token_classification(ODD, aggregation_strategy=strategy, ignore_labels=[]):  # type: ignore[arg-type]
             assert ODD[one.start : one.end] == one.word and (one.word == one.word.strip() or not one.word.strip())
+        found = tag.token_classification(ODD, aggregation_strategy=strategy, ignore_labels=[])  # type: ignore[arg-type]
+        assert all(one.end <= other.start for one, other in itertools.pairwise(found))
     answer = client(api, "question-answering").question_answering("What is it?", ODD, max_answer_len=50)
     assert answer.answer == ODD[answer.start : answer.end]
 
