@@ -85,6 +85,8 @@ class EngineSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["int8", "int4"] | None = None
     kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Tokens in a KV block. The native attention kernel needs a multiple of 16 (and such a head_dim, up to 256); others
+    # run in plain torch, slower and without the promise of the same bits for any chunking of a prompt.
     block_size: int = Field(default=16, ge=1)
     num_kv_blocks: int | None = Field(default=None, ge=1)  # None: as many as kv_cache_bytes holds
     kv_cache_bytes: int = Field(default=1 << 30, ge=1)

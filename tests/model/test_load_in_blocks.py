@@ -18,7 +18,7 @@ from model.kernels import REFERENCE_KERNELS, Kernels
 from model.linear import DenseWeight, Weight, stack_rows
 from model.load import load_decoder, load_expert, load_head
 from model.quantize import quantize_int4, quantize_int8
-from tests.bench.quantization import resident_bytes
+from tests.bench.quantization import Loaded, resident_bytes
 from tests.gptq import write_gptq
 from tests.random_checkpoint import write_random_checkpoint
 
@@ -125,3 +125,15 @@ def test_loading_takes_at_most_a_fifth_more_than_what_stays(
                 for expert_id in range(config.num_experts)
             ]
     assert live.most <= 1.2 * resident_bytes(loaded), (live.most, resident_bytes(loaded))
+
+
+@pytest.mark.parametrize(("quantization", "share"), [("int8", 0.55), ("int4", 0.32)])
+@pytest.mark.parametrize("name", ["plain", "tied"])
+def test_a_quantized_model_takes_its_share_of_bfloat16_in_all_processes(
+    name: str, quantization: str, share: float, checkpoints: dict[str, Path], fast_kernels: Kernels
+) -> None:
+    small, bfloat16 = (
+        Loaded.from_directory(checkpoints[name], fast_kernels, chosen) for chosen in (quantization, None)
+    )
+    num_bytes, full_bytes = (model.router_bytes + model.shard_bytes for model in (small, bfloat16))
+    assert num_bytes <= share * full_bytes, num_bytes / full_bytes
