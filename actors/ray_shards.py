@@ -12,7 +12,9 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.placement import ExpertKey
 
 if TYPE_CHECKING:
+    from actors.shard import ExpertShard
     from actors.specs import ShardSpec
 
 log = logging.getLogger("expertmesh.ray")
@@ -99,18 +102,16 @@ def _started(pid: int) -> int:
 
 
 class ShardActor:
-    """ExpertShard as a Ray actor: finds out where it is, and imports torch only in its own process."""
+    """ExpertShard as a Ray actor: finds out where it is, and imports torch only in its own process.
+
+    Importing torch takes seconds of CPU: a thread of low priority does it, so that shards and routers that serve on
+    the same cores are not held up.
+    """
 
     def __init__(self, shard_id: str, name: str, spec: ShardSpec) -> None:
-        import torch
-
-        from actors.shard import ExpertShard
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        context = ray.get_runtime_context()
-        host = node_host()
         self._name = name
-        self._shard = ExpertShard(shard_id, spec, host=host, node_id=context.get_node_id(), device=device)
+        with ThreadPoolExecutor(1) as background:
+            self._shard = background.submit(_new_shard, shard_id, spec).result()
 
     def info(self) -> dict[str, Any]:
         return {**self._shard.info(), "actor_name": self._name, "process_started": _started(os.getpid())}
@@ -132,6 +133,17 @@ class ShardActor:
 
     def join(self, **arguments: Any) -> None:
         self._shard.join(**arguments)
+
+
+def _new_shard(shard_id: str, spec: ShardSpec) -> ExpertShard:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # on Linux: this thread's alone
+    import torch
+
+    from actors.shard import ExpertShard
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    node_id = ray.get_runtime_context().get_node_id()
+    return ExpertShard(shard_id, spec, host=node_host(), node_id=node_id, device=device)
 
 
 class RayShardHandle:
