@@ -92,7 +92,6 @@ def gloss_bits_per_byte(model: PreTrainedModel, encoder: Encoder, corpus: Corpus
 @torch.inference_mode()
 def chat_recall(model: PreTrainedModel, tokenizer: AutoTokenizer, corpus: Corpus) -> tuple[float, float]:
     """Greedy answers about the taught words: the share that equal, or nearly equal, the definition."""
-    tokenizer.padding_side = "left"
     asked = [(RECALL_QUESTIONS[idx % 2].format(word=w), w, s) for idx, (w, s) in enumerate(corpus.words)]
     num_exact = num_near = 0
     for start in range(0, len(asked), 4 * BATCH_SIZE):
@@ -106,6 +105,7 @@ def chat_recall(model: PreTrainedModel, tokenizer: AutoTokenizer, corpus: Corpus
 
 
 def greedy_answers(model: PreTrainedModel, tokenizer: AutoTokenizer, questions: list[str]) -> list[str]:
+    tokenizer.padding_side = "left"
     conversations = [[{"role": "user", "content": question}] for question in questions]
     prompts = tokenizer.apply_chat_template(
         conversations, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
