@@ -124,17 +124,8 @@ def ray_on(everyone: Sequence[Host], shard_slots: int = 1) -> Iterator[None]:
                 room = ["--num-cpus=4", f'--resources={{"expert": {shard_slots}}}'] if i else ["--num-cpus=4"]
                 tail = [] if i else ["--include-dashboard=false", f"--temp-dir={folder}"]
                 arguments = [ray, "start", *joining, f"--node-ip-address={host.address}", *room, *tail, "--block"]
-                started.append(
-                    subprocess.Popen(
-                        host.command(*arguments),
-                        env=environment,
-                        cwd=ROOT,
-                        stdout=subprocess.DEVNULL,
-                        stderr=subprocess.DEVNULL,
-                    )
-                )
-                if i == 0:
-                    _wait_for_port(host, 6379)
+                # One after the other: on one file system several that start together may wait for each other.
+                started.append(_start(host.command(*arguments), environment, Path(folder, "ray-start.log")))
             yield
         finally:
             below = [process for p in started for process in descendants(p.pid)]
@@ -146,13 +137,17 @@ def ray_on(everyone: Sequence[Host], shard_slots: int = 1) -> Iterator[None]:
                 process.wait()
 
 
-def _wait_for_port(host: Host, port: int) -> None:
-    script = f"import socket; socket.create_connection(('{host.address}', {port}), 1)"
+def _start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """`ray start --block`; returns once it has joined. Raises TimeoutError with what it said."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 60
-    while subprocess.run(host.command(sys.executable, "-c", script), capture_output=True, check=False).returncode:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"nothing listens on {host.address}:{port}")
-        time.sleep(0.3)
+    while "block forever" not in log.read_text(errors="replace"):
+        if time.monotonic() > deadline or process.poll() is not None:
+            process.kill()
+            raise TimeoutError(f"ray start did not come up: {log.read_text(errors='replace')[-1000:]}")
+        time.sleep(0.1)
+    return process
 
 
 DEPLOY = """

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from tests.e2e import hosts as network
+from tests.e2e.conftest import wait_until
 from tests.tiny import load_oracle, oracle_greedy
 
 REASON = network.missing()
@@ -31,6 +32,7 @@ def test_three_shards_on_three_hosts_answer_as_transformers_does(served_model):
         body = {"prompt": prompt, "max_tokens": 32, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()
         assert answer["choices"][0]["token_ids"] == oracle_greedy(load_oracle(served_model), prompt, 32)
+        wait_until(lambda: httpx.get(f"{url}/mesh").json()["settled"], 90)
         mesh = httpx.get(f"{url}/mesh").json()
         assert sorted(s["host"] for s in mesh["shards"]) == ["10.77.0.2", "10.77.0.3", "10.77.0.4"]
         assert all(shard["tokens"] > 0 and shard["epoch"] >= 1 for shard in mesh["shards"])

@@ -30,9 +30,10 @@ def test_a_thread_that_ends_gives_its_scratch_memory_back(native: NativeKernels)
     def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
+    linear(x_TK, packed)
     before = resident_bytes()
-    for _ in range(40):
+    for _ in range(40):  # 320 MB of scratch, were it kept
         thread = threading.Thread(target=linear, args=(x_TK, packed))
         thread.start()
         thread.join()
-    assert resident_bytes() - before < 80e6
+    assert resident_bytes() - before < 200e6
