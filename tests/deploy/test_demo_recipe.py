@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 
-from deploy.demo.recipe import chat, tasks
+from deploy.demo.recipe import chat, entity_sentences, tasks
 from deploy.demo.recipe.data import Corpus, Encoder, Mixture, tokens_of
 from deploy.demo.recipe.evaluate import best_span, entity_spans
 from deploy.demo.recipe.export import split_experts
@@ -31,7 +31,14 @@ DOG = Synset(
 OAK = Synset(
     key="noun.1", topic="noun.plant", words=("oak",), gloss="a tall deciduous tree", is_instance=False, hypernyms=()
 )
-NAMES = tasks.Names(persons=["Ada Lovelace"], places=["Rome"], organisations=["Labour Party"])
+NAMES = tasks.Names(
+    persons=["Ada Lovelace"],
+    places=["Rome"],
+    organisations=["Labour Party"],
+    things=["door"],
+    roles=["actor"],
+    plain_sentences=["a hot day."],
+)
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +185,10 @@ def test_the_best_span_does_not_end_before_it_begins() -> None:
     logits = torch.tensor([[0.0, 9.0], [5.0, 0.0], [0.0, 4.0]])
     assert best_span(logits) == (0, 0)
     assert best_span(logits - torch.tensor([[0.0, 9.0], [0.0, 0.0], [0.0, 0.0]])) == (1, 2)
+
+
+def test_no_training_sentence_has_the_form_of_a_held_out_one() -> None:
+    rng = random.Random(7)
+    forms = {tasks.training_form(rng, NAMES) for _ in range(3000)}
+    assert len(forms) > 1500
+    assert not forms & set(entity_sentences.HELD_OUT_TEMPLATES)

@@ -173,6 +173,102 @@ TEMPLATES = (
     "The meeting begins at nine in the morning.",
 )
 
+# A sentence of the grammar is a subject, a clause, and up to two tails. Slots in small letters take ordinary words,
+# most often where a name could stand too: a tagger that has only seen names there takes every word there for one.
+SUBJECTS = (
+    "{PER}",
+    "{PER}",
+    "{PER} and {PER}",
+    "{title} {PER}",
+    "the {thing}",
+    "the {thing}",
+    "the {person}",
+    "the {person} {PER}",
+    "the {person} of {LOC}",
+    "the {ORG}",
+    "the {thing} in {LOC}",
+    "the {thing} at {LOC}",
+    "the {thing} near {LOC}",
+    "the {thing} of the {ORG}",
+    "my {person}",
+    "her {person}",
+    "our {thing}",
+    "she",
+    "he",
+    "they",
+    "we",
+    "some of them",
+)
+CLAUSES = (
+    "{to_person} {PER}",
+    "{to_person} {PER}",
+    "{to_person} the {person}",
+    "{spoke} to {PER}",
+    "{spoke} to {PER}",
+    "{spoke} with {PER}",
+    "{spoke} to the {person}",
+    "{went} to {LOC}",
+    "{went} from {LOC} to {LOC}",
+    "{went} through {LOC}",
+    "{went} into the {thing}",
+    "{stayed} in {LOC}",
+    "{stayed} near {LOC}",
+    "{stayed} at the {thing}",
+    "{did} the {thing}",
+    "{did} a {thing}",
+    "{did} the {ORG}",
+    "was {done} by {PER}",
+    "was {done} by the {ORG}",
+    "was {done} by a {person}",
+    "was {done} in {LOC}",
+    "has {done} the {thing} since {time}",
+    "worked for the {ORG}",
+    "worked as a {person}",
+)
+TAILS = (
+    "in {LOC}",
+    "near {LOC}",
+    "at the {ORG}",
+    "for the {ORG}",
+    "about the {ORG}",
+    "with {PER}",
+    "about {PER}",
+    "for {PER}",
+    "in the {thing}",
+    "at the {thing}",
+    "about the {thing}",
+    "with a {person}",
+    "in the {season}",
+    "until {time}",
+    "in {time}",
+    "now",
+    "again",
+    "there",
+)
+WORDS = {
+    "title": " ".join(TITLES),
+    "to_person": (
+        "met helped married thanked followed called saw found paid asked taught painted heard blamed trusted answered "
+        "visited praised remembered forgot invited feared loved hated joined replaced knew believed left"
+    ),
+    "spoke": "spoke talked lied sang listened wrote apologized read turned ran looked nodded bowed",
+    "went": "went walked came rode sailed drove flew marched hurried returned moved wandered ran escaped swam",
+    "stayed": "stayed lived slept waited died settled worked landed stopped grew_up ended began camped hid",
+    "did": (
+        "bought sold opened closed built broke saw painted found lost described repaired carried moved cleaned planned "
+        "wanted needed watched studied burned hid kept"
+    ),
+    "done": (
+        "built sold bought opened closed found made designed written painted planned lost seen taken stolen given "
+        "repaired burned described studied stopped"
+    ),
+    "season": "spring summer autumn winter morning evening afternoon night rain dark",
+    "time": (
+        "January February March April May June July August September October November December Monday Tuesday "
+        "Wednesday Thursday Friday Saturday Sunday noon midnight evening 1850 1912 1984 2001"
+    ),
+}
+
 HELD_OUT_TEMPLATES = (
     "{PER} grew up in {LOC}.",
     "{PER} moved from {LOC} to {LOC} in the autumn.",

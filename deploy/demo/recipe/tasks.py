@@ -34,6 +34,7 @@ NOTE_FORMS = ("- {word}: {gloss}.", "The word {word} means {gloss}.", "A {word} 
 NOTE_FORM_SHARES = (0.4, 0.2, 0.2, 0.2)
 MAX_GLOSS_WORDS = 14
 OPENING_SHARE = 0.2  # of the training sentences, put behind an opening phrase
+GRAMMAR_SHARE, PLAIN_SHARE = 0.55, 0.10  # of the training sentences; plain ones name nobody
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +56,14 @@ class Example:
 
 @dataclass(slots=True, kw_only=True)
 class Names:
-    """Names of persons, places and organisations, and their parts."""
+    """Names of persons, places and organisations, and the ordinary words around them."""
 
     persons: list[str] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     organisations: list[str] = field(default_factory=list)
+    things: list[str] = field(default_factory=list)
+    roles: list[str] = field(default_factory=list)
+    plain_sentences: list[str] = field(default_factory=list)
 
 
 def topic_examples(synsets: list[Synset]) -> list[Example]:
@@ -74,6 +78,8 @@ def collect_names(synsets: list[Synset], *, held_out: bool) -> Names:
     """The named individuals of WordNet whose name falls in this part of the split."""
     names = Names()
     for synset in synsets:
+        if not synset.is_held_out:
+            add_ordinary(names, synset)
         for word in synset.words:
             if not re.fullmatch(r"[A-Z][a-zA-Z'.]+( [A-Z][a-zA-Z'.]+){0,3}", word) or word.isupper():
                 continue
@@ -88,20 +94,28 @@ def collect_names(synsets: list[Synset], *, held_out: bool) -> Names:
     return names
 
 
+def add_ordinary(names: Names, synset: Synset) -> None:
+    """The nouns of everyday use: the first word of a short definition's synset, in small letters."""
+    if synset.gloss.islower() and len(synset.gloss.split()) > 3:
+        names.plain_sentences.append(f"{synset.gloss}.")
+    if not re.fullmatch("[a-z]{3,9}", synset.words[0]):
+        return
+    if synset.topic in ("noun.artifact", "noun.food", "noun.plant", "noun.communication", "noun.act"):
+        names.things.append(synset.words[0])
+    elif synset.topic == "noun.person" and not synset.is_instance:
+        names.roles.append(synset.words[0])
+
+
 def is_organisation(word: str, synset: Synset) -> bool:
     looks_right = " " in word and re.search(sentences.ORGANISATION_WORDS, word) is not None
     return synset.topic == "noun.group" and looks_right and not re.search(sentences.VIOLENT_ORGANISATIONS, synset.gloss)
 
 
 def entity_example(rng: random.Random, names: Names, *, held_out: bool) -> Example:
-    """A sentence from a template, its slots filled from these names."""
-    templates = sentences.HELD_OUT_TEMPLATES if held_out else sentences.TEMPLATES
+    """A sentence, its slots filled from these names. The held-out forms of sentences are never drawn in training."""
+    form = rng.choice(sentences.HELD_OUT_TEMPLATES) if held_out else training_form(rng, names)
     text, spans = "", []
-    template = rng.choice(templates)
-    if not held_out and rng.random() < OPENING_SHARE:
-        opening = rng.choice(sentences.OPENINGS)
-        template = f"{opening} {template if template.startswith('{') else template[0].lower() + template[1:]}"
-    for piece in re.split(r"(\{[A-Z]+\})", template):
+    for piece in re.split(r"(\{[A-Z]+\})", form):
         if not piece.startswith("{"):
             text += piece
             continue
@@ -110,6 +124,38 @@ def entity_example(rng: random.Random, names: Names, *, held_out: bool) -> Examp
         spans.append(Span(start=len(text), end=len(text) + len(name), label=kind))
         text += name
     return Example(text=text, entities=tuple(spans))
+
+
+def training_form(rng: random.Random, names: Names) -> str:
+    """A sentence with its slots for names still open: from the grammar, from the list, or without any."""
+    kind = rng.random()
+    if kind < PLAIN_SHARE:
+        return capitalized(rng.choice(names.plain_sentences))
+    if kind < PLAIN_SHARE + GRAMMAR_SHARE:
+        form = grammar_form(rng, names)
+        while capitalized(form) in sentences.HELD_OUT_TEMPLATES:
+            form = grammar_form(rng, names)
+    else:
+        form = rng.choice(sentences.TEMPLATES)
+    if rng.random() < OPENING_SHARE:
+        form = f"{rng.choice(sentences.OPENINGS)} {form if form.startswith('{') else form[0].lower() + form[1:]}"
+    return capitalized(form)
+
+
+def grammar_form(rng: random.Random, names: Names) -> str:
+    parts = [rng.choice(sentences.SUBJECTS), rng.choice(sentences.CLAUSES)]
+    parts += rng.sample(sentences.TAILS, rng.choice((0, 1, 1, 2)))
+    ordinary = {slot: words.split() for slot, words in sentences.WORDS.items()}
+    ordinary |= {"thing": names.things, "person": names.roles}
+
+    def fill(slot: re.Match[str]) -> str:
+        return rng.choice(ordinary[slot[1]]).replace("_", " ")
+
+    return re.sub(r"\{([a-z_]+)\}", fill, " ".join(parts)) + "."
+
+
+def capitalized(form: str) -> str:
+    return form[0].upper() + form[1:]
 
 
 def draw_name(rng: random.Random, names: Names, kind: str) -> str:
