@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -143,7 +144,9 @@ def _new_shard(shard_id: str, spec: ShardSpec) -> ExpertShard:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     node_id = ray.get_runtime_context().get_node_id()
-    return ExpertShard(shard_id, spec, host=node_host(), node_id=node_id, device=device)
+    shard = ExpertShard(shard_id, spec, host=node_host(), node_id=node_id, device=device)
+    gc.freeze()  # a group's end collects garbage while others compute: 0.2 s less without torch's own objects
+    return shard
 
 
 class RayShardHandle:
