@@ -5,7 +5,7 @@ by a hash chained over everything before them, so an equal prefix finds equal bl
 name until it is needed again (least recently used first).
 
     tokens   [0 ........ 15][16 ....... 31][32 .. 40]        block_size 16
-    names     h0 = H(salt, t0..15)  h1 = H(h0, t16..31)      the last block is not full: it has no name
+    names     h0 = H(scope, t0..15) h1 = H(h0, t16..31)      the last block is not full: it has no name
 
 Block 0 of every pool is never handed out: tables use it where a sliding-window layer has given a block back.
 """
@@ -105,7 +105,8 @@ class BlockTable:
 class BlockManager:
     """All KV groups together.
 
-    windows[g]: None where group g attends to everything, else its sliding window in tokens.
+    windows[g]: None where group g attends to everything, else its sliding window in tokens. prefix_caching: requests
+    share blocks; without it only the sequences of one request do, which the caller's choice of scope sees to.
     """
 
     def __init__(
@@ -126,16 +127,17 @@ class BlockManager:
         """Share of the fullest pool that is in use, 0 to 1."""
         return max(pool.num_used / (pool.num_blocks - 1) for pool in self.pools)
 
-    def match_prefix(self, table: BlockTable, token_ids: Sequence[int], salt: str | None) -> int:
+    def prefix_names(self, table: BlockTable, token_ids: Sequence[int], scope: str | None) -> list[bytes]:
+        """Names of the blocks that may come from others: all full ones, but one token is left to compute."""
+        count = (len(token_ids) - 1) // self.block_size
+        return self._names(table, token_ids, count, scope)[:count]
+
+    def match_prefix(self, table: BlockTable, token_ids: Sequence[int], scope: str | None) -> int:
         """Fill an empty table with cached blocks of the longest known prefix; returns its length in tokens.
 
-        At least one token is always left to compute. A group with a window only needs the blocks that later
-        positions still look at.
+        A group with a window only needs the blocks that later positions still look at.
         """
-        if not self.prefix_caching:
-            return 0
-        limit = (len(token_ids) - 1) // self.block_size
-        names = self._names(table, token_ids, limit, salt)[:limit]
+        names = self.prefix_names(table, token_ids, scope)
         num_hits = 0
         for name in names:
             if any(p.find(name) is None for p, w in zip(self.pools, self.windows, strict=True) if w is None):
@@ -176,14 +178,13 @@ class BlockManager:
                 blocks.append(pool.take())
         return True
 
-    def commit(self, table: BlockTable, token_ids: Sequence[int], num_computed: int, salt: str | None) -> None:
+    def commit(self, table: BlockTable, token_ids: Sequence[int], num_computed: int, scope: str | None) -> None:
         """After positions [0, num_computed) are written: name full blocks, give back what no window reaches."""
-        if self.prefix_caching:
-            num_full = num_computed // self.block_size
-            names = self._names(table, token_ids, num_full, salt)
-            for i in range(table.num_named, num_full):
-                self._name_block(table, i, names[i])
-            table.num_named = max(num_full, table.num_named)
+        num_full = num_computed // self.block_size
+        names = self._names(table, token_ids, num_full, scope)
+        for i in range(table.num_named, num_full):
+            self._name_block(table, i, names[i])
+        table.num_named = max(num_full, table.num_named)
         for group, (pool, window) in enumerate(zip(self.pools, self.windows, strict=True)):
             first = self._first_needed(window, num_computed)
             blocks = table.tables[group]
@@ -211,12 +212,12 @@ class BlockManager:
             if blocks[index] != NULL_BLOCK:
                 pool.name(blocks[index], name)
 
-    def _names(self, table: BlockTable, token_ids: Sequence[int], count: int, salt: str | None) -> list[bytes]:
+    def _names(self, table: BlockTable, token_ids: Sequence[int], count: int, scope: str | None) -> list[bytes]:
         """Names of at least the first `count` full blocks, kept in the table and only extended."""
         names = table.names
         size = self.block_size
         while len(names) < count:
-            before = names[-1] if names else hashlib.blake2b(repr(salt).encode(), digest_size=16).digest()
+            before = names[-1] if names else hashlib.blake2b(repr(scope).encode(), digest_size=16).digest()
             i = len(names)
             content = array("q", token_ids[i * size : (i + 1) * size]).tobytes()
             names.append(hashlib.blake2b(content, digest_size=16, key=before).digest())

@@ -343,6 +343,7 @@ class Engine:
                 if matcher is not None:
                     matcher.accept(token)
         elif request.head and request.head not in model.heads:
+            scope=_scope(request, between_requests=self.scheduler.blocks.prefix_caching),
             return error_chunk(request_id, 404, "model_not_found", f"no head {request.head!r} on this router")
         elif request.head and request.tokens == "last":
             sequence.token_ids = list(model.heads[request.head].classified_part(tokens))
@@ -376,3 +377,11 @@ class Engine:
         if self._outbox:
             outbox, self._outbox = self._outbox, {}
             self._deliver(outbox)
+
+
+def _scope(request: Request, *, between_requests: bool) -> str | None:
+    """Without a prefix cache between requests, the sequences of one prompt still share its blocks."""
+    if between_requests:
+        return request.cache_salt
+    first_id = request.first_id if isinstance(request, GenerateRequest) else None
+    return first_id or request.request_id

@@ -22,12 +22,16 @@ MAX_LINE_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """Continue prompt_ids + output_ids (tokens that an earlier router has delivered already)."""
+    """Continue prompt_ids + output_ids (tokens that an earlier router has delivered already).
+
+    first_id: request_id of the first of several sequences drawn from the same prompt; None for that one itself.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     output_ids: tuple[int, ...] = ()
+    first_id: str | None = None
     priority: int = 0
     cache_salt: str | None = None
     deadline_s: float = 600.0
@@ -121,3 +125,4 @@ def request_from_wire(data: Mapping[str, Any]) -> Request:
         return_routed_experts=bool(data.get("return_routed_experts")),
         **common,
     )
+        first_id=data.get("first_id"),

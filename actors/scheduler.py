@@ -1,7 +1,8 @@
 """Who gets how many tokens in the next step.
 
 Each step serves, in this order and within one token budget: running sequences (a decode is one token, a prefill the
-next chunk of its prompt), then waiting ones while there are seats and blocks. Decodes are never kept waiting by a
+next chunk of its prompt), then waiting ones while there are seats and blocks. One that needs a block which a running
+sequence is about to compute waits for it: n answers to one prompt compute it once. Decodes are never kept waiting by a
 prefill: they come first and the prefill gets what is left. When blocks run out, the last sequence in order loses
 its blocks and waits again with its tokens; it is computed anew later (and, sampling being keyed by position, goes
 on with the same tokens).
@@ -80,8 +81,14 @@ class Scheduler:
         for sequence in prefills:
             if budget > 0 and sequence in self.running:
                 budget -= self._schedule_chunk(sequence, budget, work)
-        while budget > 0 and self.waiting and len(self.running) < self.limits.max_num_seqs:
-            taken = self._admit(self.waiting[0], budget, work)
+        num_sharing = 0  # these keep their seats
+        for sequence in self.waiting[:]:
+            if budget <= 0 or len(self.running) + num_sharing >= self.limits.max_num_seqs:
+                break
+            if self._will_share(sequence):
+                num_sharing += 1
+                continue
+            taken = self._admit(sequence, budget, work)
             if taken == 0:
                 break
             budget -= taken
@@ -92,7 +99,7 @@ class Scheduler:
         for item in work:
             sequence = item.sequence
             sequence.num_computed = item.end
-            self.blocks.commit(sequence.table, sequence.token_ids, item.end, sequence.request.cache_salt)
+            self.blocks.commit(sequence.table, sequence.token_ids, item.end, sequence.scope)
 
     def check_integrity(self) -> None:
         """AssertionError where blocks and tables don't agree. Cheap enough for idle moments only."""
@@ -105,11 +112,24 @@ class Scheduler:
         work.append(Scheduled(sequence, sequence.num_computed, end))
         return end - sequence.num_computed
 
+    def _will_share(self, sequence: Sequence) -> bool:
+        """Whether a running sequence, before it in order, is about to compute a block that this one needs too."""
+        if not sequence.may_use_prefix_cache:
+            return False
+        names = self.blocks.prefix_names(sequence.table, sequence.token_ids, sequence.scope)
+        for other in self.running:
+            i = other.num_computed // self.blocks.block_size
+            if i < len(names) and other.may_use_prefix_cache and other.order < sequence.order:
+                theirs = other.table.names
+                if i < len(theirs) and theirs[i] == names[i]:
+                    return True
+        return False
+
     def _admit(self, sequence: Sequence, budget: int, work: list[Scheduled]) -> int:
-        """Seat the first waiting sequence if all its known tokens fit in the free blocks; tokens taken or 0."""
+        """Seat a waiting sequence if all its known tokens fit in the free blocks; tokens taken or 0."""
         blocks, table, num_tokens = self.blocks, sequence.table, len(sequence.token_ids)
         if sequence.may_use_prefix_cache:
-            sequence.num_computed = blocks.match_prefix(table, sequence.token_ids, sequence.request.cache_salt)
+            sequence.num_computed = blocks.match_prefix(table, sequence.token_ids, sequence.scope)
         end = min(num_tokens, sequence.num_computed + budget)
         if not blocks.fits(table, num_tokens + 1) or not blocks.reserve(table, end):
             blocks.release(table)
@@ -120,7 +140,7 @@ class Scheduler:
             if sequence.may_use_prefix_cache:
                 self.num_prefix_queries += num_tokens
                 self.num_prefix_hits += sequence.num_computed
-        self.waiting.pop(0)
+        self.waiting.remove(sequence)
         self.running.append(sequence)
         self.running.sort(key=lambda s: s.order)
         work.append(Scheduled(sequence, sequence.num_computed, end))

@@ -14,9 +14,10 @@ from model.structured import Matcher
 class Sequence:
     """token_ids: prompt and output. num_computed: leading tokens whose keys and values are in the blocks.
 
-    owner: the ingress that asked. deadline: on the engine's clock. sampler: None for a pool request. matcher: the
-    grammar the output must follow. pooled and prompt_logprobs grow with each chunk of the prompt. routed_experts are
-    those not delivered yet; num_routed counts the tokens that they have been noted for.
+    owner: the ingress that asked. deadline: on the engine's clock. scope: sequences with the same one share the blocks
+    of equal prefixes. sampler: None for a pool request. matcher: the grammar the output must follow. pooled and
+    prompt_logprobs grow with each chunk of the prompt. routed_experts are those not delivered yet; num_routed counts
+    the tokens that they have been noted for. scheduled_at: when it was first in a step, on the engine's clock.
     """
 
     request: Request
@@ -24,6 +25,7 @@ class Sequence:
     arrival: int
     deadline: float
     table: BlockTable
+    scope: str | None = None
     sampler: SamplerState | None = None
     matcher: Matcher | None = None
     token_ids: list[int] = field(default_factory=list)

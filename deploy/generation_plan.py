@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,18 +69,19 @@ def plan_requests(
             one = replace(params, max_tokens=max_tokens)
         except ValueError as error:
             raise _refusal(error) from None
-        requests += [
-            GenerateRequest(
-                model=model.names[0],
-                prompt_ids=prompt_ids,
-                sampling=replace(one, seed=(seed + i) & SEED_MASK).to_dict(),
-                deadline=deadline,
-                priority=body.priority,
-                cache_salt=body.cache_salt,
-                return_routed_experts=body.return_routed_experts,
-            )
-            for i in range(n)
-        ]
+        first = GenerateRequest(
+            model=model.names[0],
+            prompt_ids=prompt_ids,
+            sampling=replace(one, seed=seed).to_dict(),
+            deadline=deadline,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+            return_routed_experts=body.return_routed_experts,
+        )
+        requests.append(first)
+        for i in range(1, n):
+            sampling = {**first.sampling, "seed": (seed + i) & SEED_MASK}
+            requests.append(replace(first, sampling=sampling, first_id=first.request_id, request_id=uuid.uuid4().hex))
     return requests
 
 

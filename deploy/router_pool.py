@@ -41,7 +41,8 @@ class PoolOptions:
 class GenerateRequest:
     """One sequence to generate. `deadline` is in the loop's time; `sampling` is `SamplingParams.to_dict()`, seeded.
 
-    `model` is the name by which routers know the model; None where all routers are alike."""
+    `model` is the name by which routers know the model; None where all routers are alike. `first_id` is the request_id
+    of the first of several sequences for the same prompt: they go to its router, which computes the prompt once."""
 
     prompt_ids: list[int]
     model: str | None = None
@@ -51,6 +52,7 @@ class GenerateRequest:
     cache_salt: str | None = None
     return_routed_experts: bool = False
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    first_id: str | None = None
 
 
 class RouterPool:
@@ -106,6 +108,7 @@ class RouterPool:
             "cache_salt": request.cache_salt,
             "return_routed_experts": request.return_routed_experts,
         }
+            "first_id": request.first_id,
         async with contextlib.aclosing(
             self._run(common, request.deadline, request.model, replays_output=True)
         ) as chunks:
@@ -177,7 +180,7 @@ class RouterPool:
         has_first = False
         refused_at: float | None = None  # since when there have been only refusals
         while True:
-            link = await self._pick(model, deadline, full, may_give_up=not has_first)
+            link = await self._pick(model, deadline, full, message.get("first_id"), may_give_up=not has_first)
             attempt = {**message, "deadline_s": max(0.0, deadline - loop.time())}
             if replays_output:
                 attempt["output_ids"] = output_ids
@@ -233,9 +236,9 @@ class RouterPool:
         return [link for link in links if link.load.ready] or links
 
     async def _pick(
-        self, model: str | None, deadline: float, full: set[RouterLink], *, may_give_up: bool
+        self, model: str | None, deadline: float, full: set[RouterLink], first_id: str | None, *, may_give_up: bool
     ) -> RouterLink:
-        """The least loaded router; waits while there is none. A stream that has begun waits until its deadline."""
+        """The router that has first_id, or the least loaded; waits while there is none, a begun stream till its end."""
         loop = asyncio.get_running_loop()
         give_up = min(deadline, loop.time() + self._options.router_wait_s) if may_give_up else deadline
         while True:
@@ -244,6 +247,7 @@ class RouterPool:
                 self._turn += 1
                 order = self._turn
                 return min(
+            links = [link for link in links if first_id is not None and link.holds(first_id)] or links
                     enumerate(links),
                     key=lambda item: (
                         max(item[1].load.running + item[1].load.waiting, item[1].num_open),

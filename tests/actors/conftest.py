@@ -166,9 +166,12 @@ def placed(mesh: ThreadMesh, num_shards: int, replicas: int = 1) -> Placement:
     return spread_evenly(moe_layers=[0, 1, 2], num_experts=8, nodes=nodes, replicas=replicas)
 
 
-def ask(engine: Engine, request_id: str, prompt: list[int], count: int = 24, **sampling: Any) -> None:
+def ask(
+    engine: Engine, request_id: str, prompt: list[int], count: int = 24, first_id: str | None = None, **sampling: Any
+) -> None:
     params = SamplingParams(**{"temperature": 0.0, "max_tokens": count, "ignore_eos": True, **sampling})
-    engine.submit("test", GenerateRequest(request_id=request_id, prompt_ids=tuple(prompt), sampling=params))
+    request = GenerateRequest(request_id=request_id, prompt_ids=tuple(prompt), sampling=params, first_id=first_id)
+    engine.submit("test", request)
 
 
 def prompt_of(seed: int, length: int) -> list[int]:

@@ -64,6 +64,47 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(start_router):
     assert outputs.tokens("other") == expected.tokens("other")
 
 
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_several_answers_to_a_cold_prompt_compute_it_once_and_are_what_each_is_alone(start_router, prefix_caching):
+    prompt = prompt_of(5, 100)
+    alone, expected = start_router()
+    for i in range(4):
+        ask(alone.engine, f"r{i}", prompt, 12, temperature=0.9, seed=i)
+        expected.wait(f"r{i}")
+    limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=64)
+    router, outputs = start_router(prefix_caching=prefix_caching, limits=limits)
+
+    def ask_all(name: str) -> None:
+        for i in range(4):
+            first_id = f"{name}0" if i else None
+            ask(router.engine, f"{name}{i}", prompt, 12, first_id=first_id, temperature=0.9, seed=i)
+
+    router.engine.call(lambda: ask_all("r"))
+    assert [outputs.tokens(f"r{i}") for i in range(4)] == [expected.tokens(f"r{i}") for i in range(4)]
+    assert router.engine.stats.num_prompt_tokens == 100 + 3 * (100 - 96)
+    wait_until(lambda: not router.engine.scheduler.has_work)
+    router.engine.scheduler.check_integrity()
+    ask_all("again")
+    assert outputs.tokens("again3") == outputs.tokens("r3")
+    assert outputs.chunks["again0"][0].num_cached_tokens == (96 if prefix_caching else 0)
+
+
+def test_whoever_waits_for_anothers_prefix_goes_on_alone_when_that_one_leaves(start_router):
+    router, outputs = start_router(limits=SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=16))
+    prompt = prompt_of(5, 120)
+
+    def both() -> None:
+        ask(router.engine, "first", prompt, 5)
+        ask(router.engine, "second", [*prompt[:90], 7], 5)
+
+    router.engine.call(both)
+    wait_until(lambda: router.engine.stats.num_prompt_tokens >= 32)
+    router.engine.abort("test", "first")
+    assert len(outputs.tokens("second")) == 5
+    ask(router.engine, "again", [*prompt[:90], 7], 5)
+    assert outputs.tokens("again") == outputs.tokens("second")
+
+
 def test_prompts_too_long_bad_ids_and_full_queues_are_refused_with_numbers(start_router):
     router, outputs = start_router(
         limits=SchedulerLimits(max_num_seqs=1, max_num_batched_tokens=64, max_queue=2), max_model_len=128

@@ -95,6 +95,18 @@ def test_constraints_hold_for_a_model_of_noise(client: openai.OpenAI) -> None:
         client.completions.create(model="tiny", prompt="the", extra_body={"structured_outputs": {"regex": "(("}})
 
 
+def test_n_answers_to_one_prompt_are_drawn_on_one_router_which_computes_the_prompt_once(
+    real: RunningApi, client: openai.OpenAI
+) -> None:
+    engines = [router.engine for router in real.router.routers.values()]
+    before = sum(engine.stats.num_prompt_tokens for engine in engines)
+    body: Any = {"model": "tiny", "prompt": [7, *range(3, 100)], "max_tokens": 8, "extra_body": {"ignore_eos": True}}
+    answer = client.completions.create(**body, n=3, seed=5)
+    assert sum(engine.stats.num_prompt_tokens for engine in engines) - before == 98 + 2 * (98 - 96)
+    alone = [client.completions.create(**body, seed=5 + i).choices[0].text for i in range(3)]
+    assert [choice.text for choice in answer.choices] == alone
+
+
 def test_a_stream_outlives_its_router_and_a_sampled_text_stays_the_same(
     real: RunningApi, client: openai.OpenAI
 ) -> None:
