@@ -1,28 +1,32 @@
 """What each weight format costs in memory and in accuracy, as a markdown table.
 
-    python -m tests.bench.quantization --model deploy/demo/model --text held-out.txt
+    python -m tests.bench.quantization --model deploy/demo/model --text deploy/demo/held_out_sample.txt \\
+        --card deploy/demo/MODEL_CARD.md
     python -m tests.bench.quantization --random small
 
 Bytes are those of the tensors that a router (everything but the routed experts) and all shards together (the routed
 experts) hold after loading, in the layout of this machine's kernels. Distributions of the next token are compared with
-those of the float32 reference in plain torch: mean KL divergence in nats, perplexity, and how often the most probable
-token is the same. GPTQ stands for weights rounded to the nearest without calibration, which only shows the format.
+those of the checkpoint's own weights in plain torch and float32: mean KL divergence in nats, perplexity, and how often
+the most probable token is the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from deploy.demo.recipe.card import write_table
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.decoder import Decoder
@@ -34,11 +38,9 @@ from model.kv_cache import KVCache
 from model.load import load_decoder, load_expert, load_head
 from model.moe import LocalExchange
 from model.tokenizer import Tokenizer
-from tests.gptq import write_gptq
 from tests.random_checkpoint import write_random_checkpoint
 
 WINDOW_TOKENS, BLOCK_SIZE = 512, 16
-GPTQ_GROUP = 32  # divides the demo's 96 inputs; published checkpoints have 128
 RANDOM: Mapping[str, dict[str, Any]] = {
     "small": {
         "vocab_size": 16384,
@@ -129,56 +131,103 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(getattr(value, field.name))
 
 
-def accuracy(model: Loaded, reference: list[Tensor], windows: list[list[int]]) -> tuple[float, float, float]:
-    """Mean KL divergence from the reference, perplexity, and the share of equal most probable tokens."""
-    divergence = nll = equal = 0.0
-    num_places = num_predicted = 0
-    for tokens, expected, found in zip(windows, reference, model.log_probabilities(windows), strict=True):
-        divergence += float((expected.exp() * (expected - found)).double().sum())
-        equal += int((expected.argmax(-1) == found.argmax(-1)).sum())
-        num_places += len(tokens)
-        nll -= float(found[:-1].gather(1, torch.tensor(tokens[1:])[:, None]).double().sum())
-        num_predicted += len(tokens) - 1
-    return divergence / num_places, math.exp(nll / num_predicted), equal / num_places
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Against the reference."""
+
+    divergence: float
+    perplexity: float
+    rise: float
+    """Of the perplexity, as a share."""
+    same_argmax: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """What one format of the weights costs; `accuracy` is None where there was no text."""
+
+    name: str
+    router_bytes: int
+    shard_bytes: int
+    accuracy: Accuracy | None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.router_bytes + self.shard_bytes
 
 
 @torch.inference_mode()
-def table(path: Path, scratch: Path, windows: list[list[int]]) -> Iterator[str]:
-    """The rows of the table; without windows only those of memory."""
+def measure(path: Path, scratch: Path, windows: list[list[int]]) -> list[Format]:
+    """Each format of the checkpoint's weights; `scratch` gets a float32 copy of it."""
     kernels = select_kernels()
-    write_gptq(path, scratch / "gptq", GPTQ_GROUP)
-    variants: list[tuple[str, dict[str, Any]]] = [
-        ("bfloat16", {"dtype": "bfloat16"}),
-        ("float16", {"dtype": "float16"}),
-        ("int8", {"quantization": "int8"}),
-        ("int4", {"quantization": "int4"}),
-        (f"GPTQ int4, groups of {GPTQ_GROUP}", {"path": scratch / "gptq"}),
-        (f"GPTQ int4, groups of {GPTQ_GROUP}, with int8", {"path": scratch / "gptq", "quantization": "int8"}),
-    ]
-    yield "| weights | router MB | shards MB | of bfloat16 |" + accuracy_titles(bool(windows))
-    yield "|---|---:|---:|---:|" + "---:|" * (4 * bool(windows))
-    reference: list[Tensor] = []
-    reference_perplexity = 0.0
-    if windows:
-        exact = Loaded.from_directory(path, REFERENCE_KERNELS)
-        reference = list(exact.log_probabilities(windows))
-        _, reference_perplexity, _ = accuracy(exact, reference, windows)
-        yield f"| float32 reference | | | | 0 | {reference_perplexity:.3f} | | |"
-    baseline = None
-    for name, options in variants:
-        model = Loaded.from_directory(**{"path": path, "kernels": kernels, **options})
-        total = model.router_bytes + model.shard_bytes
-        baseline = baseline or total
-        row = f"| {name} | {model.router_bytes / 1e6:.2f} | {model.shard_bytes / 1e6:.2f} | {total / baseline:.3f} |"
-        if windows:
-            divergence, perplexity, equal = accuracy(model, reference, windows)
-            change = perplexity / reference_perplexity - 1
-            row += f" {divergence:.2g} | {perplexity:.3f} | {change:+.2%} | {equal:.1%} |"
-        yield row
+    models: dict[str, Callable[[], Loaded]] = {
+        "float32": lambda: Loaded.from_directory(_widened(path, scratch), kernels),
+        "bfloat16": lambda: Loaded.from_directory(path, kernels, dtype="bfloat16"),
+        "float16": lambda: Loaded.from_directory(path, kernels, dtype="float16"),
+        "int8": lambda: Loaded.from_directory(path, kernels, "int8"),
+        "int4": lambda: Loaded.from_directory(path, kernels, "int4"),
+    }
+    reference = list(Loaded.from_directory(path, REFERENCE_KERNELS).log_probabilities(windows))
+    found = []
+    for name, load in models.items():
+        model = load()
+        accuracy = _accuracy(model, reference, windows) if windows else None
+        found.append(
+            Format(name=name, router_bytes=model.router_bytes, shard_bytes=model.shard_bytes, accuracy=accuracy)
+        )
+    return found
 
 
-def accuracy_titles(wanted: bool) -> str:
-    return " KL, nats | perplexity | change | same argmax |" if wanted else ""
+def _widened(path: Path, scratch: Path) -> Path:
+    checkpoint = Checkpoint(path)
+    target = scratch / "float32"
+    target.mkdir()
+    save_file({name: checkpoint.tensor(name).float() for name in checkpoint.names}, target / "model.safetensors")
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    (target / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    return target
+
+
+def _accuracy(model: Loaded, reference: list[Tensor], windows: list[list[int]]) -> Accuracy:
+    divergence = equal = exact_nll = nll = 0.0
+    for tokens, expected, found in zip(windows, reference, model.log_probabilities(windows), strict=True):
+        divergence += float((expected.exp() * (expected - found)).double().sum())
+        equal += int((expected.argmax(-1) == found.argmax(-1)).sum())
+        targets = torch.tensor(tokens[1:])[:, None]
+        exact_nll -= float(expected[:-1].gather(1, targets).double().sum())
+        nll -= float(found[:-1].gather(1, targets).double().sum())
+    num_places = sum(map(len, windows))
+    num_predicted = num_places - len(windows)
+    return Accuracy(
+        divergence=divergence / num_places,
+        perplexity=math.exp(nll / num_predicted),
+        rise=math.expm1((nll - exact_nll) / num_predicted),
+        same_argmax=equal / num_places,
+    )
+
+
+def read_windows(model: Path, text: Path, most: int) -> list[list[int]]:
+    """The text's tokens in windows of WINDOW_TOKENS, no more than `most` of them."""
+    ids = Tokenizer.from_directory(model).encode(text.read_text("utf-8"))
+    return [ids[i : i + WINDOW_TOKENS] for i in range(0, len(ids) - 1, WINDOW_TOKENS)][:most]
+
+
+def table(formats: list[Format]) -> list[str]:
+    """The lines of a markdown table."""
+    (bfloat16,) = (one for one in formats if one.name == "bfloat16")
+    titles = ["weights", "router MB", "shards MB", "of bfloat16"]
+    if bfloat16.accuracy is not None:
+        titles += ["KL, nats", "perplexity", "change", "same argmax"]
+    lines = [" | ".join(titles), " | ".join(["---", *["---:"] * (len(titles) - 1)])]
+    for one in formats:
+        cells = [one.name, *(f"{value / 1e6:.2f}" for value in (one.router_bytes, one.shard_bytes))]
+        cells.append(f"{one.num_bytes / bfloat16.num_bytes:.3f}")
+        if (found := one.accuracy) is not None:
+            change = round(100 * found.rise, 2) + 0.0  # never "-0.00"
+            cells += [f"{found.divergence:.1e}", f"{found.perplexity:.3f}", f"{change:+.2f} %"]
+            cells.append(f"{found.same_argmax:.1%}")
+        lines.append(" | ".join(cells))
+    return [f"| {line} |" for line in lines]
 
 
 def main() -> None:
@@ -187,22 +236,22 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="held-out text; without it only memory is measured")
     parser.add_argument("--random", choices=sorted(RANDOM), help="instead of a model: random weights of this size")
     parser.add_argument("--windows", type=int, default=24, help=f"how much text, in windows of {WINDOW_TOKENS} tokens")
+    parser.add_argument("--card", type=Path, help="also write the table into this file, between its marks")
     arguments = parser.parse_args()
     if (arguments.model is None) == (arguments.random is None):
         parser.error("give either --model or --random")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
-        scratch = Path(directory)
-        windows = []
+        scratch, windows = Path(directory), []
         if arguments.random:
             model = write_random_checkpoint(scratch / "random", RANDOM[arguments.random])
         else:
             model = arguments.model
-        if arguments.text and arguments.model:
-            ids = Tokenizer.from_directory(model).encode(arguments.text.read_text("utf-8"))
-            windows = [ids[i : i + WINDOW_TOKENS] for i in range(0, len(ids) - 1, WINDOW_TOKENS)][: arguments.windows]
-        for row in table(model, scratch, windows):
-            print(row, flush=True)
+            windows = read_windows(model, arguments.text, arguments.windows) if arguments.text else []
+        lines = table(measure(model, scratch, windows))
+    print("\n".join(lines))
+    if arguments.card:
+        write_table(arguments.card, "weight formats", lines)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from deploy.demo.recipe.evaluate import best_span, entity_spans, greedy_answers
 from deploy.demo.recipe.export import assemble
 from deploy.demo.recipe.model import DemoModel
 from deploy.demo.recipe.tasks import ENTITY_LABELS
+from tests.bench.quantization import measure, read_windows
 
 DEMO = Path(__file__).parents[2] / "deploy/demo"
 MAX_BYTES = 24_000_000
@@ -107,6 +108,24 @@ def test_held_out_text_is_predicted_well(language_model: transformers.PreTrained
     with torch.inference_mode():
         nll = torch.nn.functional.cross_entropy(language_model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
     assert nll.item() / math.log(2) / num_bytes < MAX_BITS_PER_BYTE
+
+
+def test_smaller_weights_take_their_share_of_memory_and_cost_little_accuracy(tmp_path: Path) -> None:
+    windows = read_windows(DEMO / "model", DEMO / "held_out_sample.txt", most=24)
+    formats = {one.name: one for one in measure(DEMO / "model", tmp_path, windows)}
+    for name, share, rise, divergence in (("int8", 0.55, 0.005, 0.005), ("int4", 0.32, 0.04, 0.05)):
+        small = formats[name]
+        assert small.num_bytes <= share * formats["bfloat16"].num_bytes, small
+        assert small.accuracy is not None and small.accuracy.rise <= rise, small
+        assert small.accuracy.divergence <= divergence, small
+
+
+def test_the_card_has_the_figures_of_all_formats() -> None:
+    _, _, rest = (DEMO / "MODEL_CARD.md").read_text("utf-8").partition("<!-- weight formats: begin -->")
+    lines, found, _ = rest.partition("<!-- weight formats: end -->")
+    assert found and [line.split(" | ")[0] for line in lines.strip().splitlines()[2:]] == [
+        f"| {name}" for name in ("float32", "bfloat16", "float16", "int8", "int4")
+    ]
 
 
 @torch.inference_mode()

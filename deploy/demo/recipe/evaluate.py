@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from deploy.demo.recipe import chat, tasks
+from deploy.demo.recipe.card import write_table
 from deploy.demo.recipe.data import Corpus, Document, Encoder, gloss_line, read_corpus
 from deploy.demo.recipe.sources import Text, fetch
 
@@ -35,7 +36,6 @@ NUM_GLOSSES, NUM_SENTENCES, NUM_QUESTIONS = 1000, 1000, 600
 NEARLY_EQUAL = 0.85  # difflib ratio of the characters
 RECALL_QUESTIONS = ("What does {word} mean?", "Define {word}.")
 SAMPLE_SOURCES, SAMPLE_CHARACTERS = ("austen/Mansfield", "austen/Pride", "moby-dick", "sotu"), 1500
-CARD_MARKS = ("<!-- figures: begin -->", "<!-- figures: end -->")
 
 
 def evaluate(data: Path, demo: Path) -> Iterator[tuple[str, float]]:
@@ -189,12 +189,8 @@ def batched_logits(model: PreTrainedModel, documents: list[Document]) -> Iterato
 
 def write_figures(figures: dict[str, float], demo: Path) -> None:
     (demo / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
-    card = (demo / "MODEL_CARD.md").read_text("utf-8")
-    before, _, rest = card.partition(CARD_MARKS[0])
-    _, _, after = rest.partition(CARD_MARKS[1])
-    rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in figures.items())
-    table = f"{CARD_MARKS[0]}\n| figure | value |\n| --- | --- |\n{rows}\n{CARD_MARKS[1]}"
-    (demo / "MODEL_CARD.md").write_text(before + table + after, "utf-8")
+    rows = [f"| {name} | {value:.3f} |" for name, value in figures.items()]
+    write_table(demo / "MODEL_CARD.md", "figures", ["| figure | value |", "| --- | --- |", *rows])
 
 
 def write_sample(corpus: Corpus, file: Path) -> None:
