@@ -326,6 +326,7 @@ class Engine:
             arrival=self._num_arrivals,
             deadline=arrived + request.deadline_s,
             table=self.scheduler.blocks.new_table(),
+            scope=_scope(request, between_requests=self.scheduler.blocks.prefix_caching),
             matcher=matcher,
             token_ids=tokens,
         )
@@ -343,7 +344,6 @@ class Engine:
                 if matcher is not None:
                     matcher.accept(token)
         elif request.head and request.head not in model.heads:
-            scope=_scope(request, between_requests=self.scheduler.blocks.prefix_caching),
             return error_chunk(request_id, 404, "model_not_found", f"no head {request.head!r} on this router")
         elif request.head and request.tokens == "last":
             sequence.token_ids = list(model.heads[request.head].classified_part(tokens))

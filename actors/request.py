@@ -122,7 +122,7 @@ def request_from_wire(data: Mapping[str, Any]) -> Request:
     return GenerateRequest(
         sampling=SamplingParams.from_dict(data["sampling"]),
         output_ids=tuple(int(token) for token in data.get("output_ids") or ()),
+        first_id=data.get("first_id"),
         return_routed_experts=bool(data.get("return_routed_experts")),
         **common,
     )
-        first_id=data.get("first_id"),

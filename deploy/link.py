@@ -132,6 +132,10 @@ class RouterLink:
     def num_open(self) -> int:
         return len(self._queues)
 
+    def holds(self, request_id: str) -> bool:
+        """Whether the request is there and open."""
+        return request_id in self._queues
+
     def submit(self, message: Mapping[str, Any]) -> asyncio.Queue[Chunk | None]:
         """Sends a request; its chunks arrive in the queue, `None` when the link is lost."""
         queue: asyncio.Queue[Chunk | None] = asyncio.Queue()

@@ -107,8 +107,8 @@ class RouterPool:
             "priority": request.priority,
             "cache_salt": request.cache_salt,
             "return_routed_experts": request.return_routed_experts,
-        }
             "first_id": request.first_id,
+        }
         async with contextlib.aclosing(
             self._run(common, request.deadline, request.model, replays_output=True)
         ) as chunks:
@@ -243,11 +243,11 @@ class RouterPool:
         give_up = min(deadline, loop.time() + self._options.router_wait_s) if may_give_up else deadline
         while True:
             links = [link for link in self._usable(model) if link not in full]
+            links = [link for link in links if first_id is not None and link.holds(first_id)] or links
             if links:
                 self._turn += 1
                 order = self._turn
                 return min(
-            links = [link for link in links if first_id is not None and link.holds(first_id)] or links
                     enumerate(links),
                     key=lambda item: (
                         max(item[1].load.running + item[1].load.waiting, item[1].num_open),
