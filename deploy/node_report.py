@@ -101,10 +101,10 @@ def _expected(num_layers: int) -> list[str]:
 
 
 def _kernels() -> str:
-    from model.native.build import library_path
+    from model.native.build import shared_object_path
 
     try:
-        return "native" if library_path() is not None else "torch"
+        return "native" if shared_object_path().is_file() else "torch"
     except Exception as error:
         return f"torch ({type(error).__name__})"
 

@@ -14,7 +14,7 @@ from model.attention import paged_attention_reference
 from model.experts import ExpertWeights, run_experts
 from model.linear import Weight
 from model.native.kernels import NativeKernels
-from model.native.library import load_library
+from model.native.shared_object import load_shared_object
 
 log = logging.getLogger("expertmesh.model")
 
@@ -74,14 +74,14 @@ def select_kernels(device: torch.device | str = "cpu", *, native: bool = True, n
     """
     if not native or torch.device(device).type != "cpu":
         return REFERENCE_KERNELS
-    library = load_library(num_threads=num_threads)
-    if library is None:
+    shared_object = load_shared_object(num_threads=num_threads)
+    if shared_object is None:
         log.warning(
             "no native kernels here, plain torch is several times slower: they need x86-64 with AVX2, and gcc when "
             "expertmesh is installed; build them with `python -m model.native.build`"
         )
         return REFERENCE_KERNELS
-    kernels = NativeKernels(library)
+    kernels = NativeKernels(shared_object)
     return Kernels(
         paged_attention=kernels.paged_attention, run_experts=kernels.run_experts, pack_weight=kernels.pack_weight
     )

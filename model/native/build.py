@@ -1,6 +1,6 @@
 """Build the kernels beside their sources: `python -m model.native.build`.
 
-Needs a C compiler, but neither torch nor Python headers. Does nothing when the library of these sources is there.
+Needs a C compiler, but neither torch nor Python headers. Does nothing when the shared object of these sources is there.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _FLAGS = ["-O2", "-std=gnu11", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off",
 
 
 def source_hash(directory: Path = SOURCE_DIRECTORY) -> str:
-    """Identifies the sources and flags that a library was built from."""
+    """Identifies the sources and flags that a shared object was built from."""
     digest = hashlib.sha256(repr((_FLAGS, _LEVEL_FLAGS)).encode())
     for path in sorted([*directory.glob("*.c"), *directory.glob("*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def library_path(directory: Path = SOURCE_DIRECTORY) -> Path:
-    """Where the library of these sources is, or belongs: a stale one has another name and is never loaded."""
+def shared_object_path(directory: Path = SOURCE_DIRECTORY) -> Path:
+    """Where the shared object of these sources is, or belongs: a stale one has another name and is never loaded."""
     return directory / f"_kernels_{source_hash(directory)}.so"
 
 
 def build(target_directory: Path = SOURCE_DIRECTORY) -> Path:
-    """Compile into `target_directory` and return the library's path. Raises RuntimeError with the compiler's words."""
-    target = target_directory / library_path().name
+    """Compile into `target_directory` and return the path. Raises RuntimeError with the compiler's words."""
+    target = target_directory / shared_object_path().name
     if target.is_file():
         return target
     if platform.machine() not in ("x86_64", "AMD64"):

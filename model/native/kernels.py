@@ -12,8 +12,8 @@ from torch import Tensor
 from model.attention import paged_attention_reference
 from model.experts import ExpertWeights, run_experts
 from model.linear import DenseWeight, Int4Weight, Int8Weight, Weight
-from model.native.library import AttentionStruct, Library, pointer
 from model.native.packed_weight import FORMATS, PANEL, PackedWeight
+from model.native.shared_object import AttentionStruct, SharedObject, pointer
 
 # Inputs of an int8 weight that share one activation scale: an outlier coarsens 128 neighbours, not the whole row.
 INT8_ACTIVATION_BLOCK = 128
@@ -25,7 +25,7 @@ _FORMAT_OF_DTYPE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.
 class NativeKernels:
     """Methods with the signatures of `Kernels`."""
 
-    library: Library
+    shared_object: SharedObject
 
     def pack_weight(self, weight: Weight) -> Weight:
         """The weight in the kernels' layout, about the same bytes; the original may be dropped."""
@@ -37,13 +37,15 @@ class NativeKernels:
             dtype = weight.tensor.dtype
             panels = torch.empty(num_panels, num_inputs, PANEL, dtype=dtype)
             self._pack_panels(weight.tensor.contiguous(), weight.shape, _FORMAT_OF_DTYPE[dtype], panels)
-            return PackedWeight(library=self.library, format=_FORMAT_OF_DTYPE[dtype], shape=weight.shape, panels=panels)
+            return PackedWeight(
+                shared_object=self.shared_object, format=_FORMAT_OF_DTYPE[dtype], shape=weight.shape, panels=panels
+            )
         num_quads = -(-num_inputs // 4)
         if isinstance(weight, Int8Weight):
             panels = torch.empty(num_panels, num_quads, 4 * PANEL, dtype=torch.uint8)
             self._pack_panels(weight.values.contiguous(), weight.shape, "int8", panels)
             return PackedWeight(
-                library=self.library,
+                shared_object=self.shared_object,
                 format="int8",
                 shape=weight.shape,
                 panels=panels,
@@ -58,7 +60,7 @@ class NativeKernels:
                 for t in (weight.scales, weight.zeros)
             )
             return PackedWeight(
-                library=self.library,
+                shared_object=self.shared_object,
                 format="int4",
                 shape=weight.shape,
                 panels=panels,
@@ -70,7 +72,7 @@ class NativeKernels:
         return weight
 
     def _pack_panels(self, matrix: Tensor, shape: tuple[int, int], weight_format: str, panels: Tensor) -> None:
-        self.library.pack(pointer(matrix), *shape, FORMATS.index(weight_format), pointer(panels))
+        self.shared_object.pack(pointer(matrix), *shape, FORMATS.index(weight_format), pointer(panels))
 
     def run_experts(
         self,
@@ -94,7 +96,7 @@ class NativeKernels:
         pair_rows_P, pair_experts_P = pair_rows_P.contiguous(), pair_experts_P.contiguous()
         pair_weights_P = pair_weights_P.contiguous()
         y_NH = torch.empty(x_NH.shape, dtype=torch.float64)
-        self.library.run_experts(
+        self.shared_object.run_experts(
             matrices,
             num_experts,
             pointer(x_NH),
@@ -104,7 +106,7 @@ class NativeKernels:
             pointer(pair_weights_P),
             len(pair_rows_P),
             pointer(y_NH),
-            self.library.num_threads,
+            self.shared_object.num_threads,
         )
         return y_NH
 
@@ -154,7 +156,7 @@ class NativeKernels:
             k_cache.dtype == torch.bfloat16,
             scale,
         )
-        self.library.paged_attention(ctypes.addressof(call), self.library.num_threads)
+        self.shared_object.paged_attention(ctypes.addressof(call), self.shared_object.num_threads)
         return out_TAD
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model.native.library import Library, WeightStruct, pointer
+from model.native.shared_object import SharedObject, WeightStruct, pointer
 
 PANEL = 32
 FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
@@ -19,7 +19,7 @@ FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
 class PackedWeight:
     """A weight matrix [N, K] in panels of 32 outputs, the last one padded. Made by `pack_weight`."""
 
-    library: Library
+    shared_object: SharedObject
     format: str
     shape: tuple[int, int]
     panels: Tensor
@@ -63,8 +63,8 @@ class PackedWeight:
             raise ValueError(f"x is {x_TK.dtype} {list(x_TK.shape)}, expected torch.float32 [T, {num_inputs}]")
         x_TK = x_TK.contiguous()
         y_TN = torch.empty(x_TK.shape[0], num_outputs)
-        self.library.linear(
-            self.address, pointer(x_TK), x_TK.shape[0], pointer(bias), pointer(y_TN), self.library.num_threads
+        self.shared_object.linear(
+            self.address, pointer(x_TK), x_TK.shape[0], pointer(bias), pointer(y_TN), self.shared_object.num_threads
         )
         return y_TN
 

@@ -5,18 +5,18 @@ import torch
 
 from model.native.build import build
 from model.native.kernels import NativeKernels
-from model.native.library import LEVELS, Library, load_library
+from model.native.shared_object import LEVELS, SharedObject, load_shared_object
 
 
-def _load(level: str | None, num_threads: int = 1) -> Library:
+def _load(level: str | None, num_threads: int = 1) -> SharedObject:
     try:
         build()
     except RuntimeError as error:
         pytest.skip(str(error))
-    library = load_library(level, num_threads)
-    if library is None:
+    shared_object = load_shared_object(level, num_threads)
+    if shared_object is None:
         pytest.skip(f"this CPU can't run the {level or 'native'} kernels")
-    return library
+    return shared_object
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from model.native.build import library_path
+from model.native.build import shared_object_path
 
 LEVELS = ("avx2", "avx512")
 """From slow to fast. Both give the same bits."""
@@ -55,7 +55,7 @@ class AttentionStruct(ctypes.Structure):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Library:
+class SharedObject:
     """The kernels at one vector width, with the number of threads that a call may use.
 
     The functions take what their C sources say, tensors as `pointer(tensor)`.
@@ -76,18 +76,18 @@ def pointer(tensor: Tensor | None) -> int | None:
 @functools.cache
 def _open(path: Path) -> tuple[ctypes.CDLL, int] | None:
     try:
-        library = ctypes.CDLL(str(path))
+        opened = ctypes.CDLL(str(path))
     except OSError:
         return None
-    return library, library.cpu_level()
+    return opened, opened.cpu_level()
 
 
-def load_library(level: str | None = None, num_threads: int = 1, path: Path | None = None) -> Library | None:
+def load_shared_object(level: str | None = None, num_threads: int = 1, path: Path | None = None) -> SharedObject | None:
     """The kernels at the best level of this CPU (or at `level`), None where they aren't built or can't run here."""
-    opened = _open(path or library_path())
+    opened = _open(path or shared_object_path())
     if opened is None:
         return None
-    library, num_levels = opened
+    functions, num_levels = opened
     runnable = LEVELS[:num_levels]
     if not runnable or level not in (None, *runnable):
         return None
@@ -95,11 +95,11 @@ def load_library(level: str | None = None, num_threads: int = 1, path: Path | No
     address, integer = ctypes.c_void_p, ctypes.c_int
 
     def function(name: str, result: Any, *arguments: Any) -> Any:
-        found = library[name]  # a new object each time, unlike an attribute
+        found = functions[name]  # a new object each time, unlike an attribute
         found.restype, found.argtypes = result, arguments
         return found
 
-    return Library(
+    return SharedObject(
         level=level,
         num_threads=num_threads,
         linear=function(f"linear_{level}", None, address, address, integer, address, address, integer),
