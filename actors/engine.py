@@ -38,9 +38,11 @@ class StepExchange(Exchange, Protocol):
     """An exchange that knows about steps.
 
     while_waiting: called now and then when a step has to wait for a new epoch, so that aborts and deadlines go on.
+    recovery_s: how long steps have waited so, all together.
     """
 
     while_waiting: Callable[[], None]
+    recovery_s: float
 
     def begin_step(self) -> None: ...
 
@@ -109,6 +111,7 @@ class Engine:
         self._work: list[Scheduled] = []
         self._next_sweep = 0.0
         self._was_busy = False
+        self._recovery_s = 0.0  # of the last step
         self.last_beat = clock()
 
     # ---- called from other threads -------------------------------------------------------------------
@@ -184,12 +187,16 @@ class Engine:
 
     def step(self) -> None:
         """One forward pass for everything scheduled."""
-        started = self._clock()
+        started, recovery_s = self._clock(), self.exchange.recovery_s
         self.exchange.begin_step()
         work = self._work = self.scheduler.schedule(self._pace.prefill_budget())
         if not work:
             return
+        for item in work:
+            if item.sequence.scheduled_at is None:
+                item.sequence.scheduled_at = started
         hidden_TH = self._run(work)
+        self._recovery_s = self.exchange.recovery_s - recovery_s
         draws = draw_tokens(work, hidden_TH, self.model.lm_head) if self.model.lm_head is not None else {}
         self._commit(work, draws)
         duration_s = self._clock() - started
@@ -228,6 +235,8 @@ class Engine:
                         values=sequence.pooled,
                         finish_reason="stop",
                         num_cached_tokens=sequence.num_cached_tokens or 0,
+                        timing=self._timing(sequence),
+                        recovery_s=self._recovery_s or None,
                     ),
                 )
 
@@ -253,12 +262,14 @@ class Engine:
             logprobs=[draw.logprobs] if draw.logprobs is not None else None,
             num_cached_tokens=sequence.num_cached_tokens or 0,
             routed_experts=sequence.routed_experts or None,
+            recovery_s=self._recovery_s or None,
         )
         sequence.routed_experts = []
         params = request.sampling
         num_outputs = len(sequence.token_ids) - sequence.prompt_len
-        if params.prompt_logprobs is not None and num_outputs == len(request.output_ids) + 1:
-            chunk.prompt_logprobs = sequence.prompt_logprobs
+        if num_outputs == len(request.output_ids) + 1:
+            chunk.timing = self._timing(sequence)
+            chunk.prompt_logprobs = sequence.prompt_logprobs if params.prompt_logprobs is not None else None
         if token in self.model.eos_token_ids and not params.ignore_eos:
             chunk.finish_reason = "stop"
         elif token in params.stop_token_ids:
@@ -271,6 +282,12 @@ class Engine:
             self._finish(sequence, chunk)
         else:
             self._emit(sequence.owner, chunk)
+
+    def _timing(self, sequence: Sequence) -> tuple[float, float]:
+        """Seconds in the queue, and from there to now."""
+        arrived, scheduled = sequence.deadline - sequence.request.deadline_s, sequence.scheduled_at
+        assert scheduled is not None
+        return round(scheduled - arrived, 6), round(self._clock() - scheduled, 6)
 
     def _is_known(self, sequence: Sequence) -> bool:
         return (sequence.owner, sequence.request.request_id) in self._by_id

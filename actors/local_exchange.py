@@ -15,6 +15,7 @@ class LocalSteps(LocalExchange):
     def __init__(self, experts: Mapping[tuple[int, int], ExpertWeights], kernels: Kernels = REFERENCE_KERNELS) -> None:
         super().__init__(experts, kernels)
         self.while_waiting: Callable[[], None] = lambda: None
+        self.recovery_s = 0.0
 
     def begin_step(self) -> None:
         return None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.ledger import Ledger, Totals
+from actors.logs import start_logging
 from actors.mesh_plan import MeshPlan
 from actors.ray_shards import NAMESPACE, RayShardStarter, ShardResources, actor_name
 from actors.supervisor import Supervisor
@@ -32,7 +33,7 @@ class SupervisorActor:
     def __init__(
         self, mesh: str, plan: MeshPlan, spec: ShardSpec, resources: ShardResources, timeouts: Timeouts
     ) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+        start_logging("supervisor", spec.log_format)
         self._lines: list[str] = []
         self._ledger = Ledger(time.monotonic)  # of the ingresses; here since all of them know this actor
         starter = RayShardStarter(mesh, spec, resources, start_s=timeouts.start_s)

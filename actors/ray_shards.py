@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.logs import start_logging
 from cluster.placement import ExpertKey
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class ShardActor:
     """
 
     def __init__(self, shard_id: str, name: str, spec: ShardSpec) -> None:
+        start_logging(shard_id, spec.log_format)
         self._name = name
         with ThreadPoolExecutor(1) as background:
             self._shard = background.submit(_new_shard, shard_id, spec).result()

@@ -59,7 +59,9 @@ class Chunk:
     """What one step brought for one request.
 
     logprobs: per new token a list of [token_id, logprob, rank], the chosen one first. prompt_logprobs: the same per
-    prompt token, None for the first. values: rows of a pool result. result: what a command answers.
+    prompt token, None for the first. values: rows of a pool result. timing: with a sequence's first output
+    its seconds in the queue, and from there to now; recovery_s: how long the step waited for a new epoch. result: what
+    a command answers.
     error: {"status", "code", "message"}.
     """
 
@@ -72,6 +74,8 @@ class Chunk:
     prompt_logprobs: list[list[list[float]] | None] | None = None
     routed_experts: list[list[list[int]]] | None = None
     values: list[list[float]] | None = None
+    timing: tuple[float, float] | None = None
+    recovery_s: float | None = None
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
 
@@ -91,6 +95,8 @@ _OPTIONAL = (
     "prompt_logprobs",
     "routed_experts",
     "values",
+    "timing",
+    "recovery_s",
     "result",
     "error",
 )

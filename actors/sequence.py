@@ -35,6 +35,7 @@ class Sequence:
     prompt_logprobs: list[list[list[float]] | None] = field(default_factory=lambda: [None])
     routed_experts: list[list[list[int]]] = field(default_factory=list)
     num_routed: int = 0
+    scheduled_at: float | None = None
 
     @property
     def order(self) -> tuple[int, int]:

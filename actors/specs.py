@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from actors.logs import LogFormat
 from cluster.settings import Timeouts
 
 
@@ -38,6 +39,7 @@ class ShardSpec:
     quantization: str | None = None
     timeouts: Timeouts = Timeouts()
     num_threads: int = 1
+    log_format: LogFormat = "text"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

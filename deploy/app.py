@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 
+from actors.logs import start_logging
 from actors.mesh_plan import MeshPlan
 from actors.model_source import load_config
 from actors.ray_mesh import RayMeshClient, ensure_supervisor
@@ -53,6 +54,7 @@ class RouterReplica:
         parsed = Settings.model_validate(settings)
         context = serve.get_replica_context()
         router_id = f"router-{context.replica_id.unique_id}"
+        start_logging(router_id, parsed.server.log_format)
         ensure_mesh(parsed)
         runtime = ray.get_runtime_context()
         host = node_host()
@@ -93,6 +95,7 @@ class IngressReplica:
 
     def __init__(self, settings: dict[str, Any], *routers: DeploymentHandle[Any]) -> None:
         self._settings = Settings.model_validate(settings)
+        start_logging("ingress", self._settings.server.log_format)
         self._routers = routers  # keeps the routers part of the application; requests go over the links
         self._mesh_names = [one.mesh.name for one in self._settings.each_mesh()]
         self._supervisors: dict[str, Any] = {}

@@ -132,12 +132,12 @@ async def stream_sequence(
 ) -> AsyncGenerator[Delta]:
     """The deltas of one sequence. A stop string, or closing the iterator, aborts the request at the router."""
     stream = TextStream(tokenizer, options)
-    watch = pool.metrics.watch(len(request.prompt_ids))
+    watch = pool.metrics.watch(len(request.prompt_ids), request.model, request.sampling)
     ended = "error"
     try:
         async with contextlib.aclosing(pool.generate(request)) as chunks:
             async for chunk in chunks:
-                watch.saw(len(chunk.token_ids))
+                watch.saw(chunk)
                 delta = stream.push(chunk, index)
                 ended = delta.finish_reason or "abort"  # in case nobody wants more
                 yield delta

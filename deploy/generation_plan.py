@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from deploy.errors import ContextTooLong, InvalidRequest
 from deploy.generation import TextOptions
 from deploy.openai_requests import GenerationBody
-from deploy.router_pool import GenerateRequest
+from deploy.router_pool import GenerateRequest, new_id
 from deploy.served_model import ServedModel
 from deploy.settings import LimitSettings
 from model.sampling_params import SamplingParams, StructuredSpec
@@ -60,7 +59,8 @@ def plan_requests(
     for name, value in (("logprobs", asked.logprobs), ("prompt_logprobs", asked.prompt_logprobs)):
         if value is not None and value > limits.max_logprobs:
             raise InvalidRequest(f"{name}: at most {limits.max_logprobs} per token, got {value}", param=name)
-    seed = random.getrandbits(63) if body.seed is None else body.seed & SEED_MASK
+    given = model.sampling_defaults.get("seed") if body.seed is None else body.seed
+    seed = random.getrandbits(63) if given is None else given & SEED_MASK
     params = _sampling(body, model, asked)
     requests = []
     for prompt_ids in prompts:
@@ -81,7 +81,7 @@ def plan_requests(
         requests.append(first)
         for i in range(1, n):
             sampling = {**first.sampling, "seed": (seed + i) & SEED_MASK}
-            requests.append(replace(first, sampling=sampling, first_id=first.request_id, request_id=uuid.uuid4().hex))
+            requests.append(replace(first, sampling=sampling, first_id=first.request_id, request_id=new_id()))
     return requests
 
 

@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from actors.logs import REQUEST_ID
 from deploy import (
     anthropic,
     head_endpoints,
@@ -48,8 +49,10 @@ from deploy.served_model import ModelList, ServedModel
 from deploy.service import Service
 from deploy.settings import Settings
 from deploy.sse import error_answer
+from deploy.tracing import CURRENT, RequestNote, Tracing, tracing_to
 
 logger = logging.getLogger(__name__)
+access = logging.getLogger("expertmesh.access")
 MeshInfo = Callable[[], Awaitable[dict[str, Any]]]
 _BODIES: dict[str, type[RequestBody]] = {
     "/v1/completions": CompletionRequest,
@@ -78,9 +81,9 @@ def create_api(
     """The app. It starts the pool with its lifespan, or with the first request, and closes it with its lifespan.
 
     `mesh_info` answers GET /mesh; without it the app tells what its links know. `mesh_scale` carries out POST
-    /mesh/scale. `ledger` is shared with the other
-    ingresses; without it this one is alone."""
+    /mesh/scale. `ledger` is shared with the other ingresses; without it this one is alone."""
     service = Service(settings, ModelList(models), pool, version, now)
+    tracing = tracing_to(settings.server.otlp_traces_endpoint, version)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -88,6 +91,8 @@ def create_api(
         yield
         await pool.close()
         service.close()
+        if tracing is not None:
+            tracing.close()
 
     api = FastAPI(title="expertmesh", version=version, lifespan=lifespan)
     api.state.service = service
@@ -97,7 +102,7 @@ def create_api(
     ledger = ledger if settings.server.num_ingresses > 1 else None
     sharing = monitoring.Sharing(pool.metrics, ledger)
     limits = KeyLimits(settings.limits, ledger)
-    api.add_middleware(Front, service=service, keys=keys, limits=limits, sharing=sharing)
+    api.add_middleware(Front, service=service, keys=keys, limits=limits, sharing=sharing, tracing=tracing)
     if settings.server.allowed_origins:
         api.add_middleware(
             CORSMiddleware,
@@ -118,55 +123,70 @@ def create_api(
 
 
 class Front:
-    """Every request passes here: an id, a key, and no exception gets past."""
+    """Every request passes here: an id, a key, a line in the log, and no exception gets past."""
 
     def __init__(
-        self, app: ASGIApp, service: Service, keys: ApiKeys, limits: KeyLimits, sharing: monitoring.Sharing
+        self,
+        app: ASGIApp,
+        service: Service,
+        keys: ApiKeys,
+        limits: KeyLimits,
+        sharing: monitoring.Sharing,
+        tracing: Tracing | None,
     ) -> None:
         self._app = app
         self._service = service
         self._keys = keys
         self._limits = limits
         self._sharing = sharing
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         await self._service.pool.start()
-        headers = Headers(scope=scope)
+        path, headers, began = scope["path"], Headers(scope=scope), time.monotonic()
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
-        started = False
+        is_work = scope["method"] == "POST" and path not in _FREE_PATHS
+        note = self._tracing.begin(path, headers, request_id) if self._tracing and is_work else RequestNote()
+        REQUEST_ID.set(request_id)
+        CURRENT.set(note)
+        status, code = 0, None  # 0: no answer has begun
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        state = scope.setdefault("state", {})
-        state["request_id"] = request_id
+        scope.setdefault("state", {})["request_id"] = request_id
         try:
-            client = self._keys.check(scope["path"], headers)
-            async with self._admission(scope, client, request_id):
+            client = self._keys.check(path, headers)
+            async with self._admission(is_work, client, request_id):
                 await self._app(scope, receive, send_with_id)
         except Exception as error:
             if not isinstance(error, ApiError):
-                logger.exception("request %s failed", request_id)
+                logger.exception("the request failed")
                 error = ApiError(f"The server failed on this request; its id in the logs is {request_id}.")
+            code = error.code
             if error.status in (401, 429, 503):
-                self._service.pool.metrics.rejected.labels(error.code or "other").inc()
-            if started:
-                raise
-            await error_answer(error, scope["path"])(scope, receive, send_with_id)
+                self._service.pool.metrics.rejected.labels(code or "other").inc()
+            if status:
+                raise error from None
+            await error_answer(error, path)(scope, receive, send_with_id)
+        finally:
+            note.end(status, code)
+            if is_work or status >= 400:
+                _log_access(scope, status, time.monotonic() - began, note)
 
     @asynccontextmanager
-    async def _admission(self, scope: Scope, client: str, request_id: str) -> AsyncIterator[None]:
+    async def _admission(self, is_work: bool, client: str, request_id: str) -> AsyncIterator[None]:
         """Requests for the mesh are counted until their answer has ended; looking around is free."""
-        if scope["method"] != "POST" or scope["path"] in _FREE_PATHS:
+        if not is_work:
             yield
             return
         with self._service.admitted():
@@ -175,6 +195,15 @@ class Front:
                     yield
             finally:
                 self._sharing.soon()
+
+
+def _log_access(scope: Scope, status: int, seconds: float, note: RequestNote) -> None:
+    path = scope["path"][:200].encode("unicode_escape").decode()
+    fields = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 6)}
+    if note.num_sequences:
+        fields |= {"prompt_tokens": note.prompt_tokens, "output_tokens": note.output_tokens}
+        fields["finish_reasons"] = note.finish_reasons[:16]
+    access.info("%s %s %d in %.3f s", scope["method"], path, status, seconds, extra={"fields": fields})
 
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:

@@ -52,6 +52,8 @@ class Chunk:
     num_cached_tokens: int = 0
     routed_experts: Any = None
     values: list[list[float]] | None = None
+    timing: list[float] | None = None  # with a sequence's first output: seconds in the queue, seconds of prefill
+    recovery_s: float = 0.0  # how long the step waited for a new epoch
     result: dict[str, Any] | None = None
     error: Mapping[str, Any] | None = None
 
@@ -66,6 +68,8 @@ class Chunk:
             num_cached_tokens=data.get("num_cached_tokens") or 0,
             routed_experts=data.get("routed_experts"),
             values=data.get("values"),
+            timing=data.get("timing"),
+            recovery_s=data.get("recovery_s") or 0.0,
             result=data.get("result"),
             error=data.get("error"),
         )

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 
 from deploy.mesh_metrics import mesh_families
+from deploy.tracing import CURRENT, RequestNote, SequenceNote
+
+if TYPE_CHECKING:
+    from deploy.link import Chunk
 
 PREFIX = "expertmesh_"
 TTFT_BUCKETS_S = (
@@ -38,20 +42,31 @@ Share = Callable[[Totals], Awaitable[Totals]]
 
 
 class Watch:
-    """One sequence on its way. Call saw() for each chunk of output and end() once."""
+    """One sequence on its way. Call saw() for each chunk and end() once."""
 
-    def __init__(self, metrics: ServingMetrics, num_prompt_tokens: int) -> None:
+    def __init__(self, metrics: ServingMetrics, num_prompt_tokens: int, note: SequenceNote) -> None:
         self._metrics = metrics
+        self._note = note
         self._num_prompt_tokens = num_prompt_tokens
+        self._num_cached_tokens = 0
         self._num_tokens = 0
         self._started = self._last = metrics.clock()
         self._first: float | None = None
         metrics.running.inc()
 
-    def saw(self, num_tokens: int) -> None:
-        """So many output tokens came just now."""
-        if num_tokens == 0:
-            return
+    def saw(self, chunk: Chunk) -> None:
+        """It came just now."""
+        if chunk.recovery_s:
+            self._note.recovered(chunk.recovery_s)
+        if chunk.timing is not None:
+            self._note.started(*chunk.timing)
+            self._metrics.queue.observe(chunk.timing[0])
+            self._metrics.prefill.observe(chunk.timing[1])
+        self._num_cached_tokens = max(self._num_cached_tokens, chunk.num_cached_tokens)
+        if num_tokens := len(chunk.token_ids):
+            self._count(num_tokens)
+
+    def _count(self, num_tokens: int) -> None:
         now = self._metrics.clock()
         if self._first is None:
             self._first = now
@@ -66,6 +81,7 @@ class Watch:
     def end(self, reason: str) -> None:
         """reason: "stop", "length", "abort" (the client left) or "error"."""
         metrics = self._metrics
+        self._note.end(reason, self._num_prompt_tokens, self._num_cached_tokens, self._num_tokens)
         metrics.running.dec()
         metrics.finished.labels(reason).inc()
         if reason == "error":
@@ -75,6 +91,7 @@ class Watch:
         metrics.output_length.observe(self._num_tokens)
         if self._first is not None and self._num_tokens > 1:
             metrics.tpot.observe((self._last - self._first) / (self._num_tokens - 1))
+            metrics.decode.observe(self._last - self._first)
 
 
 class ServingMetrics:
@@ -96,6 +113,11 @@ class ServingMetrics:
             "request_time_per_output_token_seconds", "Mean over a sequence, without its first token.", ITL_BUCKETS_S
         )
         self.e2e = histogram("e2e_request_latency_seconds", "From admission to the last token.", E2E_BUCKETS_S)
+        self.queue = histogram(
+            "request_queue_time_seconds", "Until a router first scheduled a sequence.", TTFT_BUCKETS_S
+        )
+        self.prefill = histogram("request_prefill_time_seconds", "From there to its first token.", TTFT_BUCKETS_S)
+        self.decode = histogram("request_decode_time_seconds", "From its first token to its last.", E2E_BUCKETS_S)
         self.prompt_length = histogram("request_prompt_tokens", "Prompt tokens of a sequence.", LENGTH_BUCKETS)
         self.output_length = histogram("request_generation_tokens", "Output tokens of a sequence.", LENGTH_BUCKETS)
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of sequences that got their first token.")
@@ -111,8 +133,10 @@ class ServingMetrics:
         for code in ("queue_full", "rate_limit_exceeded", "invalid_api_key", "no_router"):
             self.rejected.labels(code)
 
-    def watch(self, num_prompt_tokens: int) -> Watch:
-        return Watch(self, num_prompt_tokens)
+    def watch(self, num_prompt_tokens: int, model: str | None, sampling: Mapping[str, Any]) -> Watch:
+        """A sequence of the request that is being served begins."""
+        note = CURRENT.get() or RequestNote()
+        return Watch(self, num_prompt_tokens, note.sequence(model, sampling))
 
     def totals(self) -> Totals:
         """Every sample, in a form that travels."""

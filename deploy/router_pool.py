@@ -15,15 +15,23 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from actors.logs import REQUEST_ID
 from deploy.errors import DeadlineExceeded, EngineError, Unavailable
 from deploy.link import Chunk, RouterAddress, RouterLink
 from deploy.metrics import ServingMetrics
+from deploy.tracing import CURRENT
 
 logger = logging.getLogger(__name__)
 
 Discover = Callable[[], Awaitable[Sequence[Mapping[str, Any]]]]
 MAX_LOSSES_WITHOUT_PROGRESS = 4
 RETRY_S = 0.25
+
+
+def new_id() -> str:
+    """An id for a sequence, which routers' logs show; it begins with the client's request's."""
+    request_id = REQUEST_ID.get()
+    return f"{request_id}-{uuid.uuid4().hex}" if request_id else uuid.uuid4().hex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +59,8 @@ class GenerateRequest:
     priority: int = 0
     cache_salt: str | None = None
     return_routed_experts: bool = False
-    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     first_id: str | None = None
+    request_id: str = field(default_factory=new_id)
 
 
 class RouterPool:
@@ -129,17 +137,18 @@ class RouterPool:
         """The rows of a pooling head: one for `tokens` = "last", one per token for "all"."""
         message = {
             "op": "pool",
-            "request_id": uuid.uuid4().hex,
+            "request_id": new_id(),
             "head": head,
             "tokens": tokens,
             "prompt_ids": prompt_ids,
             "priority": priority,
             "cache_salt": cache_salt,
         }
-        watch, ended = self.metrics.watch(len(prompt_ids)), "error"
+        watch, ended = self.metrics.watch(len(prompt_ids), model, {}), "error"
         try:
             async with contextlib.aclosing(self._run(message, deadline, model)) as chunks:
                 async for chunk in chunks:
+                    watch.saw(chunk)
                     if chunk.values is not None:
                         ended = "stop"
                         return chunk.values
@@ -214,6 +223,8 @@ class RouterPool:
                     num_losses += 1
                     self.num_replays += 1
                     self.metrics.replays.inc()
+                    if (note := CURRENT.get()) is not None:
+                        note.lost_router(link.address.router_id, len(output_ids))
                     full.clear()
                     logger.warning(
                         "request %s lost router %s after %d tokens", request_id, link.address.router_id, len(output_ids)

@@ -19,6 +19,8 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from actors.logs import LogFormat
+
 ENV_PREFIX = "EXPERTMESH_"
 SECRETS = frozenset({"server.api_keys", "mesh.token"})
 
@@ -53,6 +55,8 @@ class ServerSettings(Section):
     allowed_origins: tuple[str, ...] = ()  # browsers' origins that may call (CORS)
     num_ingresses: int = Field(default=1, ge=1)
     ingress_cpus: float = Field(default=0.0, ge=0)
+    log_format: LogFormat = "text"  # json: one object a line, from every part
+    otlp_traces_endpoint: str | None = Field(default=None, pattern=r"^https?://")  # whole URL; None: no traces
 
     @field_validator("api_keys")
     @classmethod
@@ -95,6 +99,7 @@ class EngineSettings(Section):
     max_waiting: int = Field(default=512, ge=0)  # requests in a router's queue; more are answered with queue_full
     prefix_cache: bool = True
     threads: int = Field(default=1, ge=1)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)  # of requests without one; None: another for each
 
 
 class MeshSettings(Section):

@@ -77,6 +77,7 @@ def shard_spec(settings: Settings) -> ShardSpec:
         quantization=settings.engine.quantization,
         timeouts=timeouts(settings),
         num_threads=1,
+        log_format=settings.server.log_format,
     )
 
 

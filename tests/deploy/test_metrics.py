@@ -13,6 +13,7 @@ from actors.ledger import SILENT_S, Ledger, add
 from actors.metrics import Buckets
 from deploy.errors import TooManyRequests
 from deploy.key_limits import KeyLimits
+from deploy.link import Chunk
 from deploy.mesh_metrics import MAX_EXPERT_GROUPS, balancedness
 from deploy.metrics import ServingMetrics, Totals, render
 from deploy.settings import LimitSettings
@@ -40,16 +41,21 @@ def samples(text: bytes) -> dict[tuple[str, ...], float]:
 def test_a_watch_times_the_first_token_the_gaps_and_the_end() -> None:
     clock = Clock()
     metrics = ServingMetrics(clock)
-    watch = metrics.watch(7)
+    watch = metrics.watch(7, "tiny", {})
+    timing = [0.1, 0.2]
     for step_s, num_tokens in ((0.3, 1), (0.02, 1), (0.04, 2)):
         clock.now += step_s
-        watch.saw(num_tokens)
+        watch.saw(Chunk(token_ids=[5] * num_tokens, timing=timing))
+        timing = None
     watch.end("length")
-    metrics.watch(9).end("error")
+    metrics.watch(9, "tiny", {}).end("error")
     now = samples(render(metrics, {}, {}))
     assert now["time_to_first_token_seconds_sum",] == pytest.approx(0.3)
     assert now["inter_token_latency_seconds_sum",] == pytest.approx(0.04), "two tokens in 40 ms are 20 ms each"
     assert now["e2e_request_latency_seconds_sum",] == pytest.approx(0.36)
+    assert now["request_queue_time_seconds_sum",] == pytest.approx(0.1)
+    assert now["request_prefill_time_seconds_sum",] == pytest.approx(0.2)
+    assert now["request_decode_time_seconds_sum",] == pytest.approx(0.06)
     assert now["request_time_per_output_token_seconds_sum",] == pytest.approx(0.02)
     assert (now["generation_tokens_total",], now["prompt_tokens_total",], now["ingress_requests",]) == (4, 7, 0)
     assert (now["request_success_total", "length"], now["request_success_total", "error"]) == (1, 1)
