@@ -18,14 +18,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from actors.fleet import Fleet, ShardLost, ShardStarter, make_note, note_of
 from actors.mesh_plan import MeshPlan, plan_placement
 from actors.mesh_watch import LoadWatch, RouterFigures
+from actors.view_board import ViewBoard
 from cluster.balance import propose
 from cluster.placement import ExpertKey, Placement, adopt, shard_order
 from cluster.settings import Timeouts
@@ -33,15 +32,6 @@ from cluster.view import Member, MeshView
 
 log = logging.getLogger("expertmesh.supervisor")
 SWEEP_EVERY_S = 0.25
-HEARD_S = 12.0
-FORGET_S = 60.0
-
-
-@dataclass(slots=True)
-class _Router:
-    info: dict[str, Any]
-    seen: float
-    live_epoch: int = 0
 
 
 class Supervisor:
@@ -61,17 +51,19 @@ class Supervisor:
         self._fleet = Fleet(
             starter, timeouts, clock=clock, changed=lambda: self._restore_wanted.set(), progress=progress
         )
-        self._routers: dict[str, _Router] = {}
-        self._view = MeshView(epoch=0, shards=(), placement=Placement({}))
-        self._changed = asyncio.Condition()
+        self._board = ViewBoard(clock)
         self._restoring = asyncio.Lock()
         self._change = asyncio.Lock()
         self._restore_wanted = asyncio.Event()
         self._watch = LoadWatch(plan, clock)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._history: deque[dict[str, Any]] = deque(maxlen=200)
         self._num_rebalances = 0
         self._trouble = ""
+
+    @property
+    def view(self) -> MeshView:
+        """The one that everybody should be on."""
+        return self._board.view
 
     # ---- life ----------------------------------------------------------------------------------------
 
@@ -105,7 +97,7 @@ class Supervisor:
         placement = empty.adding({s: keys for s, keys in zip(shards, held, strict=True) if keys})
         members = tuple(shards[s].member for s in sorted(placement.shards(), key=shard_order))
         newest = max((e for e in epochs if e is not None), default=0)
-        self._view = MeshView(epoch=_next_thousand(newest), shards=members, placement=placement)
+        self._board.go_beyond(newest, placement, members)
         async with self._change:
             await self._lose({}, "supervisor restarted", self._clock())
 
@@ -125,67 +117,58 @@ class Supervisor:
         figures: RouterFigures | None = info.pop("figures", None)
         if figures is not None:
             self._watch.note_router(router_id, figures)
-        self._routers[router_id] = _Router(info, self._clock(), live_epoch)
-        if seen_epoch > self._view.epoch and self._view.shards:
+        self._board.note_router(router_id, info, live_epoch)
+        if seen_epoch > self.view.epoch and self.view.shards:
             await self._outrun(seen_epoch)
         try:
-            async with self._changed, asyncio.timeout(wait_s):
-                await self._changed.wait_for(lambda: self._view.epoch > seen_epoch)
-        except TimeoutError:
-            return None
+            return await self._board.wait_above(seen_epoch, wait_s)
         finally:
-            if router_id in self._routers:
-                self._routers[router_id].seen = self._clock()
-        return self._view
+            self._board.note_alive(router_id)
 
     async def report(self, router_id: str, epoch: int, suspects: tuple[str, ...], reason: str) -> None:
         """A router's exchange failed. Find out who is really gone and make a new epoch. May be said twice."""
-        if epoch < self._view.epoch:
+        if epoch < self.view.epoch:
             return  # dealt with already
         detected = self._clock()
         async with self._change:
-            if epoch == self._view.epoch:
-                lost = await self._fleet.find_lost(suspects, self._view.shard_ids, epoch)
+            if epoch == self.view.epoch:
+                lost = await self._fleet.find_lost(suspects, self.view.shard_ids, epoch)
                 await self._lose(lost, f"{router_id}: {reason}"[:300], detected)
 
     def forget_router(self, router_id: str) -> None:
         """A router that says goodbye."""
-        self._routers.pop(router_id, None)
+        self._board.forget_router(router_id)
         self._watch.forget_router(router_id)
 
     async def _outrun(self, seen_epoch: int) -> None:
         """A router knows a later epoch than we do (all shards that saw it are gone): go beyond it."""
         async with self._change:
-            if seen_epoch > self._view.epoch:
-                placement, shards = self._view.placement, self._view.shards
-                self._view = MeshView(epoch=_next_thousand(seen_epoch), shards=shards, placement=placement)
+            if seen_epoch > self.view.epoch:
+                self._board.go_beyond(seen_epoch)
                 await self._lose({}, f"a router has seen epoch {seen_epoch}", self._clock())
 
     # ---- what people and the front call --------------------------------------------------------------
 
     def routers(self) -> list[dict[str, Any]]:
         """Addresses of the routers heard from lately."""
-        horizon = self._clock() - HEARD_S
-        return [r.info for r in self._routers.values() if r.seen >= horizon]
+        return self._board.router_infos()
 
     def is_complete(self) -> bool:
-        return bool(self._view.shards) and not self._view.placement.missing() and not self._trouble
+        return bool(self.view.shards) and not self.view.placement.missing() and not self._trouble
 
     async def mesh(self) -> dict[str, Any]:
         """Everything GET /mesh shows."""
-        fleet, counts = self._fleet, self._view.placement.slot_counts()
+        fleet, counts = self._fleet, self.view.placement.slot_counts()
         everybody = {**fleet.shards, **fleet.silent}
         infos = await asyncio.gather(*(fleet.ask(s.handle.info()) for s in everybody.values()))
         shards = []
         for (shard_id, shard), info in zip(everybody.items(), infos, strict=True):
             member = {name: getattr(shard.member, name) for name in Member.__dataclass_fields__}
-            state = "serving" if shard_id in self._view.shard_ids else "standby"
+            state = "serving" if shard_id in self.view.shard_ids else "standby"
             state = "silent" if shard_id in fleet.silent else state if info is not None else "unreachable"
             shards.append({**member, **(info or {}), "state": state, "num_slots": counts[shard_id]})
-        now = self._clock()
         return {
-            "epoch": self._view.epoch,
-            "reason": self._view.reason,
+            **self._board.report(),
             "complete": self.is_complete(),
             "settled": self.is_settled(),
             "trouble": self._trouble or fleet.trouble,
@@ -193,14 +176,8 @@ class Supervisor:
             "replicas": self._plan.replicas,
             "shards": sorted(shards, key=lambda s: shard_order(s["shard_id"])),
             "starting": len(fleet.starting),
-            "routers": [
-                {**r.info, "live_epoch": r.live_epoch, "seen_s_ago": round(now - r.seen, 2)}
-                for r in self._routers.values()
-            ],
-            "placement": self._view.placement.to_dict(),
-            **self._watch.report(self._view.placement),
+            **self._watch.report(self.view.placement),
             "num_rebalances": self._num_rebalances,
-            "history": list(self._history),
         }
 
     def is_settled(self) -> bool:
@@ -219,7 +196,7 @@ class Supervisor:
         self._plan = self._plan.with_shards(num_shards)
         self._restore_wanted.set()
         await self._fleet.remember(make_note(num_shards))
-        return {"target_shards": num_shards, "epoch": self._view.epoch, "shards": list(self._view.shard_ids)}
+        return {"target_shards": num_shards, "epoch": self.view.epoch, "shards": list(self.view.shard_ids)}
 
     # ---- losing ---------------------------------------------------------------------------------------
 
@@ -229,8 +206,8 @@ class Supervisor:
         while True:
             for shard_id, state in lost.items():
                 self._fleet.remove(shard_id, state)
-            gone = [s for s in self._view.shard_ids if s not in self._fleet.shards]
-            rest = self._view.placement.without(gone)
+            gone = [s for s in self.view.shard_ids if s not in self._fleet.shards]
+            rest = self.view.placement.without(gone)
             if not rest.missing() or not self._fleet.shards:
                 break
             adopted = len(rest.missing())
@@ -264,7 +241,7 @@ class Supervisor:
             log.warning("%s could not adopt %d experts: %s", shard_id, len(keys), str(result)[:300])
             if isinstance(result, ShardLost):
                 lost[shard_id] = "silent"
-            elif await self._fleet.find_lost((), [shard_id], self._view.epoch):
+            elif await self._fleet.find_lost((), [shard_id], self.view.epoch):
                 lost[shard_id] = "dead"
         return rest.adding(done), lost
 
@@ -304,31 +281,27 @@ class Supervisor:
             if target.shards() - set(self._fleet.shards):
                 self._restore_wanted.set()
                 return False
-            if target != self._view.placement or self._trouble:
+            if target != self.view.placement or self._trouble:
                 await self._publish(target, reason)
         return True
 
     async def _drop_surplus(self) -> None:
         """After all routers moved: end drained shards, unload what the placement doesn't want."""
-        epoch, waited = self._view.epoch, 0.0
-        while waited < 10.0 and not self._all_live(epoch):
+        epoch, waited = self.view.epoch, 0.0
+        while waited < 10.0 and not self._board.all_live(epoch):
             await asyncio.sleep(0.1)
             waited += 0.1
         async with self._change:
-            if epoch != self._view.epoch:
+            if epoch != self.view.epoch:
                 self._restore_wanted.set()
                 return
-            placement = self._view.placement
+            placement = self.view.placement
             idle = sorted((s for s in self._fleet.shards if s not in placement.shards()), key=shard_order)
             await self._fleet.end(idle[max(0, self._plan.total_shards - len(placement.shards())) :])
             await self._fleet.keep_only({s: placement.held_by(s) for s in placement.shards()})
 
-    def _all_live(self, epoch: int) -> bool:
-        horizon = self._clock() - HEARD_S
-        return all(r.live_epoch >= epoch for r in self._routers.values() if r.seen >= horizon)
-
     def _target_placement(self) -> Placement:
-        return plan_placement(self._plan, self._fleet.nodes, self._view.placement)
+        return plan_placement(self._plan, self._fleet.nodes, self.view.placement)
 
     async def _load_all(self, placement: Placement) -> None:
         """Every shard loads what the placement gives it. Raises when one can't."""
@@ -354,7 +327,7 @@ class Supervisor:
     async def _rebalance(self) -> None:
         """Carry out what the planner proposes, if anything."""
         loads = self._watch.balance_loads()
-        policy, placement = self._plan.balance, self._view.placement
+        policy, placement = self._plan.balance, self.view.placement
         if not loads:
             return
         target, moves = await asyncio.to_thread(
@@ -367,7 +340,7 @@ class Supervisor:
             max_moves=policy.max_moves,
             min_gain=policy.min_gain,
         )
-        if not moves or placement is not self._view.placement:
+        if not moves or placement is not self.view.placement:
             return
         self._watch.note_moves(moves)
         if await self._move_to(target, f"rebalanced: {len(moves)} moves"):
@@ -386,22 +359,14 @@ class Supervisor:
                     still = {s: state for s, state in lost.items() if s in self._fleet.shards}
                     if still:
                         await self._lose(still, "no answer to pings", self._clock())
-            horizon = self._clock() - FORGET_S
-            for router_id in [r for r, router in self._routers.items() if router.seen < horizon]:
+            for router_id in self._board.long_silent():
                 self.forget_router(router_id)
 
     async def _publish(self, placement: Placement, reason: str, detected: float | None = None) -> None:
         """Make the next view known. Called with the change lock held."""
         members = tuple(self._fleet.shards[s].member for s in sorted(placement.shards(), key=shard_order))
-        self._view = MeshView(epoch=self._view.epoch + 1, shards=members, placement=placement, reason=reason)
         self._trouble = ""
-        took_ms = None if detected is None else round((self._clock() - detected) * 1e3, 1)
-        self._history.append(
-            {"epoch": self._view.epoch, "time": time.time(), "reason": reason, "decided_in_ms": took_ms}
-        )
-        log.warning("epoch %d: %s", self._view.epoch, reason)
-        async with self._changed:
-            self._changed.notify_all()
+        await self._board.publish(placement, members, reason, detected)
 
     def _spawn(self, work: Awaitable[None]) -> None:
         async def guarded() -> None:
@@ -413,7 +378,3 @@ class Supervisor:
         task = asyncio.ensure_future(guarded())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _next_thousand(epoch: int) -> int:
-    return (epoch // 1000 + 1) * 1000

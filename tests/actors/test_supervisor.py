@@ -147,7 +147,7 @@ class Mesh:
 
     async def settled(self) -> None:
         await asyncio.sleep(0.05)
-        await self.until(lambda: self.supervisor.is_settled() and self.views[-1].epoch == self.supervisor._view.epoch)
+        await self.until(lambda: self.supervisor.is_settled() and self.views[-1].epoch == self.supervisor.view.epoch)
 
     async def report(self, *suspects: str, router_id: str = "router-0") -> None:
         await self.supervisor.report(router_id, self.view.epoch, suspects, "closed")
