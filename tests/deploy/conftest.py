@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deploy.served_model import ServedModel
 from tests.deploy.fakes import CHAT_TEMPLATE, CONFIG, RunningApi, byte_level_tokenizer, running_api
+from tests.deploy.openai_document import read_document
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,11 @@ def served(model_dir: Path) -> ServedModel:
 def api(served: ServedModel) -> Iterator[RunningApi]:
     with running_api(served) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def openai_document() -> dict[str, Any]:
+    path = os.environ.get("EXPERTMESH_OPENAI_SPEC")
+    if not path:
+        pytest.skip("EXPERTMESH_OPENAI_SPEC names no copy of OpenAI's openapi.yaml")
+    return read_document(path)
