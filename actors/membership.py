@@ -89,10 +89,10 @@ class RouterMembership:
     def num_store_keys(self) -> int:
         return len(self._store.list_keys())
 
-    def report(self, epoch: int, suspects: tuple[str, ...], reason: str) -> None:
+    def report(self, epoch: int, suspects: tuple[str, ...], reason: str, *, goes_on: bool = False) -> None:
         """Said again by the watcher until a newer view comes: the supervisor may be away just now."""
         with self._changed:
-            if self._newest is not None and self._newest.view.epoch <= epoch:
+            if not goes_on and self._newest is not None and self._newest.view.epoch <= epoch:
                 self._newest = None
             if self._failure is None or self._failure[0] <= epoch:
                 self._failure = (epoch, suspects, reason)

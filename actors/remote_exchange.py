@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from actors.metrics import Traffic
-from cluster.dispatch import RoutingTable, ShardPlan, plan_dispatch
+from cluster.dispatch import RoutingTable, ShardPlan, plan_dispatch, routing_tables
 from cluster.errors import ExchangeError, MeshUnavailable
 from cluster.settings import Timeouts
 from cluster.transport import Flight, RouterTransport
@@ -43,8 +43,8 @@ class Membership(Protocol):
     def newest(self) -> Connection | None:
         """The newest formed connection."""
 
-    def report(self, epoch: int, suspects: tuple[str, ...], reason: str) -> None:
-        """Tell the supervisor that `epoch` failed. Returns at once."""
+    def report(self, epoch: int, suspects: tuple[str, ...], reason: str, *, goes_on: bool = False) -> None:
+        """Tell the supervisor that `epoch` failed, or goes on without the suspects. Returns at once."""
 
     def wait_newer(self, epoch: int, deadline_s: float) -> Connection:
         """The first formed connection above `epoch`. Raises MeshUnavailable after deadline_s."""
@@ -177,9 +177,11 @@ class RemoteExchange:
             receipt.flight, receipt.failure = None, None
             if failed_at is None:
                 failed_at = self._clock()
-            failed_epoch = self._abandon(suspects, reason)
-            self._connection = self._wait_newer(failed_epoch, give_up)
-            if set(suspects) & set(self._connection.view.shard_ids):  # not dead, only slow: wait longer next time
+            if not self._goes_on_without(suspects, reason):
+                failed_epoch = self._abandon(suspects, reason)
+                self._connection = self._wait_newer(failed_epoch, give_up)
+            assert self._connection is not None
+            if set(suspects) & self._connection.view.placement.shards():  # not dead, only slow: wait longer next time
                 self._estimate.observe(self._clock() - receipt.started, len(receipt.x_TH))
             receipt.started = self._clock()
             self._send(receipt, receipt.topk_ids_TK.cpu().numpy())
@@ -280,6 +282,21 @@ class RemoteExchange:
         old, self._connection = self._connection, newest
         if old is not None:
             self._say_goodbye(old)
+
+    def _goes_on_without(self, suspects: tuple[str, ...], reason: str) -> bool:
+        """Where replicas hold all that is lost, and the others' connections are whole, nobody need be waited for."""
+        connection = self._connection
+        if connection is None or not suspects:
+            return False
+        view, transport = connection.view, connection.transport
+        rest = view.placement.without(suspects)
+        if rest.missing() or not transport.leave_out(suspects):
+            return False
+        log.warning("epoch %d goes on without %s: %s", view.epoch, ", ".join(suspects), reason)
+        left = replace(view, placement=rest, reason=f"replicas serve for {', '.join(suspects)}")
+        self._connection = Connection(left, transport, routing_tables(rest, view.shard_ids))
+        self._membership.report(view.epoch, suspects, reason, goes_on=True)
+        return True
 
     def _abandon(self, suspects: tuple[str, ...], reason: str) -> int:
         """Give the current connection up and report it; returns its epoch."""

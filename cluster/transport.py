@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
 
@@ -37,17 +37,21 @@ ROUTER_RANK = 0
 
 @dataclass(slots=True)
 class Flight:
-    """What a dispatched exchange still waits for. Holds every buffer until the operations on it are done."""
+    """What a dispatched exchange still waits for. Holds every buffer until the operations on it are done.
+
+    refused: (shard index, why) where a connection was closed before anything could be sent.
+    """
 
     headers: list[Header | None]
     replies: list[Tensor | None]
     receives: list[tuple[int, dist.Work]]
     sends: list[tuple[int, dist.Work]]
     buffers: list[Tensor]
+    refused: list[tuple[int, str]] = field(default_factory=list)
 
 
 class RouterTransport(Protocol):
-    """The router's side. All methods raise ExchangeError; after that the group is done for."""
+    """The router's side. All methods raise ExchangeError; then the group is done for, unless leave_out says not."""
 
     def send(self, headers: Sequence[Header], messages: Sequence[Message | None]) -> Flight:
         """Start one exchange: headers[i] and messages[i] go to shard i (rank i + 1); None: nothing for it."""
@@ -57,6 +61,10 @@ class RouterTransport(Protocol):
 
     def announce(self, header: Header) -> None:
         """Send a header without rows (IDLE, CLOSE) to every shard."""
+
+    def leave_out(self, suspects: Sequence[str]) -> bool:
+        """After a failed receive: whether the others are still there and owe nothing, so that the next exchange may
+        begin with them at once. Nothing may be sent to the suspects any more."""
 
 
 class ShardTransport(Protocol):
@@ -76,11 +84,15 @@ class _RouterBase:
     def __init__(self, group: MeshGroup, shard_ids: Sequence[str]) -> None:
         self.group = group
         self.shard_ids = tuple(shard_ids)
+        self._left_out: set[str] = set()
 
     def announce(self, header: Header) -> None:
         tensor = header.to_tensor()
-        works = [(i, self._post(i, tensor, HEADER_TAG)) for i in range(len(self.shard_ids))]
-        self._wait_all(works, deadline_s=1.0)
+        present = [i for i, shard_id in enumerate(self.shard_ids) if shard_id not in self._left_out]
+        self._wait_all([(i, self._post(i, tensor, HEADER_TAG)) for i in present], deadline_s=1.0)
+
+    def leave_out(self, suspects: Sequence[str]) -> bool:
+        return False
 
     def _post(self, shard_idx: int, tensor: Tensor, tag: int) -> dist.Work:
         group = self.group.control if tag == HEADER_TAG else self.group.data
@@ -90,24 +102,23 @@ class _RouterBase:
             raise self._failure(error, (shard_idx,)) from None
 
     def _wait_all(self, works: Sequence[tuple[int, dist.Work]], deadline_s: float) -> None:
-        """Wait for every work; on a failure, look briefly who else is gone, then raise for all of them.
+        """Wait for every work, also after a failure: whoever is still there owes nothing afterwards. Then raise for all
+        that failed.
 
-        After a closed connection, others that are merely not done yet are not blamed. After the deadline, everybody
-        who isn't done is: gloo ends the whole group at the first timeout, but what has arrived by then still counts.
+        At the deadline gloo ends the whole group; what has arrived by then still counts.
         """
         end = time.monotonic() + deadline_s
         failed: list[int] = []
         first: RuntimeError | None = None
         for shard_idx, work in works:
-            left_s = end - time.monotonic() if first is None else 0.02
+            if shard_idx in failed:
+                continue
             try:
-                work.wait(timedelta(seconds=max(left_s, 0.001)))
+                work.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))
             except RuntimeError as error:
-                if first is None:
+                failed.append(shard_idx)
+                if first is None or _timed_out(error):
                     first = error
-                    failed.append(shard_idx)
-                elif (_timed_out(first) or not _timed_out(error)) and shard_idx not in failed:
-                    failed.append(shard_idx)
         if first is not None:
             raise self._failure(first, tuple(failed))
 
@@ -118,34 +129,51 @@ class _RouterBase:
 
 
 class StarRouter(_RouterBase):
+    _is_ended = False
+
     def send(self, headers: Sequence[Header], messages: Sequence[Message | None]) -> Flight:
+        """A shard that can't be sent to shows in receive(), when the others have answered."""
         flight = Flight([], [], [], [], [])
         for shard_idx, (header, message) in enumerate(zip(headers, messages, strict=True)):
-            if message is None:
-                flight.headers.append(None)
-                flight.replies.append(None)
-                continue
-            tensor = header.to_tensor()
-            reply = torch.empty(
-                header.num_rows, header.hidden_size, dtype=reply_dtype(self.group.device), device=self.group.device
-            )
-            flight.headers.append(header)
-            flight.replies.append(reply)
-            flight.buffers += [tensor, message.buffer]
-            flight.sends.append((shard_idx, self._post(shard_idx, tensor, HEADER_TAG)))
-            flight.sends.append((shard_idx, self._post(shard_idx, message.buffer, MESSAGE_TAG)))
-            try:
-                work = self.group.data.recv([reply], shard_idx + 1, REPLY_TAG)
-            except RuntimeError as error:
-                raise self._failure(error, (shard_idx,)) from None
-            flight.receives.append((shard_idx, work))
+            flight.headers.append(header if message is not None else None)
+            flight.replies.append(None)
+            if message is not None:
+                try:
+                    self._send_one(flight, shard_idx, header, message)
+                except ExchangeError as error:
+                    flight.refused.append((shard_idx, str(error)))
         return flight
 
+    def _send_one(self, flight: Flight, shard_idx: int, header: Header, message: Message) -> None:
+        tensor, device = header.to_tensor(), self.group.device
+        reply = torch.empty(header.num_rows, header.hidden_size, dtype=reply_dtype(device), device=device)
+        flight.buffers += [tensor, message.buffer]
+        flight.sends.append((shard_idx, self._post(shard_idx, tensor, HEADER_TAG)))
+        flight.sends.append((shard_idx, self._post(shard_idx, message.buffer, MESSAGE_TAG)))
+        try:
+            work = self.group.data.recv([reply], shard_idx + 1, REPLY_TAG)
+        except RuntimeError as error:
+            raise self._failure(error, (shard_idx,)) from None
+        flight.replies[shard_idx] = reply
+        flight.receives.append((shard_idx, work))
+
     def receive(self, flight: Flight, deadline_s: float) -> list[Tensor | None]:
-        end = time.monotonic() + deadline_s
-        self._wait_all(flight.receives, deadline_s)
-        self._wait_all(flight.sends, max(end - time.monotonic(), 0.001))
+        refused = {shard_idx for shard_idx, _ in flight.refused}
+        works = [(i, work) for i, work in [*flight.receives, *flight.sends] if i not in refused]
+        lost, why = tuple(self.shard_ids[i] for i in refused), "; ".join(text for _, text in flight.refused)
+        try:
+            self._wait_all(works, deadline_s)
+        except ExchangeError as error:
+            self._is_ended = isinstance(error, PeerSilent)
+            raise type(error)(f"{error}{why and '; '}{why}", (*lost, *error.suspects)) from None
+        if refused:
+            raise PeerLost(why, lost)
         return flight.replies
+
+    def leave_out(self, suspects: Sequence[str]) -> bool:
+        """On gloo a closed connection ends nobody else's; a missed deadline, or anything on NCCL, ends the group."""
+        self._left_out.update(suspects)
+        return not self._is_ended and self.group.device.type == "cpu" and set(self.shard_ids) > self._left_out
 
 
 class AllToAllRouter(_RouterBase):

@@ -103,6 +103,22 @@ def test_a_lost_shard_costs_a_pause_and_no_token(start_router, tiny_model, expec
     assert router.exchange.epoch == 2 and router.exchange.num_recoveries == 1
 
 
+def test_where_replicas_hold_what_is_lost_nobody_is_waited_for(start_router, tiny_model, expected):
+    mesh = ThreadMesh(tiny_model)  # nobody heals it
+    mesh.publish(placed(mesh, 3, replicas=2))
+    router, outputs = start_router(mesh, transport="star")
+    ask_all(router)
+    wait_until(lambda: len(outputs.chunks["r5"]) > 2)
+    mesh.shards["shard-1"].keep_only([])
+    assert {name: outputs.tokens(name) for name in expected} == expected
+    assert mesh.reports == [(1, ("shard-1",))] and router.is_ready
+    assert router.exchange.epoch == 1 and router.exchange.num_recoveries == 1
+    mesh.publish(placed(mesh, 2))
+    ask(router.engine, "after", [3, 4, 5])
+    outputs.tokens("after")
+    wait_until(lambda: router.exchange.epoch == 2)
+
+
 def test_without_any_mesh_requests_are_refused_by_name_and_served_once_it_is_there(start_router, tiny_model):
     mesh = ThreadMesh(tiny_model)
     router, outputs = start_router(mesh, timeouts=Timeouts(recovery_s=0.5, formation_s=3.0))
