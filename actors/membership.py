@@ -56,7 +56,7 @@ class RouterMembership:
         device: torch.device,
         timeouts: Timeouts,
         live_epoch: Callable[[], int],
-        num_routers: Callable[[], int] = lambda: 1,
+        num_routers: int = 1,
     ) -> None:
         self._client = client
         self._router_id = router_id
@@ -150,7 +150,7 @@ class RouterMembership:
             self.report(view.epoch, missing, "could not be asked to join")
 
     def _form(self, view: MeshView) -> Connection:
-        transport = choose_transport(self._transport, self._device, self._num_routers())
+        transport = choose_transport(self._transport, self._device, self._num_routers)
         name = f"{self._router_id}/{view.epoch}"
         failures = self._client.join(
             view,

@@ -58,6 +58,7 @@ class Router:
             transport=spec.transport,
             device=device,
             timeouts=spec.timeouts,
+            num_routers=spec.num_routers,
             live_epoch=lambda: self.exchange.epoch if isinstance(self.exchange, RemoteExchange) else 0,
         )
         exchange: StepExchange

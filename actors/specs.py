@@ -47,7 +47,8 @@ class RouterSpec:
     """What every router of a mesh is told. model: directory or hub id; heads: served name -> directory.
 
     dtype: rounds wider weights to it; None: as the checkpoint's config says. num_kv_blocks: of the full-attention
-    group; None: what kv_cache_bytes holds. local: experts in this process.
+    group; None: what kv_cache_bytes holds. num_routers: of the whole mesh; transport `auto` depends on it. local:
+    experts in this process.
     """
 
     model: str
@@ -66,6 +67,7 @@ class RouterSpec:
     limits: SchedulerLimits = SchedulerLimits()
     timeouts: Timeouts = Timeouts()
     transport: str = "auto"
+    num_routers: int = 1
     num_threads: int = 1
     local: bool = False
     token: str = ""

@@ -112,6 +112,7 @@ def router_spec(settings: Settings) -> RouterSpec:
         ),
         timeouts=timeouts(settings),
         transport=mesh.transport,
+        num_routers=mesh.routers,
         num_threads=engine.threads,
         local=mesh.local,
         token=mesh.token or "",
