@@ -9,17 +9,18 @@ is noticed in milliseconds.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import logging
 import os
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
+from ray.util.metrics import Gauge
 
 from actors.logs import start_logging
 from actors.mesh_plan import MeshPlan
@@ -27,12 +28,12 @@ from actors.model_source import load_config
 from actors.ray_mesh import RayMeshClient, ensure_supervisor
 from actors.ray_shards import NAMESPACE, actor_name, node_host, worker_environment
 from deploy import specs
-from deploy.errors import Unavailable
 from deploy.ingress import create_api
-from deploy.metrics import Totals
+from deploy.ray_metrics import RayMetrics
 from deploy.router_pool import PoolOptions, RouterPool
 from deploy.served_model import ServedModel
 from deploy.settings import Settings, load, take_models
+from deploy.supervisors import Supervisors
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -97,93 +98,28 @@ class IngressReplica:
         self._settings = Settings.model_validate(settings)
         start_logging("ingress", self._settings.server.log_format)
         self._routers = routers  # keeps the routers part of the application; requests go over the links
-        self._mesh_names = [one.mesh.name for one in self._settings.each_mesh()]
-        self._supervisors: dict[str, Any] = {}
-        self._listed: dict[str, list[dict[str, Any]]] = {}
-        self._pool: RouterPool | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         settings = self._settings
-        mesh = settings.mesh
-        self._pool = pool = RouterPool(
-            self._discover,
-            PoolOptions(
-                token=mesh.token,
-                discover_interval_s=mesh.discover_interval_s,
-                connect_timeout_s=mesh.connect_timeout_s,
-                router_silence_s=mesh.router_silence_s,
-                router_wait_s=settings.limits.router_wait_s,
-            ),
+        by_mesh = {one.mesh.name: _models_of_mesh(one) for one in settings.each_mesh()}
+        supervisors = Supervisors(
+            {mesh: [name for model in models for name in model.names] for mesh, models in by_mesh.items()},
+            lambda mesh: ray.get_actor(actor_name(mesh, "supervisor"), NAMESPACE),
         )
-        api = create_api(
-            settings, served_models(settings), pool, mesh_info=self._mesh, mesh_scale=self._scale, ledger=self
+        options = PoolOptions(
+            token=settings.mesh.token,
+            discover_interval_s=settings.mesh.discover_interval_s,
+            connect_timeout_s=settings.mesh.connect_timeout_s,
+            router_silence_s=settings.mesh.router_silence_s,
+            router_wait_s=settings.limits.router_wait_s,
         )
-        gc.freeze()  # a full collection would hold up every stream
-        return api
-
-    async def _discover(self) -> list[dict[str, Any]]:
-        """The routers of all meshes. Where a supervisor is away, its last answer stands."""
-        answers = await asyncio.gather(
-            *(self._ask("routers", mesh=name) for name in self._mesh_names), return_exceptions=True
+        return create_api(
+            settings,
+            [model for models in by_mesh.values() for model in models],
+            RouterPool(supervisors.routers, options),
+            supervisors=supervisors,
+            ray_metrics=RayMetrics(Gauge, with_mesh=serve.get_replica_context().rank.rank == 0),
         )
-        for name, answer in zip(self._mesh_names, answers, strict=True):
-            if not isinstance(answer, BaseException):
-                self._listed[name] = list(answer)
-            elif len(self._mesh_names) == 1:
-                raise answer
-            else:
-                log.warning("mesh %s: its supervisor does not answer: %s", name, answer)
-        return [router for routers in self._listed.values() for router in routers]
-
-    async def _mesh(self) -> dict[str, Any]:
-        """The supervisor's view, and each router's own figures over its link; further meshes under `further_meshes`."""
-        assert self._pool is not None
-        views = asyncio.gather(*(self._ask("mesh", mesh=name) for name in self._mesh_names))
-        try:
-            found, stats = await asyncio.gather(views, self._pool.command("stats", timeout_s=2.0))
-        except Exception as error:
-            raise _no_supervisor(error) from None
-        first, *further = [
-            {**mesh, "routers": [{**r, **stats.get(r["router_id"], {})} for r in mesh["routers"]]} for mesh in found
-        ]
-        return {**first, "further_meshes": dict(zip(self._mesh_names[1:], further, strict=True))} if further else first
-
-    async def _scale(self, num_shards: int) -> dict[str, Any]:
-        """Raises ValueError for a number that can't be."""
-        try:
-            return dict(await self._ask("scale", num_shards))
-        except ValueError:
-            raise
-        except Exception as error:
-            raise _no_supervisor(error) from None
-
-    async def share(self, ingress_id: str, totals: Totals) -> Totals:
-        return dict(await self._ask("share", ingress_id, totals))
-
-    async def admit(self, key: str, request_id: str, **limits: Any) -> tuple[str, float]:
-        refused, wait_s = await self._ask("admit", key, request_id, limits)
-        return str(refused), float(wait_s)
-
-    async def release(self, key: str, request_id: str) -> None:
-        await self._ask("release", key, request_id)
-
-    async def _ask(self, method: str, *args: Any, mesh: str | None = None) -> Any:
-        """Call a mesh's supervisor, the first's by default; after an error look it up again: it may be a new one."""
-        mesh = mesh or self._mesh_names[0]
-        try:
-            if mesh not in self._supervisors:
-                name = actor_name(mesh, "supervisor")
-                self._supervisors[mesh] = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
-            async with asyncio.timeout(5.0):
-                return await getattr(self._supervisors[mesh], method).remote(*args)
-        except Exception:
-            self._supervisors.pop(mesh, None)
-            raise
-
-
-def _no_supervisor(error: Exception) -> Unavailable:
-    log.warning("the supervisor does not answer: %s", str(error)[:300] or type(error).__name__)
-    return Unavailable("the mesh's supervisor is away; requests are served meanwhile, ask again", code="no_supervisor")
 
 
 def build_app(args: Mapping[str, Any]) -> serve.Application:
@@ -245,7 +181,6 @@ def served_models(settings: Settings) -> list[ServedModel]:
 def _models_of_mesh(settings: Settings) -> list[ServedModel]:
     directory = specs.model_directory(settings)
     tokenizer = settings.model.tokenizer
-    use_defaults = settings.model.generation_config == "auto"
     models = [
         ServedModel.from_directory(
             directory,
@@ -253,9 +188,12 @@ def _models_of_mesh(settings: Settings) -> list[ServedModel]:
             tokenizer_directory=tokenizer,
             chat_template_file=settings.model.chat_template,
             max_model_len=settings.model.max_model_len,
-            use_generation_config=use_defaults,
+            use_generation_config=settings.model.generation_config == "auto",
         )
     ]
+    if settings.engine.seed is not None:
+        defaults = {**models[0].sampling_defaults, "seed": settings.engine.seed}
+        models = [replace(models[0], sampling_defaults=defaults)]
     for name, path in specs.heads(settings).items():
         models.append(ServedModel.from_directory(path, names=(name,), tokenizer_directory=tokenizer or str(directory)))
     return models

@@ -15,7 +15,6 @@ cli = typer.Typer(
     help="Serve Qwen2-MoE models: routers run attention, shards hold experts, and a dead part costs a pause.",
     pretty_exceptions_enable=False,
 )
-Name = Annotated[str | None, typer.Option(help="Mesh name, when several run on one Ray cluster.")]
 
 
 @cli.callback()
@@ -47,9 +46,12 @@ def serve(
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None,
     num_kv_blocks: Annotated[int | None, typer.Option(help="KV blocks of a router.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of requests that bring none.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="File with another chat template.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
     download_dir: Annotated[str | None, typer.Option(help="Where hub files go.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text, or json: one object a line, from every part.")] = None,
+    otlp_traces_endpoint: Annotated[str | None, typer.Option(help="URL to send OpenTelemetry traces to.")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Show every setting and its source.")] = False,
 ) -> None:
     """Start the service on this machine and run until Ctrl-C."""
@@ -73,9 +75,12 @@ def serve(
         "engine.max_num_batched_tokens": max_num_batched_tokens,
         "engine.block_size": block_size,
         "engine.num_kv_blocks": num_kv_blocks,
+        "engine.seed": seed,
         "model.chat_template": chat_template,
         "model.revision": revision,
         "model.download_dir": download_dir,
+        "server.log_format": log_format,
+        "server.otlp_traces_endpoint": otlp_traces_endpoint,
     }
     from deploy.settings import load
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, NoReturn
+from urllib.parse import quote
 
 import typer
 
@@ -13,7 +14,13 @@ MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to write.")]
 Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
 TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens with this much probability.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed draws the same tokens.")]
+MeshModel = Annotated[str | None, typer.Option("--model", help="A model of the mesh, where there are several.")]
 LOCAL_URL = "http://127.0.0.1:8000"
+
+
+def mesh_path(model: str | None) -> str:
+    """GET /mesh of a model, or of the first."""
+    return f"/mesh?model={quote(model)}" if model else "/mesh"
 
 
 def fail(message: str) -> NoReturn:

@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from deploy.cli_options import LOCAL_URL, ApiKey, Url, fail
+from deploy.cli_options import LOCAL_URL, ApiKey, MeshModel, Url, fail, mesh_path
 from deploy.http_client import CallError, Client
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -36,14 +36,15 @@ def status(
     url: Url = LOCAL_URL,
     api_key: ApiKey = None,
     once: Annotated[bool, typer.Option("--once", help="Print one view and end.")] = False,
+    model: MeshModel = None,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
 ) -> None:
     """Live view: tokens/s, TTFT, ITL, KV use, shards, and where the experts' tokens go. Ctrl-C ends it."""
     client = Client(url=url, api_key=api_key, timeout_s=10.0)
     try:
-        before = look(client)
+        before = look(client, model)
         time.sleep(min(interval, 0.5))
-        now = look(client)
+        now = look(client, model)
         if once:
             from rich.console import Console
 
@@ -52,7 +53,7 @@ def status(
         with Live(view(before, now), refresh_per_second=4, screen=True) as live:
             while True:
                 time.sleep(interval)
-                before, now = now, look(client)
+                before, now = now, look(client, model)
                 live.update(view(before, now))
     except CallError as error:
         fail(str(error))
@@ -60,7 +61,7 @@ def status(
         return
 
 
-def look(client: Client) -> Snapshot:
+def look(client: Client, model: str | None) -> Snapshot:
     """Raises CallError."""
     values: dict[str, float] = {}
     buckets: dict[str, dict[float, float]] = {}
@@ -75,7 +76,7 @@ def look(client: Client) -> Snapshot:
                 values[name] = max(values.get(name, 0.0), sample.value)
             else:
                 values[name] = values.get(name, 0.0) + sample.value
-    return Snapshot(time.monotonic(), values, buckets, client.get("/mesh"))
+    return Snapshot(time.monotonic(), values, buckets, client.get(mesh_path(model)))
 
 
 def rate(before: Snapshot, now: Snapshot, name: str) -> float:

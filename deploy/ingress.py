@@ -6,13 +6,13 @@ tokenizes; the pool finds a router; deltas come back as JSON or as server-sent e
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
@@ -36,7 +36,7 @@ from deploy import (
 from deploy.api_schema import describe_bodies
 from deploy.auth import ApiKeys, all_keys
 from deploy.errors import ApiError, HttpError
-from deploy.key_limits import KeyLimits, SharedLedger
+from deploy.key_limits import KeyLimits
 from deploy.openai_requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -44,16 +44,17 @@ from deploy.openai_requests import (
     RequestBody,
     TokenizeRequest,
 )
+from deploy.ray_metrics import RayMetrics
 from deploy.router_pool import RouterPool
 from deploy.served_model import ModelList, ServedModel
 from deploy.service import Service
 from deploy.settings import Settings
 from deploy.sse import error_answer
-from deploy.tracing import CURRENT, RequestNote, Tracing, tracing_to
+from deploy.supervisors import Supervisors
+from deploy.tracing import CURRENT, RequestNote, Tracing, exporter_to
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("expertmesh.access")
-MeshInfo = Callable[[], Awaitable[dict[str, Any]]]
 _BODIES: dict[str, type[RequestBody]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
@@ -72,23 +73,25 @@ def create_api(
     models: Sequence[ServedModel],
     pool: RouterPool,
     *,
-    mesh_info: MeshInfo | None = None,
-    mesh_scale: mesh_endpoints.Scale | None = None,
-    ledger: SharedLedger | None = None,
+    supervisors: Supervisors | None = None,
+    ray_metrics: RayMetrics | None = None,
     version: str = "0.1.0",
     now: Callable[[], float] = time.time,
 ) -> FastAPI:
     """The app. It starts the pool with its lifespan, or with the first request, and closes it with its lifespan.
 
-    `mesh_info` answers GET /mesh; without it the app tells what its links know. `mesh_scale` carries out POST
-    /mesh/scale. `ledger` is shared with the other ingresses; without it this one is alone."""
+    Without `supervisors` it tells of the mesh what its links know, and counts for itself alone."""
     service = Service(settings, ModelList(models), pool, version, now)
-    tracing = tracing_to(settings.server.otlp_traces_endpoint, version)
+    exporter = exporter_to(settings.server.otlp_traces_endpoint)
+    tracing = Tracing(exporter, version) if exporter is not None else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await pool.start()
+        publishing = asyncio.create_task(ray_metrics.repeat(service, supervisors)) if ray_metrics else None
         yield
+        if publishing is not None:
+            publishing.cancel()
         await pool.close()
         service.close()
         if tracing is not None:
@@ -99,7 +102,7 @@ def create_api(
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_exception)
     keys = ApiKeys(all_keys(settings.server.api_keys, settings.server.api_key_file))
-    ledger = ledger if settings.server.num_ingresses > 1 else None
+    ledger = supervisors if settings.server.num_ingresses > 1 else None
     sharing = monitoring.Sharing(pool.metrics, ledger)
     limits = KeyLimits(settings.limits, ledger)
     api.add_middleware(Front, service=service, keys=keys, limits=limits, sharing=sharing, tracing=tracing)
@@ -115,9 +118,9 @@ def create_api(
     anthropic.add_to(api, service)
     head_endpoints.add_to(api, service)
     transformers_chat.add_to(api, service)
-    operations.add_to(api, service, mesh_info)
-    mesh_endpoints.add_to(api, service, mesh_scale)
-    monitoring.add_to(api, service, mesh_info, sharing)
+    operations.add_to(api, service)
+    mesh_endpoints.add_to(api, service, supervisors)
+    monitoring.add_to(api, service, supervisors, sharing)
     describe_bodies(api, _BODIES | head_endpoints.BODIES)
     return api
 

@@ -1,10 +1,10 @@
-"""Routes that change and draw the mesh. GET /mesh itself is with the other routes for looking around."""
+"""Routes that show, draw and change the mesh."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 from starlette.requests import Request
@@ -16,28 +16,57 @@ from deploy.service import Service
 from deploy.sse import JsonAnswer
 
 PAGE = Path(__file__).parent / "pages" / "mesh.html"
-Scale = Callable[[int], Awaitable[dict[str, Any]]]
 
 
-def add_to(api: FastAPI, service: Service, scale: Scale | None) -> None:
+class Meshes(Protocol):
+    """deploy.supervisors.Supervisors."""
+
+    async def mesh(self, model: str | None = None) -> dict[str, Any]: ...
+
+    async def scale(self, num_shards: int, model: str | None = None) -> dict[str, Any]: ...
+
+
+async def show_mesh(service: Service, meshes: Meshes | None, model: str | None = None) -> dict[str, Any]:
+    """What the supervisors know, and each router's own figures over its link; without supervisors those alone.
+
+    Raises Unavailable or ModelNotFound."""
+    figures = service.pool.command("stats", timeout_s=2.0)
+    if meshes is None:
+        return {"routers": [{"router_id": name, **stats} for name, stats in (await figures).items()]}
+    mesh: dict[str, Any]
+    mesh, known = await asyncio.gather(meshes.mesh(model), figures)
+    for one in (mesh, *mesh.get("further_meshes", {}).values()):
+        one["routers"] = [{**router, **known.get(router["router_id"], {})} for router in one["routers"]]
+    return mesh
+
+
+def add_to(api: FastAPI, service: Service, meshes: Meshes | None) -> None:
     page = PAGE.read_text(encoding="utf-8")
+
+    @api.get("/mesh")
+    async def mesh(model: str | None = None) -> Response:
+        """The mesh of a model; without one the first, and the others under `further_meshes`."""
+        return JsonAnswer(await show_mesh(service, meshes, model or None))
 
     @api.get("/mesh/view", response_class=HTMLResponse)
     async def view() -> Response:
-        """The mesh as a page: who holds what, what is hot, what moved. It asks GET /mesh every second."""
+        """The mesh as a page: who holds what, what is hot, what moved. It asks GET /mesh every second, with its own
+        query, so /mesh/view?model=NAME draws another mesh."""
         return HTMLResponse(page)
 
     @api.post("/mesh/scale", status_code=202)
     async def change_number_of_shards(request: Request) -> Response:
-        """{"shards": N}: start or drain shards until there are N, while requests run. Answers at once; GET /mesh says
-        `settled` when it is done."""
+        """{"shards": N}, and "model" where there are several meshes: start or drain shards until there are N, while
+        requests run. Answers at once; GET /mesh says `settled` when it is done."""
         body = await read_json(request, service.settings.limits.max_body_bytes)
-        number = body.get("shards") if isinstance(body, dict) else None
+        number, model = (body.get("shards"), body.get("model")) if isinstance(body, dict) else (None, None)
         if not isinstance(number, int) or isinstance(number, bool):
             raise InvalidRequest('send {"shards": N} with a whole number', param="shards")
-        if scale is None:
+        if model is not None and not isinstance(model, str):
+            raise InvalidRequest("model: expected the name of a model", param="model")
+        if meshes is None:
             raise Unavailable("this service has no mesh to scale", code="no_mesh")
         try:
-            return JsonAnswer(await scale(number), status_code=202)
+            return JsonAnswer(await meshes.scale(number, model), status_code=202)
         except ValueError as error:
             raise InvalidRequest(str(error).strip().splitlines()[-1], param="shards") from None

@@ -41,22 +41,24 @@ SHARD_COUNTERS = (
 
 
 def mesh_families(mesh: Mapping[str, Any]) -> list[Metric]:
-    """Families for everything that is known; a part that did not answer is missing, never zero."""
-    routers = [(str(r["router_id"]), r) for r in mesh.get("routers", ()) if "num_steps" in r]
-    shards = [(str(s["shard_id"]), s) for s in mesh.get("shards", ())]
+    """Families for everything that is known; a part that did not answer is missing, never zero. Each sample is labelled
+    with its mesh."""
+    first = str(mesh.get("mesh", "default"))
+    views: dict[str, Mapping[str, Any]] = {first: mesh, **mesh.get("further_meshes", {})}
+    routers = _parts(views, "routers", "router_id")
     families: list[Metric] = []
     for label, parts, gauges, counters in (
         ("router", routers, ROUTER_GAUGES, ROUTER_COUNTERS),
-        ("shard", shards, SHARD_GAUGES, SHARD_COUNTERS),
+        ("shard", _parts(views, "shards", "shard_id"), SHARD_GAUGES, SHARD_COUNTERS),
     ):
         for make, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, figure, text in rows:
-                family = make(PREFIX + name, text, labels=[label])
-                for part_id, figures in parts:
+                family = make(PREFIX + name, text, labels=["mesh", label])
+                for labels, figures in parts:
                     if figure in figures:
-                        family.add_metric([part_id], float(figures[figure]))
+                        family.add_metric(labels, float(figures[figure]))
                 families.append(family)
-    return [*families, *_exchange(routers), *_experts(routers), *_mesh(mesh, shards)]
+    return [*families, *_exchange(routers), *_experts(routers), *_membership(views)]
 
 
 def balancedness(loads: Sequence[float]) -> float:
@@ -65,12 +67,20 @@ def balancedness(loads: Sequence[float]) -> float:
     return sum(loads) / len(loads) / top if top else 1.0
 
 
-def _exchange(routers: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Metric]:
+Parts = Sequence[tuple[tuple[str, str], Mapping[str, Any]]]  # (mesh, id of the part), its figures
+
+
+def _parts(views: Mapping[str, Mapping[str, Any]], kind: str, id_name: str) -> Parts:
+    return [((name, str(part[id_name])), part) for name, view in views.items() for part in view.get(kind, ())]
+
+
+def _exchange(routers: Parts) -> list[Metric]:
     families: list[Metric] = []
     for part in ("dispatch", "combine"):
-        seconds = HistogramMetricFamily(f"{PREFIX}{part}_seconds", f"Time in a layer's {part}.", labels=["router"])
-        sent = CounterMetricFamily(f"{PREFIX}{part}_bytes", f"Bytes of {part}.", labels=["router"])
-        for router_id, figures in routers:
+        labels = ["mesh", "router"]
+        seconds = HistogramMetricFamily(f"{PREFIX}{part}_seconds", f"Time in a layer's {part}.", labels=labels)
+        sent = CounterMetricFamily(f"{PREFIX}{part}_bytes", f"Bytes of {part}.", labels=labels)
+        for router, figures in routers:
             if "exchange" not in figures:
                 continue
             data = figures["exchange"][f"{part}_s"]
@@ -78,53 +88,58 @@ def _exchange(routers: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Metric]:
             for bound, count in zip([*data["bounds"], None], data["counts"], strict=True):
                 seen += count
                 buckets.append(("+Inf" if bound is None else str(float(bound)), seen))
-            seconds.add_metric([router_id], buckets, data["sum"])
-            sent.add_metric([router_id], figures["exchange"][f"{part}_bytes"])
+            seconds.add_metric(router, buckets, data["sum"])
+            sent.add_metric(router, figures["exchange"][f"{part}_bytes"])
         families += [seconds, sent]
     return families
 
 
-def _experts(routers: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Metric]:
-    """Tokens by layer and group of experts, added over the routers; and how level each layer's experts are."""
-    layers: dict[str, list[float]] = {}
-    for _, figures in routers:
+def _experts(routers: Parts) -> list[Metric]:
+    """Tokens by layer and group of experts, added over a mesh's routers; and how level each layer's experts are."""
+    layers: dict[tuple[str, int], list[float]] = {}
+    for (mesh, _), figures in routers:
         for layer, counts in figures.get("expert_tokens", {}).items():
-            before = layers.get(layer, [0.0] * len(counts))
-            layers[layer] = [a + b for a, b in zip(before, counts, strict=True)]
+            before = layers.get((mesh, int(layer)), [0.0] * len(counts))
+            layers[mesh, int(layer)] = [a + b for a, b in zip(before, counts, strict=True)]
     tokens = CounterMetricFamily(
-        PREFIX + "expert_tokens", "Pairs sent to experts, in groups of neighbours.", labels=["layer", "experts"]
+        PREFIX + "expert_tokens", "Pairs sent to experts, in groups of neighbours.", labels=["mesh", "layer", "experts"]
     )
     level = GaugeMetricFamily(
-        PREFIX + "layer_balancedness", "Mean over max of the experts' tokens, 0 to 1.", labels=["layer"]
+        PREFIX + "layer_balancedness", "Mean over max of the experts' tokens, 0 to 1.", labels=["mesh", "layer"]
     )
-    for layer, counts in sorted(layers.items(), key=lambda item: int(item[0])):
+    for (mesh, layer), counts in sorted(layers.items()):
         size = -(-len(counts) // MAX_EXPERT_GROUPS)
         for begin in range(0, len(counts), size):
             end = min(begin + size, len(counts))
             name = str(begin) if size == 1 else f"{begin}-{end - 1}"
-            tokens.add_metric([layer, name], sum(counts[begin:end]))
-        level.add_metric([layer], balancedness(counts))
+            tokens.add_metric([mesh, str(layer), name], sum(counts[begin:end]))
+        level.add_metric([mesh, str(layer)], balancedness(counts))
     return [tokens, level]
 
 
-def _mesh(mesh: Mapping[str, Any], shards: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Metric]:
-    def gauge(name: str, text: str, value: float) -> Metric:
-        return GaugeMetricFamily(PREFIX + name, text, value=value)
+def _membership(views: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
+    def gauge(name: str, text: str, labels: Sequence[str] = ()) -> GaugeMetricFamily:
+        return GaugeMetricFamily(PREFIX + name, text, labels=["mesh", *labels])
 
-    if "epoch" not in mesh:
-        return [gauge("routers", "Routers connected.", len(mesh.get("routers", ())))]
-    states = GaugeMetricFamily(PREFIX + "shards", "Shards by state.", labels=["state"])
-    for state in ("serving", "standby", "unreachable"):
-        states.add_metric([state], sum(s.get("state") == state for _, s in shards))
-    pairs = [float(s["pairs"]) for _, s in shards if s.get("state") == "serving" and "pairs" in s]
-    rebalances = CounterMetricFamily(PREFIX + "rebalances", "Placements changed to level the load.")
-    rebalances.add_metric([], float(mesh.get("num_rebalances", 0)))
-    return [
-        states,
-        rebalances,
-        gauge("routers", "Routers known to the supervisor.", len(mesh.get("routers", ()))),
-        gauge("epoch", "Number of the agreed membership and placement.", mesh["epoch"]),
-        gauge("mesh_complete", "1 when every expert has a holder.", float(bool(mesh.get("complete")))),
-        gauge("target_shards", "Shards wanted.", mesh.get("target_shards", 0)),
-        gauge("balancedness", "Mean over max of the serving shards' pairs, 0 to 1.", balancedness(pairs)),
-    ]
+    routers = gauge("routers", "Routers known.")
+    epoch = gauge("epoch", "Number of the agreed membership and placement.")
+    complete = gauge("mesh_complete", "1 when every expert has a holder.")
+    target = gauge("target_shards", "Shards wanted.")
+    level = gauge("balancedness", "Mean over max of the serving shards' pairs, 0 to 1.")
+    states = gauge("shards", "Shards by state.", ["state"])
+    rebalances = CounterMetricFamily(PREFIX + "rebalances", "Placements changed to level the load.", labels=["mesh"])
+    for mesh, view in views.items():
+        routers.add_metric([mesh], len(view.get("routers", ())))
+        if "epoch" not in view:  # its supervisor is away
+            continue
+        shards = view.get("shards", ())
+        epoch.add_metric([mesh], view["epoch"])
+        complete.add_metric([mesh], float(bool(view.get("complete"))))
+        target.add_metric([mesh], view.get("target_shards", 0))
+        level.add_metric(
+            [mesh], balancedness([float(s["pairs"]) for s in shards if s.get("state") == "serving" and "pairs" in s])
+        )
+        for state in ("serving", "standby", "unreachable"):
+            states.add_metric([mesh, state], sum(s.get("state") == state for s in shards))
+        rebalances.add_metric([mesh], float(view.get("num_rebalances", 0)))
+    return [routers, epoch, complete, target, level, states, rebalances]

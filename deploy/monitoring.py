@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import HTMLResponse, Response
 
 from deploy.key_limits import SharedLedger
+from deploy.mesh_endpoints import Meshes, show_mesh
 from deploy.metrics import ServingMetrics, Totals, render
 from deploy.service import Service
 
@@ -54,22 +54,20 @@ class Sharing:
         return self._known
 
 
-def add_to(
-    api: FastAPI, service: Service, mesh_info: Callable[[], Awaitable[dict[str, Any]]] | None, sharing: Sharing
-) -> None:
-    async def mesh() -> dict[str, Any]:
-        try:
-            async with asyncio.timeout(3.0):
-                if mesh_info is not None:
-                    return await mesh_info()
-        except Exception as error:  # the supervisor is away; the routers still tell
-            logger.info("no word from the supervisor: %s", str(error)[:200])
-        stats = await service.pool.command("stats", timeout_s=2.0)
-        return {"routers": [{"router_id": name, **figures} for name, figures in stats.items()]}
+async def known_mesh(service: Service, meshes: Meshes | None) -> dict[str, Any]:
+    """All that can be learnt of the meshes now."""
+    try:
+        async with asyncio.timeout(3.0):
+            return await show_mesh(service, meshes)
+    except Exception as error:  # a supervisor is away; the routers still tell
+        logger.info("no word from the supervisor: %s", str(error)[:200])
+        return await show_mesh(service, None)
 
+
+def add_to(api: FastAPI, service: Service, meshes: Meshes | None, sharing: Sharing) -> None:
     @api.get("/metrics")
     async def metrics() -> Response:
-        others, now = await asyncio.gather(sharing.share(), mesh())
+        others, now = await asyncio.gather(sharing.share(), known_mesh(service, meshes))
         return Response(render(service.pool.metrics, others, now), media_type=CONTENT_TYPE_LATEST)
 
     @api.get("/", include_in_schema=False)

@@ -1,9 +1,8 @@
-"""Routes for operators and for looking around: health, models, tokens, the mesh."""
+"""Routes for operators and for looking around: health, models, settings."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from fastapi import FastAPI
 from starlette.responses import Response
@@ -15,7 +14,7 @@ from deploy.settings import SECRETS
 from deploy.sse import JsonAnswer
 
 
-def add_to(api: FastAPI, service: Service, mesh_info: Callable[[], Awaitable[dict[str, Any]]] | None) -> None:
+def add_to(api: FastAPI, service: Service) -> None:
     def refuse_without_routers(models: Sequence[ServedModel]) -> None:
         missing = [model.names[0] for model in models if not service.pool.serves(model.names[0])]
         if missing:
@@ -69,21 +68,3 @@ def add_to(api: FastAPI, service: Service, mesh_info: Callable[[], Awaitable[dic
     @api.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> Response:
         return JsonAnswer({"routers": await service.pool.command("reset_prefix_cache")})
-
-    @api.get("/mesh")
-    async def mesh() -> Response:
-        if mesh_info is not None:
-            return JsonAnswer(await mesh_info())
-        return JsonAnswer(
-            {
-                "routers": [
-                    {
-                        "router_id": link.address.router_id,
-                        "running": link.load.running,
-                        "waiting": link.load.waiting,
-                        "kv_usage": link.load.kv_usage,
-                    }
-                    for link in service.pool.links
-                ]
-            }
-        )

@@ -165,7 +165,7 @@ class Tracing:
         self._provider.shutdown()
 
 
-def tracing_to(endpoint: str | None, version: str) -> Tracing | None:
+def exporter_to(endpoint: str | None) -> SpanExporter | None:
     """None without an endpoint. Raises ValueError where the exporter is not installed."""
     if endpoint is None:
         return None
@@ -175,4 +175,4 @@ def tracing_to(endpoint: str | None, version: str) -> Tracing | None:
         raise ValueError(
             f"server.otlp_traces_endpoint = {endpoint!r} needs the OTLP exporter; pip install 'expertmesh[otel]'"
         ) from None
-    return Tracing(OTLPSpanExporter(endpoint=endpoint), version)
+    return OTLPSpanExporter(endpoint=endpoint)

@@ -21,7 +21,8 @@ from cluster.balance import balancedness
 from cluster.placement import spread_evenly
 from deploy import mesh_endpoints
 from deploy.errors import ApiError
-from deploy.sse import JsonAnswer, error_answer
+from deploy.sse import error_answer
+from deploy.supervisors import Supervisors
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
@@ -71,54 +72,81 @@ def sample_mesh() -> dict[str, Any]:
     }
 
 
-def api_with(scale: mesh_endpoints.Scale | None) -> FastAPI:
+class Supervisor:
+    """A supervisor's handle over a mesh with room for eight shards; `asked` is what it was scaled to."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.mesh = SimpleNamespace(remote=self._mesh)
+        self.scale = SimpleNamespace(remote=self._scale)
+
+    async def _mesh(self) -> dict[str, Any]:
+        return sample_mesh()
+
+    async def _scale(self, number: int) -> dict[str, Any]:
+        if number > 8:
+            raise ValueError(f"shards={number} must lie between 1 and 8")
+        self.asked.append(number)
+        return {"target_shards": number}
+
+
+async def no_figures(name: str, *, timeout_s: float) -> dict[str, Any]:
+    return {}
+
+
+def api_with(**supervisors: Supervisor) -> FastAPI:
+    """By model; each mesh is named after its model."""
     api = FastAPI()
-    limits = SimpleNamespace(max_body_bytes=10_000)
-    mesh_endpoints.add_to(api, SimpleNamespace(settings=SimpleNamespace(limits=limits)), scale)  # type: ignore[arg-type]
+    settings = SimpleNamespace(limits=SimpleNamespace(max_body_bytes=10_000))
+    meshes = Supervisors({name: [name, name + "-alias"] for name in supervisors}, supervisors.__getitem__)
+    service: Any = SimpleNamespace(settings=settings, pool=SimpleNamespace(command=no_figures))
+    mesh_endpoints.add_to(api, service, meshes if supervisors else None)
     api.add_exception_handler(ApiError, lambda request, error: error_answer(error, request.url.path))
-
-    @api.get("/mesh")
-    async def mesh() -> JsonAnswer:
-        return JsonAnswer(sample_mesh())
-
     return api
 
 
 def test_scaling_passes_the_number_on_and_answers_at_once():
-    asked = []
-
-    async def scale(number: int) -> dict[str, Any]:
-        asked.append(number)
-        return {"target_shards": number}
-
-    answer = TestClient(api_with(scale)).post("/mesh/scale", json={"shards": 3})
-    assert (answer.status_code, answer.json(), asked) == (202, {"target_shards": 3}, [3])
+    only = Supervisor()
+    answer = TestClient(api_with(only=only)).post("/mesh/scale", json={"shards": 3})
+    assert (answer.status_code, answer.json(), only.asked) == (202, {"mesh": "only", "target_shards": 3}, [3])
 
 
 @pytest.mark.parametrize("body", [{}, {"shards": "3"}, {"shards": True}, {"shards": 1.5}, [3]])
 def test_scaling_wants_a_whole_number(body):
-    answer = TestClient(api_with(None)).post("/mesh/scale", json=body)
+    answer = TestClient(api_with()).post("/mesh/scale", json=body)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "shards"
 
 
 def test_a_number_that_can_not_be_is_refused_with_its_reason_and_without_a_mesh_there_is_nothing_to_scale():
-    async def refuse(number: int) -> dict[str, Any]:
-        raise ValueError(f"shards={number} must lie between 1 and 8")
-
-    answer = TestClient(api_with(refuse)).post("/mesh/scale", json={"shards": 99})
+    answer = TestClient(api_with(only=Supervisor())).post("/mesh/scale", json={"shards": 99})
     assert answer.status_code == 400 and "between 1 and 8" in answer.json()["error"]["message"]
-    answer = TestClient(api_with(None)).post("/mesh/scale", json={"shards": 2})
+    answer = TestClient(api_with()).post("/mesh/scale", json={"shards": 2})
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "no_mesh"
 
 
+def test_of_several_meshes_one_is_scaled_or_shown_by_a_name_of_its_model():
+    one, two = Supervisor(), Supervisor()
+    client = TestClient(api_with(one=one, two=two))
+    unclear = client.post("/mesh/scale", json={"shards": 3})
+    assert unclear.status_code == 400 and "one, two" in unclear.json()["error"]["message"]
+    assert client.post("/mesh/scale", json={"shards": 3, "model": "two-alias"}).json()["mesh"] == "two"
+    assert client.post("/mesh/scale", json={"shards": 4, "model": "three"}).status_code == 404
+    assert client.post("/mesh/scale", json={"shards": 4, "model": 2}).json()["error"]["param"] == "model"
+    assert (one.asked, two.asked) == ([], [3])
+    assert list(client.get("/mesh").json()["further_meshes"]) == ["two"]
+    only = client.get("/mesh?model=two").json()
+    assert only["mesh"] == "two" and only["models"] == ["two", "two-alias"] and "further_meshes" not in only
+    assert client.get("/mesh?model=three").status_code == 404
+
+
 def test_the_page_asks_for_nothing_from_elsewhere():
-    page = TestClient(api_with(None)).get("/mesh/view").text
+    page = TestClient(api_with(only=Supervisor())).get("/mesh/view").text
     assert "http://" not in page and "https://" not in page and "<script src" not in page and "<link" not in page
 
 
 @pytest.fixture
 def site() -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(api_with(None), host="127.0.0.1", port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(api_with(only=Supervisor()), host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

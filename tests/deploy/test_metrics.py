@@ -91,8 +91,8 @@ def test_expert_tokens_have_bounded_cardinality_and_lose_nothing() -> None:
     now = samples(render(ServingMetrics(), {}, {"routers": [router, {**router, "router_id": "s"}]}))
     layer = {key: value for key, value in now.items() if key[0] == "expert_tokens_total" and key[2] == "0"}
     assert len(layer) <= MAX_EXPERT_GROUPS and sum(layer.values()) == 2 * sum(range(60))
-    assert now["expert_tokens_total", "4", "3"] == 2
-    assert now["layer_balancedness", "3"] == 1.0
+    assert now["expert_tokens_total", "4", "3", "default"] == 2
+    assert now["layer_balancedness", "3", "default"] == 1.0
     assert balancedness([4.0, 0.0]) == 0.5 and balancedness([]) == 1.0 == balancedness([0.0, 0.0])
 
 
@@ -102,10 +102,10 @@ def test_a_routers_histogram_reads_as_prometheus_does() -> None:
         spent.observe(value)
     part = {"dispatch_s": spent.to_dict(), "combine_s": spent.to_dict(), "dispatch_bytes": 9, "combine_bytes": 8}
     now = samples(render(ServingMetrics(), {}, {"routers": [{"router_id": "r", "num_steps": 1, "exchange": part}]}))
-    assert now["dispatch_seconds_bucket", "0.1", "r"] == 2
-    assert now["dispatch_seconds_bucket", "0.2", "r"] == 3
-    assert now["dispatch_seconds_bucket", "+Inf", "r"] == 4 == now["dispatch_seconds_count", "r"]
-    assert now["dispatch_bytes_total", "r"] == 9
+    assert now["dispatch_seconds_bucket", "0.1", "default", "r"] == 2
+    assert now["dispatch_seconds_bucket", "0.2", "default", "r"] == 3
+    assert now["dispatch_seconds_bucket", "+Inf", "default", "r"] == 4 == now["dispatch_seconds_count", "default", "r"]
+    assert now["dispatch_bytes_total", "default", "r"] == 9
 
 
 def test_the_endpoint_works_when_nothing_but_the_ingress_is_known(api: RunningApi) -> None:
