@@ -63,7 +63,7 @@ def _find(service: Service, name: str | None) -> ServedModel:
             return service.models.find_for(EMBEDDING_KINDS, None, "scores")
         raise InvalidRequest(
             f"{name!r} has {len(model.id2label)} labels, and a score needs one; "
-            f"it is served at POST {', '.join(model.task.endpoints)}",
+            f"it is served at POST {', '.join(model.endpoints)}",
             param="model",
             code="wrong_task",
         )

@@ -11,6 +11,7 @@ from typing import Any
 from deploy.errors import InvalidRequest, ModelNotFound
 from deploy.tasks import TASKS, Task
 from model.config import ModelConfig
+from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 
 # What vLLM takes from generation_config.json.
@@ -75,6 +76,12 @@ class ServedModel:
     def task(self) -> Task:
         return TASKS[self.head_kind]
 
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """The paths to POST to, the plainest first."""
+        scores_pairs = self.head_kind == "sequence_classification" and len(self.id2label) == 1
+        return (*self.task.endpoints, "/score") if scores_pairs else self.task.endpoints
+
     def card(self, name: str) -> dict[str, Any]:
         """The entry in /v1/models."""
         return {
@@ -126,7 +133,7 @@ class ModelList:
                 return model
             raise InvalidRequest(
                 f"{model.names[0]!r} is a {model.task.name} model and not for {doing}; "
-                f"it is served at POST {', '.join(model.task.endpoints)}",
+                f"it is served at POST {', '.join(model.endpoints)}",
                 param="model",
                 code="wrong_task",
             )
@@ -149,9 +156,15 @@ def _read_defaults(path: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return {name: values[name] for name in _SAMPLING_DEFAULTS if values.get(name) is not None}
+        defaults = {name: values[name] for name in _SAMPLING_DEFAULTS if values.get(name) is not None}
+        top_k = defaults.get("top_k") or None  # 0 and -1 are "no limit" there
+        renamed = {"top_k": None if top_k == -1 else top_k, "max_tokens": defaults.get("max_new_tokens")}
+        SamplingParams.from_dict(
+            {name: value for name, value in defaults.items() if name != "max_new_tokens"} | renamed
+        )
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: not a generation config ({error})") from None
+        raise ValueError(f"{path}: not a generation config ({error}); correct or remove it") from None
+    return defaults
 
 
 def _read_task_parameters(path: Path, task: str) -> dict[str, Any]:

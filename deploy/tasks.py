@@ -18,7 +18,10 @@ _EMBEDDING_PATHS = ("/v1/embeddings", "/pooling", "/score")
 TASKS: Mapping[str, Task] = {
     "causal_lm": Task(
         "text-generation",
-        ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/hf/text-generation", *_EMBEDDING_PATHS),
+        (
+            *("/v1/chat/completions", "/v1/completions", "/v1/messages"),
+            *("/hf/text-generation", "/hf/zero-shot-classification", *_EMBEDDING_PATHS),
+        ),
     ),
     "sequence_classification": Task("text-classification", ("/classify", "/pooling", "/hf/text-classification")),
     "token_classification": Task("token-classification", ("/hf/token-classification", "/pooling")),

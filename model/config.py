@@ -230,8 +230,9 @@ def _resolve_head_kind(values: Mapping[str, Any]) -> HeadKind:
 def _refuse_unsupported(values: Mapping[str, Any]) -> None:
     if (act := values.get("hidden_act") or "silu") not in ("silu", "swish"):
         raise ValueError(f"hidden_act {act!r} is not implemented: the experts are SwiGLU, so it must be 'silu'")
-    for name, neutral in (("dual_chunk_attention_config", None), ("is_encoder_decoder", False), ("pruned_heads", {})):
-        if values.get(name, neutral) not in (neutral, None):
+    neutral = {"is_causal": True, "is_encoder_decoder": False, "pruned_heads": {}}
+    for name in ("dual_chunk_attention_config", "per_layer_config", *neutral):
+        if values.get(name) not in (None, neutral.get(name)):
             raise ValueError(f"{name} {values[name]!r} is not implemented: remove it or choose another checkpoint")
 
 

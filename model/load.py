@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -45,6 +46,7 @@ def load_decoder(
     `quantization` (int8 | int4 | None) applies to attention and MLPs, either makes the embedding int8; norms and gates
     keep the checkpoint's storage, rounded to `config.dtype` where that is narrower. Raises ValueError as `Checkpoint`.
     """
+    _refuse_another_models_tensors(checkpoint, config)
     read = _Reader(checkpoint, config, quantization, device, kernels)
     return Decoder(
         config=config,
@@ -296,6 +298,22 @@ def _load_mlp(read: _Reader, name: str, hidden: int, inner: int) -> MLP:
         gate_up=read.linear([(f"{name}.gate_proj", inner), (f"{name}.up_proj", inner)], hidden),
         down=read.linear([(f"{name}.down_proj", hidden)], inner),
     )
+
+
+def _refuse_another_models_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """What config.json has no place for would be left out, and another model served than was trained."""
+    for name in sorted(checkpoint.names):
+        layer = re.match(rf"{checkpoint.prefix}layers\.(\d+)\.(self_attn\.[qkv]_proj\.bias)?", name)
+        rule = None
+        if layer and int(layer[1]) >= config.num_hidden_layers:
+            rule = f"expected layers 0 to {config.num_hidden_layers - 1} by num_hidden_layers"
+        elif layer and layer[2] and not config.qkv_bias and config.gptq is None:  # GPTQ's tools add zeros everywhere
+            rule = "expected none by qkv_bias false"
+        if rule is not None:
+            raise ValueError(
+                f"{checkpoint.directory}: tensor {name!r} has no place in the model, {rule} in config.json; "
+                "the weights and config.json belong to different models"
+            )
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

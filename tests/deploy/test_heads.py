@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import struct
 import urllib.error
@@ -179,6 +180,37 @@ def test_a_model_of_another_task_is_refused_with_where_to_go(api: RunningApi) ->
     assert status == 400 and "/classify" in message
     status, error = post(api, "/classify", model="nobody", input="x")
     assert status == 404 and "topics" in error["message"]
+
+
+ASKED: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
+    "/v1/completions": {"prompt": "x", "max_tokens": 2},
+    "/v1/messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
+    "/hf/text-generation": {"inputs": "x", "parameters": {"max_new_tokens": 2}},
+    "/hf/zero-shot-classification": {"inputs": "x", "parameters": {"candidate_labels": ["a", "b"]}},
+    "/v1/embeddings": {"input": "x"},
+    "/pooling": {"input": "x"},
+    "/score": {"text_1": "a", "text_2": "b"},
+    "/classify": {"input": "x"},
+    "/hf/text-classification": {"inputs": "x"},
+    "/hf/token-classification": {"inputs": "x"},
+    "/hf/question-answering": {"inputs": {"question": "a", "context": "b"}},
+}
+
+
+def test_each_model_is_served_where_it_says_and_every_other_endpoint_says_where(
+    api: RunningApi, heads: TinyHeads
+) -> None:
+    for model, (path, body) in itertools.product(heads.served, ASKED.items()):
+        (name,) = model.names
+        is_url = path.startswith("/hf/")
+        answer = post(api, f"{path}/{name}" if is_url else path, **body, **({} if is_url else {"model": name}))
+        if path in model.endpoints:
+            assert not isinstance(answer, tuple), (path, name, answer)
+        else:
+            status, error = answer
+            message = error if is_url else error["message"]
+            assert status == 400 and all(endpoint in message for endpoint in model.endpoints), (path, name, message)
 
 
 def test_models_are_listed_with_their_tasks(api: RunningApi) -> None:

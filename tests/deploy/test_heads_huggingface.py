@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import transformers
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import BadRequestError, ValidationError
 
+from deploy import huggingface
+from deploy.huggingface_generation import TextGenerationParameters
 from deploy.settings import Settings
 from tests.deploy.fakes import RunningApi, running_api
 from tests.deploy.tiny_heads import HeadRouter, TinyHeads, likelihood, write_tiny_heads
@@ -46,6 +49,25 @@ def client(api: RunningApi, task: str) -> InferenceClient:
 
 def pipeline(heads: TinyHeads, kind: Any, name: str) -> Any:
     return kind(model=heads.oracles[name], tokenizer=heads.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "inputs"),
+    [
+        (InferenceClient.text_classification, huggingface.TextClassificationParameters, {"text"}),
+        (InferenceClient.token_classification, huggingface.TokenClassificationParameters, {"text"}),
+        (InferenceClient.question_answering, huggingface.QuestionAnsweringParameters, {"question", "context"}),
+        (InferenceClient.zero_shot_classification, huggingface.ZeroShotParameters, {"text"}),
+        (
+            InferenceClient.text_generation,
+            TextGenerationParameters,
+            {"prompt", "stream", "stop_sequences"},  # the last is an old name that the client itself turns into `stop`
+        ),
+    ],
+)
+def test_every_option_of_the_client_is_known(method: Any, kind: Any, inputs: set[str]) -> None:
+    options = set(inspect.signature(method).parameters) - {"self", "model"} - inputs
+    assert options <= set(kind.model_fields)
 
 
 @pytest.mark.parametrize("name", ["topics", "flags", "rating", "judge"])

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deploy.errors import Unavailable
 from deploy.placed_tokens import num_windows, place_tokens, trim, windows
@@ -120,6 +122,21 @@ def test_places_cover_what_normalizing_joined(tmp_path: Path) -> None:
     ):
         tokens = place_tokens(tokenizer, text)
         assert {i for token in tokens for i in range(token.start, token.end)} == set(range(len(text)))
+
+    marks, letters = (
+        "\u0301\u0308\u0323\u093c\u05bc\u3099\u0344\u200d\ufe0f",
+        "ao ,\nk\u1112\u1161\u11ab\u0915\u0958\ufb2aか韓🙂👩🚀🏽ﬁẛ",
+    )
+    odd = st.text(marks + letters, min_size=1)
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.one_of(odd, st.text(st.characters(exclude_categories=["Cs"]), min_size=1)))
+    def check(text: str) -> None:
+        tokens = place_tokens(tokenizer, text)
+        assert {i for token in tokens for i in range(token.start, token.end)} == set(range(len(text)))
+        assert all(one.start < one.end and one.start <= other.start for one, other in itertools.pairwise(tokens))
+
+    check()
     first, *_ = place_tokens(tokenizer, "e\u0301 x")
     assert (first.start, first.end) == (0, 2)
     pair = place_tokens(tokenizer, "ab", "e\u0301")

@@ -44,6 +44,18 @@ def test_sampling_defaults_come_from_generation_config_and_requests_override_the
     assert plain.sampling_defaults == {}
 
 
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [({"temperature": "hot"}, "temperature"), ({"top_k": "x"}, "top_k"), ({"top_p": 2}, "top_p"), ([], "list")],
+)
+def test_broken_sampling_defaults_are_refused_when_the_model_is_read(
+    directory: Path, values: object, named: str
+) -> None:
+    (directory / "generation_config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"generation_config\.json.*{named}"):
+        ServedModel.from_directory(directory)
+
+
 def test_a_longer_context_than_the_model_has_is_refused(directory: Path) -> None:
     assert ServedModel.from_directory(directory, max_model_len=100).max_model_len == 100
     with pytest.raises(ValueError, match=r"max_model_len = 1000 exceeds the 512"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,10 @@ NORM = "model.layers.1.input_layernorm.weight"
             ),
             ["model.layers.1.mlp.experts.2.down_proj.weight", "shape [32, 15]", "expected [32, 16]"],
         ),
+        (
+            damage_tensor(lambda tensors: tensors.update({NORM.replace("1", "2", 1): torch.ones(32)})),
+            ["'model.layers.2.input_layernorm.weight'", "expected layers 0 to 1", "num_hidden_layers"],
+        ),
         (lambda path: (path / INDEX).write_text("{"), [INDEX, "JSON"]),
         (lambda path: (path / INDEX).write_text("[]"), [INDEX, "weight_map"]),
         (lambda path: (path / INDEX).write_text('{"weight_map": {"a": "../../b"}}'), [INDEX, "'../../b'", "sibling"]),
@@ -199,6 +204,45 @@ def test_every_defect_is_one_line_with_its_name(
     message = str(failure.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fused", "name", "shape", "expected"),
+    [
+        ("Qwen2MoeForCausalLM", True, "model.layers.1.mlp.experts.gate_up_proj", (5, 32, 32), "[6, 32, 32]"),
+        ("Qwen2MoeForCausalLM", True, "model.layers.1.mlp.experts.down_proj", None, "missing"),
+        ("Qwen2MoeForCausalLM", False, "model.layers.0.mlp.gate.weight", (7, 32), "[6, 32]"),
+        ("Qwen2MoeForCausalLM", False, "model.layers.0.self_attn.k_proj.bias", (9,), "[16]"),
+        ("Qwen2MoeForCausalLM", False, "lm_head.weight", (61, 31), "[61, 32]"),
+        ("Qwen2MoeForSequenceClassification", False, "score.weight", (3, 32), "[2, 32]"),
+        ("Qwen2MoeForTokenClassification", False, "score.bias", (3,), "[2]"),
+        ("Qwen2MoeForQuestionAnswering", False, "qa_outputs.weight", None, "missing"),
+    ],
+)
+def test_every_part_names_tensor_expected_and_found_shape(
+    architecture: str,
+    fused: bool,
+    name: str,
+    shape: tuple[int, ...] | None,
+    expected: str,
+    tiny: Any,
+    tmp_path: Path,
+) -> None:
+    values = {**tiny.values, "architectures": [architecture]}
+    tiny.write_checkpoint(tmp_path, values, tiny.build_oracle(values), fused=fused)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors | ({} if shape is None else {name: torch.ones(shape)}), tmp_path / "model.safetensors")
+    found = "" if shape is None else re.escape(f"has shape {list(shape)}") + ".*"
+    with pytest.raises(ValueError, match=f"tensor {name!r} .*{found}{re.escape(expected)}") as failure:
+        tiny.engine(tmp_path)
+    assert "\n" not in str(failure.value)
+
+
+def test_biases_that_the_config_denies_are_no_detail(tiny: Any, tmp_path: Path) -> None:
+    tiny.write_checkpoint(tmp_path, tiny.values, tiny.build_oracle(tiny.values))
+    with pytest.raises(ValueError, match=r"tensor 'model.layers.0.self_attn.[qkv]_proj.bias' .*qkv_bias"):
+        load_decoder(Checkpoint(tmp_path), ModelConfig.from_dict({**tiny.values, "qkv_bias": False}))
 
 
 def test_a_tensor_that_its_file_lacks_is_named_with_the_file(tiny: Any, tmp_path: Path) -> None:

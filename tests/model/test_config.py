@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +13,8 @@ from typing import Any
 
 import pytest
 import transformers
+from transformers import masking_utils, modeling_layers
+from transformers.models.qwen2_moe import modeling_qwen2_moe
 
 from model.config import ModelConfig
 
@@ -28,6 +33,77 @@ def test_defaults_are_those_of_transformers() -> None:
         assert getattr(ours, name) == getattr(theirs, name), name
     assert list(ours.layer_types) == theirs.layer_types
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+
+
+# A value of each field that is neither its default nor neutral: it changes what we resolve, or is refused by name.
+CHANGES: dict[str, Any] = {
+    "architectures": ["Qwen2MoeForTokenClassification"],
+    "bos_token_id": 3,
+    "decoder_sparse_step": 2,
+    "dtype": "float16",
+    "eos_token_id": [3, 4],
+    "head_dim": 6,
+    "hidden_act": "gelu",
+    "hidden_size": 4096,
+    "id2label": {"0": "a", "1": "b", "2": "c"},
+    "intermediate_size": 8,
+    "is_causal": False,
+    "is_encoder_decoder": True,
+    "layer_types": ["sliding_attention"] + ["full_attention"] * 23,
+    "max_position_embeddings": 64,
+    "max_window_layers": 2,
+    "mlp_only_layers": [1],
+    "moe_intermediate_size": 8,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 8,
+    "num_labels": 3,
+    "pad_token_id": 3,
+    "per_layer_config": {"0": {"head_dim": 8}},
+    "problem_type": "regression",
+    "qkv_bias": False,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
+    "shared_expert_intermediate_size": 8,
+    "sliding_window": 7,
+    "tie_word_embeddings": True,
+    "token_classification_bias": False,
+    "use_sliding_window": False,
+    "vocab_size": 64,
+}
+# Fields of training, of how transformers answers in Python, and of nothing in this model.
+WITHOUT_EFFECT = {
+    *("attention_dropout", "classifier_dropout", "hidden_dropout", "initializer_range", "router_aux_loss_coef"),
+    *("output_hidden_states", "output_router_logits", "return_dict", "transformers_version", "use_cache"),
+    *("chunk_size_feed_forward", "label2id"),
+}
+OF_OTHER_MODELS = {"chain_hidden_post_norm", "logits_mup_width_multiplier", "mtp_hidden_states_first"}
+OF_OTHER_MODELS |= {"unpadded_vocab_size", "attention_chunk_size"}
+
+
+def test_every_field_that_transformers_reads_is_known_here() -> None:
+    sources = [inspect.getsource(module) for module in (modeling_qwen2_moe, modeling_layers, masking_utils)]
+    read = {
+        name for source in sources for name in re.findall(r"(?:getattr\([\w.]*config, \"|\bconfig\.)([a-z]\w+)", source)
+    }
+    methods = {name for name in read if hasattr(transformers.Qwen2MoeConfig, name) and name not in CHANGES}
+    fields = {field.name for field in dataclasses.fields(transformers.Qwen2MoeConfig)}
+    unknown = (fields | read) - CHANGES.keys() - WITHOUT_EFFECT - OF_OTHER_MODELS - (methods - fields)
+    assert not unknown
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_field_has_its_effect_or_is_refused_by_name(name: str) -> None:
+    base = {"use_sliding_window": True, "id2label": None}
+    try:
+        changed = resolve(**{**base, name: CHANGES[name]})
+    except ValueError as refusal:
+        assert name in str(refusal)  # noqa: PT017 - both outcomes are good
+    else:
+        assert changed != resolve(**base)
 
 
 def test_importing_it_does_not_import_torch() -> None:
