@@ -2,24 +2,24 @@
 
 A decode step of one router with B sequences, per layer:
 
-    router   attention weights, shared expert and B contexts of KV, read once     (bandwidth) or computed (FLOP/s)
+    router   attention weights and B contexts of KV, read once                    (bandwidth) and computed (FLOP/s)
     network  B rows to each shard that holds one of their experts, and back       (latency + bytes)
-    shard    every expert that is hit, read once; the rows, computed              (bandwidth) or (FLOP/s)
+    shard    every expert that is hit, read once; the rows, computed              (bandwidth) and (FLOP/s)
+    shared   the shared expert, on the router, while the rows are away
 
 With one micro-batch these follow each other; with two the router works on one while the other is away. A shard serves
-one router's rows at a time, so all routers' work together is the least that a layer can take. All computed, from data
-sheets: efficiency says how much of them is taken for granted. Source of the shape: MegaScale-Infer (arXiv:2504.02263),
-section 4.
+one router's rows at a time, so all routers' work together is the least that a layer can take, and on one host all
+processes' work over its cores. The fullest shard ends a layer: experts are drawn, so it has more than the mean.
+Computed from data sheets (efficiency says how much of them is taken for granted) or from a device that was calibrated,
+as tests/bench/plan_accuracy.py does and compares with measured steps. Source of the shape: MegaScale-Infer
+(arXiv:2504.02263), section 4.
 """
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
+from statistics import NormalDist
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +52,18 @@ class ModelShape:
         return self.num_moe_layers * self.num_experts * self.expert_params * self.weight_bytes
 
     @property
+    def attention_params(self) -> int:
+        """Of a layer, with the gate."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        return attention + self.hidden_size * self.num_experts
+
+    @property
     def router_layer_params(self) -> float:
         """Attention and what every token passes, averaged over the layers."""
-        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         dense = self.num_layers - self.num_moe_layers
         mlps = 3 * self.hidden_size * (self.num_moe_layers * self.shared_size + dense * self.dense_size)
-        gates = self.num_moe_layers * self.hidden_size * self.num_experts
-        return attention + (mlps + gates) / self.num_layers
+        without_gates = dense * self.hidden_size * self.num_experts
+        return self.attention_params + (mlps - without_gates) / self.num_layers
 
     @property
     def router_bytes(self) -> float:
@@ -71,7 +76,14 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One GPU, or one process' share of a CPU. efficiency: share of bandwidth and FLOP/s that kernels reach."""
+    """One GPU, or one process' share of a CPU.
+
+    efficiency: share of bandwidth and FLOP/s that kernels reach. overlap: share of the shorter of reading and computing
+    that hides behind the longer. Seconds: latency_s of the network, each way; overhead_s of a layer on each side,
+    row_s of each row of a layer and message_s of each shard that is sent to, on the router; step_s and sequence_s of a
+    step and of each of its sequences (scheduling, sampling).
+    host_cores, host_bandwidth: of the host that all processes share; None where each has its own.
+    """
 
     name: str
     memory_bytes: float
@@ -79,9 +91,25 @@ class Device:
     flops: float
     network: float
     latency_s: float = 20e-6
-    overhead_s: float = 30e-6  # of a layer on each side: launches, bookkeeping
+    overhead_s: float = 30e-6
+    row_s: float = 0.0
+    message_s: float = 0.0
+    step_s: float = 0.0
+    sequence_s: float = 0.0
+    overlap: float = 1.0
     efficiency: float = 0.6
     usable_memory: float = 0.9
+    host_cores: int | None = None
+    host_bandwidth: float | None = None
+
+    def work_s(self, num_bytes: float, num_flops: float, num_busy: int = 1) -> float:
+        """Seconds to read and to compute so much while num_busy processes of the host do the like."""
+        bandwidth = self.bandwidth
+        if self.host_bandwidth is not None:
+            bandwidth = min(bandwidth, self.host_bandwidth / min(num_busy, self.host_cores or num_busy))
+        reading_s = num_bytes / bandwidth / self.efficiency
+        computing_s = num_flops / self.flops / self.efficiency
+        return max(reading_s, computing_s) + (1 - self.overlap) * min(reading_s, computing_s)
 
 
 DEVICES = {
@@ -107,6 +135,8 @@ class Targets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
+    """shards=0: the experts are in the routers."""
+
     routers: int
     shards: int
     replicas: int = 1
@@ -115,9 +145,11 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """One decode step, in seconds; the first four are sums over its layers. shard_s: for the rows of all routers."""
+    """One decode step, in seconds; the first four are sums over its layers. router_s: with shared_s in it. shard_s: for
+    the rows of all routers."""
 
     router_s: float
+    shared_s: float
     network_s: float
     shard_s: float
     head_s: float
@@ -145,52 +177,88 @@ class Plan:
 def step_times(
     model: ModelShape, device: Device, layout: Layout, targets: Targets, imbalance: float = 1.0
 ) -> StepTimes:
-    """imbalance: the fullest shard's rows over the mean."""
+    """imbalance: the fullest shard's rows over what even popularity gives the fullest."""
     batch = targets.users / layout.routers
-    bandwidth, flops = device.bandwidth * device.efficiency, device.flops * device.efficiency
     chunks = layout.micro_batches
     rows = batch / chunks
-
-    weights = model.router_layer_params
-    kv = rows * targets.context * model.kv_bytes_per_token / model.num_layers
-    attention_flops = rows * (2 * weights + 4 * targets.context * model.num_heads * model.head_dim)
-    router_s = max((weights * model.weight_bytes + kv) / bandwidth, attention_flops / flops) + device.overhead_s
-
-    shards_hit = layout.shards * (1 - (1 - 1 / layout.shards) ** model.top_k)
-    row_bytes = rows * shards_hit * model.hidden_size * model.row_bytes
-    into_shard = row_bytes * layout.routers / layout.shards * imbalance
-    network_s = 2 * (device.latency_s + max(row_bytes, into_shard) / device.network)
-
-    pairs = rows * model.top_k / layout.shards * imbalance
-    slots = model.num_experts * layout.replicas / layout.shards
-    # A replica halves what each copy is sent, so fewer of its slots are hit.
-    hit = slots * (1 - (1 - model.top_k / model.num_experts / layout.replicas) ** rows)
-    reading_s = hit * model.expert_params * model.weight_bytes / bandwidth
-    computing_s = pairs * 2 * model.expert_params / flops
-    shard_s = max(reading_s, computing_s) + device.overhead_s
-
     moe, dense = model.num_moe_layers, model.num_layers - model.num_moe_layers
-    away_s = network_s + shard_s
-    layer_s = max(chunks * router_s, router_s + away_s, layout.routers * chunks * shard_s)
-    head_s = max(
-        model.vocab_size * model.hidden_size * model.weight_bytes / bandwidth,
-        batch * 2 * model.vocab_size * model.hidden_size / flops,
-    )
+
+    kv_bytes = rows * targets.context * model.kv_bytes_per_token / model.num_layers
+    attention_flops = 4 * rows * targets.context * model.num_heads * model.head_dim
+    attention_s = _matrix_s(model, device, model.attention_params, rows) + device.overhead_s + rows * device.row_s
+    attention_s += device.work_s(kv_bytes, attention_flops)
+    dense_s = attention_s + _matrix_s(model, device, 3 * model.hidden_size * model.dense_size, rows)
+    num_busy = layout.routers + layout.shards
+    shared_s = _matrix_s(model, device, 3 * model.hidden_size * model.shared_size, rows, num_busy)
+
+    shard_s, mean_shard_s, memory_bound = _experts_s(model, device, layout, rows, imbalance)
+    network_s = 0.0
+    if layout.shards:
+        shards_hit = layout.shards * (1 - (1 - 1 / layout.shards) ** (rows * model.top_k))
+        copies = layout.shards * (1 - (1 - 1 / layout.shards) ** model.top_k)
+        row_bytes = rows * copies * model.hidden_size * model.row_bytes
+        into_shard = row_bytes * layout.routers / layout.shards * imbalance
+        network_s = 2 * (device.latency_s + max(row_bytes, into_shard) / device.network)
+        network_s += shards_hit * device.message_s
+        away_s = max(shared_s, network_s + shard_s)
+    else:
+        away_s = shared_s + shard_s
+    router_s = attention_s + shared_s
+    layer_s = max(chunks * router_s, attention_s + away_s, layout.routers * chunks * shard_s)
+    if device.host_cores is not None and layout.shards:
+        # All processes' work on the cores that there are; nothing else runs while the router attends alone.
+        together_s = layout.routers * (router_s + network_s) + layout.routers * layout.shards * mean_shard_s
+        layer_s = max(layer_s, chunks * together_s / device.host_cores)
+        if layout.routers == 1:
+            side_by_side_s = (shared_s + layout.shards * mean_shard_s) / device.host_cores
+            layer_s = max(layer_s, chunks * (attention_s + network_s + side_by_side_s))
+    head_s = _matrix_s(model, device, model.vocab_size * model.hidden_size, batch)
+    head_s += device.step_s + batch * device.sequence_s
     return StepTimes(
-        router_s=model.num_layers * chunks * router_s,
+        router_s=chunks * (moe * router_s + dense * dense_s),
+        shared_s=moe * chunks * shared_s,
         network_s=moe * chunks * network_s,
         shard_s=moe * chunks * shard_s * layout.routers,
         head_s=head_s,
-        step_s=moe * layer_s + dense * chunks * router_s + head_s,
-        shard_is_memory_bound=reading_s >= computing_s,
+        step_s=moe * layer_s + dense * chunks * dense_s + head_s,
+        shard_is_memory_bound=memory_bound,
     )
+
+
+def _matrix_s(model: ModelShape, device: Device, num_params: float, rows: float, num_busy: int = 1) -> float:
+    return device.work_s(num_params * model.weight_bytes, 2 * num_params * rows, num_busy)
+
+
+def _experts_s(
+    model: ModelShape, device: Device, layout: Layout, rows: float, imbalance: float
+) -> tuple[float, float, bool]:
+    """A layer's seconds on the fullest shard and on a mean one, and whether the fullest is bound by memory."""
+    shards = max(layout.shards, 1)
+    slots = model.num_experts * layout.replicas / shards
+    # A replica halves what each copy is sent, so fewer of its slots are hit.
+    chance = 1 - (1 - model.top_k / model.num_experts / layout.replicas) ** rows
+    fullest = NormalDist().inv_cdf((shards - 0.375) / (shards + 0.25))  # of so many draws, in deviations (Blom 1958)
+    hit = min(slots, slots * chance + fullest * (slots * chance * (1 - chance)) ** 0.5)
+    pairs = rows * model.top_k / shards
+    most_pairs = (pairs + fullest * (pairs * (1 - 1 / shards)) ** 0.5) * imbalance
+    num_busy = layout.routers + layout.shards
+
+    def seconds(hit: float, pairs: float) -> float:
+        expert_bytes = model.expert_params * model.weight_bytes
+        return device.overhead_s + device.work_s(hit * expert_bytes, 2 * pairs * model.expert_params, num_busy)
+
+    reading_s = hit * model.expert_params * model.weight_bytes / device.bandwidth
+    computing_s = most_pairs * 2 * model.expert_params / device.flops
+    return seconds(hit, most_pairs), seconds(slots * chance, pairs), reading_s >= computing_s
 
 
 def evaluate(model: ModelShape, device: Device, layout: Layout, targets: Targets, imbalance: float = 1.0) -> Plan:
     times = step_times(model, device, layout, targets, imbalance)
     kv = targets.users / layout.routers * targets.context * model.kv_bytes_per_token
     router_bytes = model.router_bytes + kv
-    shard_bytes = model.experts_bytes * layout.replicas / layout.shards
+    shard_bytes = model.experts_bytes * layout.replicas / max(layout.shards, 1)
+    if not layout.shards:
+        router_bytes, shard_bytes = router_bytes + shard_bytes, 0.0
     room = device.memory_bytes * device.usable_memory
     return Plan(
         layout=layout,
@@ -239,151 +307,3 @@ def most_users(model: ModelShape, device: Device, layout: Layout, targets: Targe
 
 def _holds(plan: Plan) -> bool:
     return plan.fits and plan.meets_tpot
-
-
-# ---- simulation --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trouble:
-    """skew: exponent of the experts' Zipf popularity, 0 is even. mtbf_s: mean time between failures of one shard.
-    A lost shard's step waits detect_s; without another copy also for the read of its experts at read_bytes_s by the
-    survivors together; a new shard takes its place after restart_s."""
-
-    skew: float = 0.0
-    mtbf_s: float = math.inf
-    detect_s: float = 0.3
-    read_bytes_s: float = 2e9
-    restart_s: float = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Simulated:
-    """step_s: percentile -> seconds. imbalance: fullest shard over mean, averaged. stalled: share of the time."""
-
-    tokens_per_s: float
-    step_s: dict[int, float]
-    imbalance: float
-    num_failures: int
-    stalled: float
-
-
-def simulate(
-    model: ModelShape,
-    device: Device,
-    layout: Layout,
-    targets: Targets,
-    trouble: Trouble,
-    *,
-    num_steps: int = 50,
-    num_layers: int | None = None,
-    seed: int = 0,
-) -> Simulated:
-    """Routers run steps side by side, each layer's rows queue at the shards, and the slowest shard ends the layer.
-
-    num_layers: simulate only so many MoE layers of each step and scale the time; all where shards fail. Good for 1 to
-    1,000 shards; about 20 us of computing for each router, layer and step. The same for the same seed.
-    """
-    draw = np.random.default_rng(seed)
-    rate = layout.shards / trouble.mtbf_s if math.isfinite(trouble.mtbf_s) else 0.0
-    layers = min(num_layers or model.num_moe_layers, model.num_moe_layers) if not rate else model.num_moe_layers
-    chunks, lanes = layout.micro_batches, layout.routers * layout.micro_batches
-    share_SE = _shares(model, layout, trouble.skew, draw)
-    times = step_times(model, device, layout, targets)
-    batch = targets.users / lanes
-    router_layer_s = times.router_s / model.num_layers / chunks
-    network_layer_s = times.network_s / max(model.num_moe_layers, 1) / chunks
-    bandwidth, flops = device.bandwidth * device.efficiency, device.flops * device.efficiency
-    other_s = times.head_s + (model.num_layers - model.num_moe_layers) * router_layer_s
-    scale = model.num_moe_layers / layers
-
-    free_at = np.zeros(layout.shards)
-    alive = np.ones(layout.shards, dtype=bool)
-    next_failure = float(draw.exponential(1 / rate)) if rate else math.inf
-    back: list[tuple[float, int]] = []
-    router_free = [0.0] * layout.routers
-    queue = [(0.0, lane, 0, 0) for lane in range(lanes)]  # time, lane (a router's micro-batch), layer, step
-    heapq.heapify(queue)
-    began = [0.0] * lanes
-    durations: list[float] = []
-    imbalances: list[float] = []
-    stalled, num_failures, end = 0.0, 0, 0.0
-    while queue:
-        now, lane, layer, step = heapq.heappop(queue)
-        while back and back[0][0] <= now:
-            alive[heapq.heappop(back)[1]] = True
-        if now >= next_failure and alive.sum() > 1:
-            victim = int(draw.choice(np.flatnonzero(alive)))
-            alive[victim] = False
-            num_failures += 1
-            pause_s = recovery_s(model, layout, trouble)
-            free_at = np.maximum(free_at, now) + pause_s  # every router waits for the new epoch
-            stalled += pause_s
-            heapq.heappush(back, (now + pause_s + trouble.restart_s, victim))
-            next_failure = now + float(draw.exponential(1 / rate))
-        pairs_E = draw.poisson(share_SE.sum(axis=0) * batch * model.top_k)
-        rows_S = share_SE @ (pairs_E / np.maximum(share_SE.sum(axis=0), 1e-12))
-        hit_S = ((share_SE > 0) & (pairs_E > 0)).sum(axis=1).astype(float)
-        if not alive.all():  # the survivors share what the dead would have done
-            for values in (rows_S, hit_S):
-                moved = values[~alive].sum() / alive.sum()
-                values[~alive] = 0.0
-                values[alive] += moved
-        work_S = device.overhead_s + np.maximum(
-            hit_S * model.expert_params * model.weight_bytes / bandwidth, rows_S * 2 * model.expert_params / flops
-        )
-        router = lane % layout.routers
-        router_free[router] = max(now, router_free[router]) + router_layer_s
-        arrive = router_free[router] + network_layer_s / 2
-        free_at = np.where(alive, np.maximum(free_at, arrive) + work_S, free_at)
-        done = float(free_at[alive].max()) + network_layer_s / 2
-        imbalances.append(float(rows_S.max() / max(rows_S.mean(), 1e-12)))
-        if layer + 1 < layers:
-            heapq.heappush(queue, (done, lane, layer + 1, step))
-            continue
-        done += other_s / scale
-        durations.append((done - began[lane]) * scale)
-        began[lane] = done
-        end = max(end, done)
-        if step + 1 < num_steps:
-            heapq.heappush(queue, (done, lane, 0, step + 1))
-    return Simulated(
-        tokens_per_s=batch * len(durations) / (end * scale),
-        step_s={q: float(np.percentile(durations, q)) for q in (50, 90, 99)},
-        imbalance=float(np.mean(imbalances)),
-        num_failures=num_failures,
-        stalled=min(1.0, stalled / end),
-    )
-
-
-def recovery_s(model: ModelShape, layout: Layout, trouble: Trouble) -> float:
-    """How long the loss of one shard holds everybody up."""
-    if layout.replicas > 1:
-        return trouble.detect_s
-    return trouble.detect_s + model.experts_bytes / layout.shards / trouble.read_bytes_s
-
-
-def _shares(model: ModelShape, layout: Layout, skew: float, draw: np.random.Generator) -> np.ndarray:
-    """[shards, experts]: which part of all pairs goes to each shard for each expert. Popular experts get the further
-    copies, and experts go in order of their load to the emptiest shard, as the balancer does."""
-    popularity = (1.0 + np.arange(model.num_experts)) ** -skew
-    popularity = draw.permutation(popularity / popularity.sum())
-    copies = np.ones(model.num_experts, dtype=int)
-    for _ in range(model.num_experts * (layout.replicas - 1)):
-        room = copies < layout.shards
-        copies[int(np.argmax(np.where(room, popularity / copies, -1.0)))] += 1
-    share = np.zeros((layout.shards, model.num_experts))
-    load = np.zeros(layout.shards)
-    most = -(-int(copies.sum()) // layout.shards)
-    held = np.zeros(layout.shards, dtype=int)
-    for expert in np.argsort(-popularity / copies):
-        for _ in range(copies[expert]):
-            blocked = (share[:, expert] > 0) | (held >= most)
-            if blocked.all():
-                blocked = share[:, expert] > 0
-            shard = int(np.argmin(np.where(blocked, np.inf, load)))
-            part = popularity[expert] / copies[expert]
-            share[shard, expert] = part
-            load[shard] += part
-            held[shard] += 1
-    return share

@@ -31,7 +31,8 @@ def plan(
     from rich.console import Console
     from rich.table import Table
 
-    from cluster.planner import DEVICES, Targets, Trouble, most_users, plans, recovery_s, simulate
+    from cluster.mesh_simulation import Trouble, recovery_s, simulate
+    from cluster.planner import DEVICES, Targets, most_users, plans
 
     if device not in DEVICES:
         fail(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)} and change it with --memory and so on")
@@ -106,7 +107,7 @@ def model_shape(model: str, quantization: str | None) -> ModelShape:
     config = ModelConfig.from_directory(Path(model) if Path(model).is_dir() else locate_model(model))
     if quantization not in (None, "int8", "int4"):
         raise ValueError(f"quantization={quantization!r} must be int8 or int4")
-    weight_bytes = {"int8": 1.02, "int4": 0.56}.get(quantization or "", 4.0 if config.dtype == "float32" else 2.0)
+    weight_bytes = {"int8": 1.0, "int4": 0.55}.get(quantization or "", 4.0 if config.dtype == "float32" else 2.0)
     return ModelShape(
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,

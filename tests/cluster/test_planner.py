@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cluster.planner import (
-    DEVICES,
-    Layout,
-    ModelShape,
-    Targets,
-    Trouble,
-    evaluate,
-    most_users,
-    plans,
-    simulate,
-    step_times,
-)
+from cluster.mesh_simulation import Trouble, simulate
+from cluster.planner import DEVICES, Layout, ModelShape, Targets, evaluate, most_users, plans, step_times
 from deploy.cli import cli
 
 QWEN2_57B = ModelShape(
@@ -141,3 +132,47 @@ def test_plan_reads_a_config_alone_and_says_that_it_computed(tmp_path: Path) -> 
     done = CliRunner().invoke(cli, ["plan", str(tmp_path), "--devices", "2"])
     assert done.exit_code == 1 and "can't hold it" in done.output
     assert "choose one of" in CliRunner().invoke(cli, ["plan", str(tmp_path), "--device", "abacus"]).output
+
+
+def test_the_shared_expert_hides_the_shards_as_far_as_it_goes() -> None:
+    one, targets = Layout(routers=1, shards=1), Targets(users=1, context=0, tpot_s=1.0)
+    expert_s = step_times(SMALL, IDEAL, one, targets).shard_s
+    small, large = (replace(SMALL, shared_size=size) for size in (20, 400))  # 40 experts are 400 wide
+    alone_s = step_times(SMALL, IDEAL, one, targets).step_s
+    assert step_times(small, IDEAL, one, targets).step_s == pytest.approx(alone_s), "hidden behind 4 experts of 10"
+    hidden = step_times(large, IDEAL, one, targets)
+    assert hidden.step_s == pytest.approx(alone_s - expert_s + hidden.shared_s), "it takes longer than they do"
+    local = step_times(large, IDEAL, Layout(routers=1, shards=0), targets)
+    assert local.step_s == pytest.approx(alone_s + hidden.shared_s), "one process does one after the other"
+
+
+def test_processes_of_one_host_share_its_cores_and_its_bandwidth() -> None:
+    targets = Targets(users=64, context=0, tpot_s=1.0)
+    host = replace(IDEAL, host_cores=2)
+    apart, together = (
+        [step_times(QWEN2_57B, device, Layout(routers=1, shards=s), targets).step_s for s in (1, 2, 4, 8)]
+        for device in (IDEAL, host)
+    )
+    assert apart == sorted(apart, reverse=True), "each shard brings a core"
+    assert together[0] == pytest.approx(apart[0]) and together[3] > 0.9 * together[1], "beyond the cores it brings none"
+    narrow = replace(host, host_bandwidth=IDEAL.bandwidth)  # two processes get half each
+    layout = Layout(routers=1, shards=2)
+    assert step_times(QWEN2_57B, narrow, layout, targets).step_s > 1.5 * together[1]
+
+
+def test_reading_and_computing_add_up_where_they_do_not_overlap() -> None:
+    device = replace(IDEAL, bandwidth=10.0, flops=5.0)
+    assert device.work_s(100, 100) == 20.0
+    assert replace(device, overlap=0.0).work_s(100, 100) == 30.0
+    assert replace(device, host_cores=2, host_bandwidth=10.0).work_s(100, 0, num_busy=3) == 20.0
+
+
+def test_the_fullest_shard_has_more_than_the_mean_while_few_experts_are_drawn() -> None:
+    draw = random.Random(0)
+    tokens = [draw.sample(range(60), 4) for _ in range(4000)]
+    fullest = sum(max(sum(e % 2 == s for e in token) for s in (0, 1)) for token in tokens) / len(tokens)
+    model = replace(SMALL, num_experts=60, top_k=4)
+    one = Targets(users=1, context=0, tpot_s=1.0)
+    seen = step_times(model, IDEAL, Layout(routers=1, shards=2), one).shard_s
+    expert_s = 2 * 2 * model.expert_params / 1e6  # of two layers
+    assert seen == pytest.approx(fullest * expert_s, rel=0.05)
