@@ -36,6 +36,7 @@ class CountTokensRequest(RequestBody):
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # vLLM's
 
 
 class MessagesRequest(CountTokensRequest, StreamingBody):
@@ -70,6 +71,7 @@ def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
     chat: dict[str, Any] = {
         "model": body.model,
         "messages": messages,
+        "chat_template_kwargs": body.chat_template_kwargs,
         "tools": [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or [])] or None,
         **_tool_choice(body.tool_choice),
         **_output_format(body.output_config),
@@ -92,8 +94,10 @@ def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
 def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """One message becomes several: each tool result is a message of its own in a chat."""
     role, content = message.get("role"), message.get("content")
-    if role not in ("user", "assistant"):
-        raise InvalidRequest(f"{where}.role: {str(role)[:80]!r} is not user or assistant", param=f"{where}.role")
+    if role not in ("user", "assistant", "system"):
+        raise InvalidRequest(
+            f"{where}.role: {str(role)[:80]!r} is not user, assistant or system", param=f"{where}.role"
+        )
     if isinstance(content, str):
         return [{"role": role, "content": content}]
     if not isinstance(content, list):
@@ -111,7 +115,7 @@ def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
             text = _texts(block.get("content") or "", f"{place}.content")
             text = f"Error: {text}" if block.get("is_error") else text
             results.append({"role": "tool", "tool_call_id": str(block.get("tool_use_id") or ""), "content": text})
-        else:
+        elif kind not in ("thinking", "redacted_thinking") or role != "assistant":  # another model's earlier thoughts
             raise InvalidRequest(
                 f"{place}: {role}'s blocks of type {str(kind)[:80]!r} are not supported; use text and tools",
                 param=place,

@@ -13,6 +13,7 @@ from deploy.router_pool import GenerateRequest, RouterPool
 from deploy.stop_strings import StopMatch, StopStrings
 from model.tokenizer import Tokenizer
 
+SEQUENCES_AT_ONCE = 256  # of one request: a batch neither fills a router's queue nor keeps others out of it
 Alternatives = list[tuple[int, float, int]]  # (token_id, logprob, rank); the token itself first
 
 
@@ -161,10 +162,12 @@ async def stream_all(
                 yield delta
         return
     queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+    seats = asyncio.Semaphore(SEQUENCES_AT_ONCE)
 
     async def drain(index: int) -> None:
+        sequence = stream_sequence(pool, requests[index], tokenizer, options, index)
         try:
-            async with contextlib.aclosing(stream_sequence(pool, requests[index], tokenizer, options, index)) as deltas:
+            async with seats, contextlib.aclosing(sequence) as deltas:
                 async for delta in deltas:
                     queue.put_nowait(delta)
             queue.put_nowait(None)

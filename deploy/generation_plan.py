@@ -49,9 +49,9 @@ def plan_requests(
         raise InvalidRequest("stream_options: only with stream; set stream to true", param="stream_options")
     if n > limits.max_n:
         raise InvalidRequest(f"n: {n} is more than this server's {limits.max_n} choices per prompt", param="n")
-    if len(prompts) > limits.max_prompts:
+    if n * len(prompts) > limits.max_prompts:
         raise InvalidRequest(
-            f"prompt: {len(prompts)} prompts are more than this server's {limits.max_prompts} per request",
+            f"prompt: {len(prompts)} prompts with n={n} are more than this server's {limits.max_prompts} per request",
             param="prompt",
         )
     if len(body.stops) > limits.max_stop_strings:
@@ -99,7 +99,7 @@ def text_options(body: GenerationBody, model: ServedModel) -> TextOptions:
 def truncate_prompt(
     body: GenerationBody, model: ServedModel, prompt_ids: list[int], max_tokens: int | None
 ) -> list[int]:
-    """The last `truncate_prompt_tokens` of the prompt; -1 leaves room for the output."""
+    """The last (or first) `truncate_prompt_tokens` of the prompt; -1 leaves room for the output."""
     keep = body.truncate_prompt_tokens
     if keep is None:
         return prompt_ids
@@ -109,7 +109,7 @@ def truncate_prompt(
         )
     if keep == -1:
         keep = max(1, model.max_model_len - max(1, max_tokens or 1))
-    return prompt_ids[-keep:]
+    return prompt_ids[:keep] if body.truncation_side == "right" else prompt_ids[-keep:]
 
 
 def check_length(text: str, body: GenerationBody, model: ServedModel, param: str) -> None:

@@ -163,7 +163,10 @@ class Front:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                answered = MutableHeaders(scope=message)
+                answered["x-request-id"] = request_id
+                if scope["path"].startswith("/v1/messages"):
+                    answered["request-id"] = request_id  # where Anthropic's clients look
             await send(message)
 
         scope.setdefault("state", {})["request_id"] = request_id

@@ -7,7 +7,7 @@ is set to anything but its default. Unknown fields are refused with the nearest 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -74,6 +74,7 @@ class GenerationBody(StreamingBody):
     prompt_logprobs: int | None = Field(default=None, ge=0)
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1, le=INT64_MAX)  # -1: to what the model takes
+    truncation_side: Literal["left", "right"] | None = None
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None
     return_routed_experts: bool = False
@@ -150,7 +151,7 @@ class DetokenizeRequest(RequestBody):
 
 
 # Fields that change nothing in the answer, whatever their value.
-_HARMLESS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "cache_control"})
+_HARMLESS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "cache_control", "session_id"})
 
 # Fields that we don't do: the values that ask for nothing, and what to do instead.
 _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {

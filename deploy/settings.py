@@ -74,7 +74,7 @@ class LimitSettings(Section):
     max_requests_per_key: int | None = Field(default=None, ge=1)  # at once, over all ingresses; more get 429
     requests_per_minute_per_key: int | None = Field(default=None, ge=1)  # likewise
     max_n: int = Field(default=128, ge=1)  # choices per prompt
-    max_prompts: int = Field(default=1024, ge=1)  # prompts per completion request
+    max_prompts: int = Field(default=1024, ge=1)  # prompts per completion request, each counted n times
     max_logprobs: int = Field(default=20, ge=0)
     max_stop_strings: int = Field(default=64, ge=0)
     request_timeout_s: float = Field(default=600.0, gt=0)  # from admission to the last token

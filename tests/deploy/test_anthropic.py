@@ -102,6 +102,17 @@ def test_tools_are_used_demanded_and_answered(api: RunningApi, served: ServedMod
     assert "<|im_start|>tool\nError: two<|im_end|>\n<|im_start|>user\nso?" in prompt
 
 
+def test_earlier_thoughts_are_left_out_and_a_system_message_may_come_later(
+    api: RunningApi, served: ServedModel
+) -> None:
+    thoughts = [{"type": "thinking", "thinking": "hm", "signature": "s"}, {"type": "text", "text": "Yes."}]
+    turns = [*HELLO, {"role": "assistant", "content": thoughts}, {"role": "system", "content": "Be brief."}, *HELLO]
+    assert ask(api, messages=turns).status_code == 200
+    prompt = prompt_of(api, served)
+    assert "<|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>system\nBe brief.<|im_end|>" in prompt
+    assert ask(api).headers["request-id"]
+
+
 def test_an_assistants_last_message_is_continued(api: RunningApi, served: ServedModel) -> None:
     ask(api, messages=[*HELLO, {"role": "assistant", "content": "Once"}])
     assert prompt_of(api, served).endswith("<|im_start|>assistant\nOnce")
@@ -116,7 +127,7 @@ def test_json_output_is_constrained(api: RunningApi) -> None:
     "body",
     [
         {"max_tokens": None},
-        {"messages": [{"role": "system", "content": "x"}]},
+        {"messages": [{"role": "tool", "content": "x"}]},
         {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
         {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
         {"tool_choice": {"type": "any"}},

@@ -275,6 +275,17 @@ def test_truncation_keeps_the_end_of_the_prompt(api: RunningApi) -> None:
     assert api.router.requests[-1]["prompt_ids"] == [12, 13]
     post(api, {"prompt": [10] * 1000, "max_tokens": 6, "truncate_prompt_tokens": -1})
     assert len(api.router.requests[-1]["prompt_ids"]) == 506
+    post(api, {"prompt": [10, 11, 12, 13], "max_tokens": 1, "truncate_prompt_tokens": 2, "truncation_side": "right"})
+    assert api.router.requests[-1]["prompt_ids"] == [10, 11]
+
+
+def test_a_large_batch_takes_turns_and_a_larger_one_is_refused(api: RunningApi) -> None:
+    api.router.max_running = 300
+    body = {"prompt": [[5, 6]] * 500, "n": 2, "max_tokens": 2}
+    assert len(post(api, body).json()["choices"]) == 1000
+    api.router.max_running = 10_000
+    refused = post(api, {**body, "n": 3}).json()["error"]
+    assert refused["param"] == "prompt" and "500" in refused["message"] and "1024" in refused["message"]
 
 
 def test_too_long_prompts_are_refused_with_both_numbers(api: RunningApi) -> None:
