@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -14,20 +13,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deploy.processes import descendants
+from tests.chaos.configurations import Outcome
 from tests.chaos.load import Load
 from tests.e2e.conftest import Service
 
 SETTLE_S = 60.0
+REBALANCE_S = 30.0
+PARTS = ("ShardActor", "SupervisorActor", "expertmesh:router", "expertmesh:ingress")
+Window = tuple[float, float]  # in time.monotonic()
 
 
 @dataclass
 class Chaos:
-    """Faults against one service under one load; stalls[kind] are the longest gaps that each fault made, in seconds."""
+    """Faults against one service under one load. Each is a method named after its kind; one that does many things
+    may return the time that counts."""
 
     service: Service
     load: Load
     random: random.Random
-    stalls: dict[str, list[float]] = field(default_factory=dict)
+    outcome: Outcome = field(default_factory=Outcome)
     threads: list[threading.Thread] = field(default_factory=list)
 
     # ---- the service ---------------------------------------------------------------------------------
@@ -63,6 +68,15 @@ class Chaos:
 
     def scale(self, num_shards: int) -> None:
         self.service.post("/mesh/scale", {"shards": num_shards})
+
+    def processes(self) -> dict[int, str]:
+        """pid -> which of PARTS it is."""
+        found = {}
+        for process in descendants(self.service.process.pid):
+            with contextlib.suppress(OSError):
+                title = Path(f"/proc/{process.pid}/cmdline").read_bytes().decode(errors="replace")
+                found.update((process.pid, part) for part in PARTS if part in title)
+        return found
 
     def after(self, delay_s: float, action: Callable[[], None]) -> None:
         """Do something a little later, in the background."""
@@ -124,6 +138,41 @@ class Chaos:
         self.scale(num_shards)
         self.settle(num_shards)
 
+    def rebalance(self) -> Window:
+        """After one more shard and one less experts lie by number, not by load, and the planner moves some. What counts
+        is the time around its change alone."""
+        change = self._rebalanced(self._misplace())
+        published = change["time"] - time.time() + time.monotonic()
+        time.sleep(1.0)
+        return published - 0.3, published + 1.0
+
+    def kill_during_rebalance(self) -> None:
+        """While it loads or while routers switch, by chance."""
+        self._rebalanced(self._misplace(), or_begins=self.random.random() < 0.5)
+        self.kill_shard()
+
+    def _misplace(self) -> int:
+        """The epoch after which experts lie by number."""
+        num_shards = self.mesh()["target_shards"]
+        self.scale(num_shards + 1)
+        epoch = self.settle(num_shards + 1)["epoch"]
+        self.scale(num_shards)
+        self.settle(num_shards)
+        return int(epoch)
+
+    def _rebalanced(self, epoch: int, or_begins: bool = False) -> dict[str, Any]:
+        """Wait for a rebalance after `epoch`, or for its beginning; returns the last change."""
+        end = time.monotonic() + REBALANCE_S
+        while True:
+            mesh = self.mesh()
+            for change in mesh["history"]:
+                if change["epoch"] > epoch and change["reason"].startswith("rebalanced"):
+                    return dict(change)
+            if or_begins and not mesh["settled"]:
+                return dict(mesh["history"][-1])
+            assert time.monotonic() < end, f"nothing was moved by load: {summary(mesh)}"
+            time.sleep(0.02)
+
     def kill_router(self) -> None:
         send(self.random.choice([r for r in self.mesh()["routers"] if "num_steps" in r])["pid"], signal.SIGKILL)
 
@@ -140,12 +189,12 @@ class Chaos:
     def strike(self, kind: str, num_shards: int, num_routers: int) -> None:
         """Do it, wait until everything is back, and note the longest gap."""
         began, told = time.monotonic(), time.time()
-        getattr(self, kind)()
+        window = getattr(self, kind)()
         time.sleep(1.0)
         mesh = self.settle(num_shards, num_routers)
         time.sleep(0.3)
-        stall_s = self.load.longest_gap_s(began, time.monotonic())
-        self.stalls.setdefault(kind, []).append(stall_s)
+        stall_s = self.load.longest_gap_s(*(window or (began, time.monotonic())))
+        self.outcome.stalls.setdefault(kind, []).append(stall_s)
         print(f"{kind:28} {stall_s:6.2f} s", flush=True)
         for change in mesh["history"]:
             if change["time"] > told:
@@ -164,8 +213,9 @@ def send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def num_fds(pid: int) -> int:
-    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+def held(pid: int) -> tuple[int, int]:
+    """Its open files and its threads."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir())), len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
 def summary(mesh: dict[str, Any]) -> dict[str, Any]:
@@ -174,12 +224,3 @@ def summary(mesh: dict[str, Any]) -> dict[str, Any]:
     short["shards"] = [(s["shard_id"], s["state"], s.get("num_experts")) for s in mesh["shards"]]
     short["routers"] = [(r["router_id"][-4:], r.get("epoch"), r["seen_s_ago"]) for r in mesh["routers"]]
     return short
-
-
-def table(stalls: dict[str, list[float]]) -> str:
-    """Markdown: median and worst stall of each kind of fault."""
-    rows = ["| fault | times | median stall | worst stall |", "|---|---|---|---|"]
-    for kind, values in sorted(stalls.items()):
-        name = kind.replace("_", " ")
-        rows.append(f"| {name} | {len(values)} | {statistics.median(values):.2f} s | {max(values):.2f} s |")
-    return "\n".join(rows)

@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 class Load:
     """`num_streams` threads, each asking one prompt after the other from the same few, until stop().
 
-    gaps: (begin, end) of pauses above `notable_s` between two tokens of a stream, in time.monotonic().
+    gaps: (begin, end) of pauses above `notable_s` between two tokens of a stream, in time.monotonic(). num_gaps and
+    sum_gaps_s count all of them.
     """
 
     url: str
@@ -28,7 +29,8 @@ class Load:
     num_finished: int = 0
     wrong: list[str] = field(default_factory=list)
     gaps: list[tuple[float, float]] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
+    num_gaps: int = 0
+    sum_gaps_s: float = 0.0
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -50,9 +52,18 @@ class Load:
 
     def learn(self) -> None:
         """Compute the answers, while nothing fails."""
-        for number in range(self.num_streams):
+
+        def ask(number: int) -> None:
             self.answers[number], _ = self._ask(number)
-        assert all(len(ids) == self.num_tokens for ids in self.answers.values())
+
+        askers = [threading.Thread(target=ask, args=(number,)) for number in range(self.num_streams)]
+        for asker in askers:
+            asker.start()
+        for asker in askers:
+            asker.join()
+        assert len(self.answers) == self.num_streams and all(
+            len(ids) == self.num_tokens for ids in self.answers.values()
+        )
 
     def start(self) -> None:
         self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(self.num_streams)]
@@ -64,6 +75,12 @@ class Load:
         end = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
+
+    def between_tokens_s(self, measure_s: float) -> float:
+        """The mean time between two tokens of a stream during the next measure_s."""
+        num_gaps, sum_gaps_s = self.num_gaps, self.sum_gaps_s
+        time.sleep(measure_s)
+        return (self.sum_gaps_s - sum_gaps_s) / (self.num_gaps - num_gaps)
 
     def longest_gap_s(self, begin: float, end: float) -> float:
         """The longest pause of any stream that overlaps [begin, end]."""
@@ -114,8 +131,11 @@ class Load:
                 if new := choice.get("token_ids"):
                     ids += new
                     now = time.monotonic()
-                    if last is not None and now - last > self.notable_s:
+                    if last is not None:
                         with self._lock:
-                            self.gaps.append((last, now))
+                            self.num_gaps += 1
+                            self.sum_gaps_s += now - last
+                            if now - last > self.notable_s:
+                                self.gaps.append((last, now))
                     last = now
         return ids, ""

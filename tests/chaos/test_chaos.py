@@ -1,12 +1,13 @@
 """Faults drawn at random against the real service under load; at the end nothing is lost, changed or leaked.
 
-make chaos                        the whole run (CHAOS_SEED, CHAOS_FAULTS and CHAOS_MODEL change it)
-the short form below              runs with the other tests
+make chaos       the whole run, some 25 minutes; writes its table into README.md
+CHAOS_SEED       another order of the faults; CHAOS_FAULTS: so many of each mesh; CHAOS_MODEL: a model directory
+The short form below runs with the other tests.
 """
 
 from __future__ import annotations
 
-import os
+import json
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -14,40 +15,27 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.faults import Chaos, num_fds, table
+from tests.chaos import table
+from tests.chaos.configurations import CONFIGURATIONS, MODEL, NUM_FAULTS, SEED, Configuration, Outcome
+from tests.chaos.faults import Chaos, held
 from tests.chaos.load import Load
 from tests.e2e.conftest import Service, start_service
 from tests.tiny import write_tiny_model
 
-ONE_OR_MORE_SHARDS = ("kill_shard", "stop_shard", "pause_shard", "kill_supervisor", "scale_out_and_in")
-TWO_OR_MORE_SHARDS = (
-    *ONE_OR_MORE_SHARDS,
-    "kill_two_shards",
-    "stop_two_shards",
-    "kill_during_recovery",
-    "kill_during_scale_out",
-    "kill_supervisor_and_shard",
-    "kill_router",
-)
-SEED = int(os.environ.get("CHAOS_SEED", "5"))
-NUM_FAULTS = int(os.environ.get("CHAOS_FAULTS", "24"))
-
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Chaos]]:
-    """start(shards=2, routers=1, ...): the service, and a load on it that knows its answers."""
+    """start(configuration, model): the service, and a load on it that knows its answers."""
     running: list[Service] = []
 
-    def start_chaos(*, seed: int = SEED, num_streams: int = 16, **options: int) -> Chaos:
-        model = os.environ.get("CHAOS_MODEL") or str(write_tiny_model(tmp_path / "tiny"))
-        arguments = [model]
-        for name, value in options.items():
-            arguments += [f"--{name.replace('_', '-')}", str(value)]
-        service = start_service(arguments, tmp_path / "log")
+    def start_chaos(configuration: Configuration, model: str, *, num_streams: int = 16) -> Chaos:
+        settings = tmp_path / "settings.json"  # JSON is YAML
+        settings.write_text(json.dumps({"model": {"path": model}, "mesh": dict(configuration.mesh)}))
+        service = start_service(["--config", str(settings)], tmp_path / "log")
         running.append(service)
         load = Load(service.url, service.get("/v1/models")["data"][0]["id"], num_streams=num_streams)
         load.learn()
-        return Chaos(service, load, random.Random(seed))
+        return Chaos(service, load, random.Random(SEED), Outcome(model=model))
 
     yield start_chaos
     for service in running:
@@ -55,65 +43,80 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Chaos]]:
         assert [p for p in service.below if p.is_alive] == [], "processes were left over"
 
 
-def check_nothing_is_lost(chaos: Chaos, fds_before: int | None) -> None:
-    """Every request finished with the right answer; no block, store key or fd is held any more."""
+def most_held(chaos: Chaos) -> dict[str, tuple[int, int]]:
+    """The most open files and threads of any process of each part."""
+    most: dict[str, tuple[int, int]] = {}
+    for pid, part in chaos.processes().items():
+        files, threads = held(pid)
+        most[part] = max(files, most.get(part, (0, 0))[0]), max(threads, most.get(part, (0, 0))[1])
+    return most
+
+
+def check_nothing_is_lost(chaos: Chaos, before: dict[str, tuple[int, int]]) -> None:
+    """Every request finished with the right answer; no process, thread, block, store key or fd is left over."""
     load = chaos.load
     load.stop()
     chaos.finish()
     assert load.wrong == []
     assert load.num_sent == load.num_finished > 0
+    chaos.settle()
+    time.sleep(2.0)
     mesh = chaos.settle()
-    time.sleep(1.0)
-    mesh = chaos.settle()
-    for router in mesh["routers"]:
-        if "num_steps" in router:
-            assert router["running"] == router["waiting"] == 0
-            assert router["kv_blocks_used"] == [0] * len(router["kv_blocks_used"]), "KV blocks leaked"
-            assert router["num_store_keys"] <= 6 * (len(mesh["shards"]) + 1), "store keys leaked"
-            if fds_before is not None:
-                assert num_fds(router["pid"]) <= fds_before + 30, "fds leaked"
-    alive = {s["pid"] for s in mesh["shards"]}
-    names = [p for p in Path("/proc").iterdir() if p.name.isdigit() and _is_shard_of(p, chaos)]
-    assert {int(p.name) for p in names} <= alive, "a shard that is no member still runs"
+    routers = [router for router in mesh["routers"] if "num_steps" in router]
+    for router in routers:
+        assert router["running"] == router["waiting"] == 0
+        assert router["kv_blocks_used"] == [0] * len(router["kv_blocks_used"]), "KV blocks leaked"
+        assert router["num_store_keys"] <= 6 * (len(mesh["shards"]) + 1), "store keys leaked"
+    for shard in mesh["shards"]:
+        assert shard["num_groups"] <= len(routers), "a shard still serves a group that is over"
+    processes = chaos.processes()
+    assert sorted(processes.values()) == sorted(
+        ["SupervisorActor", "expertmesh:ingress"]
+        + ["ShardActor"] * len(mesh["shards"])
+        + ["expertmesh:router"] * len(routers)
+    ), "a process that is no member still runs"
+    after = most_held(chaos)
+    print(f"files and threads: {before} before, {after} after")
+    for part, (files, threads) in before.items():
+        assert after[part][0] <= files + 30, f"{part}: fds leaked"
+        assert after[part][1] <= threads + 20, f"{part}: threads leaked"
 
 
-def _is_shard_of(process: Path, chaos: Chaos) -> bool:
-    from deploy.processes import descendants
-
-    try:
-        title = (process / "cmdline").read_bytes()
-    except OSError:
-        return False
-    return b"ShardActor" in title and int(process.name) in {p.pid for p in descendants(chaos.service.process.pid)}
-
-
-def run(chaos: Chaos, kinds: list[str], *, num_shards: int, num_routers: int) -> None:
-    router = next(r for r in chaos.mesh()["routers"] if "num_steps" in r)
-    fds_before = num_fds(router["pid"])
+def run(chaos: Chaos, configuration: Configuration, kinds: list[str]) -> None:
+    before = most_held(chaos)
     chaos.load.start()
     time.sleep(1.0)
+    chaos.outcome.between_tokens_s = chaos.load.between_tokens_s(3.0)
     try:
         for kind in kinds:
-            chaos.strike(kind, num_shards, num_routers)
+            chaos.strike(kind, configuration.num_shards, configuration.num_routers)
     finally:
-        print(f"\nseed {SEED}, {len(kinds)} faults, {chaos.load.num_finished} requests\n{table(chaos.stalls)}")
-    check_nothing_is_lost(chaos, fds_before)
+        chaos.outcome.num_requests = chaos.load.num_finished
+        print(f"\nseed {SEED}\n{table.summary({'': chaos.outcome})}\n")
+    check_nothing_is_lost(chaos, before)
+    chaos.outcome.num_requests = chaos.load.num_finished
 
 
 @pytest.mark.timeout(240)
-def test_a_short_run_of_faults_loses_nothing(start):
-    chaos = start(shards=2, num_streams=8)
-    run(chaos, ["kill_shard", "pause_shard", "kill_supervisor", "scale_out_and_in"], num_shards=2, num_routers=1)
+def test_a_short_run_of_faults_loses_nothing(start, tmp_path):
+    short = Configuration(name="short", words="2 shards, 1 router", mesh={"shards": 2}, faults={})
+    chaos = start(short, str(write_tiny_model(tmp_path / "tiny")), num_streams=8)
+    run(chaos, short, ["kill_shard", "pause_shard", "kill_supervisor", "scale_out_and_in"])
+
+
+def test_a_seed_deals_the_same_faults_again_and_each_as_often_as_it_should():
+    for configuration in CONFIGURATIONS:
+        dealt = configuration.deal(7, None)
+        assert dealt == configuration.deal(7, None)
+        assert {kind: dealt.count(kind) for kind in dealt} == dict(configuration.faults)
+    assert sum(len(c.deal(7, None)) for c in CONFIGURATIONS) >= 60
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    ("shards", "routers", "replicas", "spares"),
-    [(3, 2, 1, 0), (3, 2, 2, 0), (2, 1, 1, 1)],
-    ids=["adoption", "replicas", "spare"],
-)
-def test_random_faults_under_load_lose_nothing(start, shards, routers, replicas, spares):
-    chaos = start(shards=shards, routers=routers, replicas=replicas, spares=spares)
-    kinds = [chaos.random.choice(TWO_OR_MORE_SHARDS) for _ in range(NUM_FAULTS)]
-    run(chaos, kinds, num_shards=shards, num_routers=routers)
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda configuration: configuration.name)
+def test_random_faults_under_load_lose_nothing(start, configuration):
+    chaos = start(configuration, MODEL)
+    run(chaos, configuration, configuration.deal())
+    if NUM_FAULTS is None:
+        table.save(configuration.name, chaos.outcome)
