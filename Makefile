@@ -43,6 +43,7 @@ unit: install
 
 chaos: install
 	$(BIN)/pytest tests/chaos -m chaos -s
+	$(BIN)/python -m tests.chaos.table
 
 clients: install
 	$(BIN)/pytest tests/clients -m clients -s
