@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from deploy.cli_options import fail
 
 cli = typer.Typer(
     add_completion=False,
@@ -87,7 +91,7 @@ def serve(
     try:
         loaded = load(file=config, environ=os.environ, flags=flags)
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     if print_config:
         for name, value, source in loaded.explain():
             typer.echo(f"{name:32} {value!r:28} {source}")
@@ -97,28 +101,36 @@ def serve(
 
 def _serve(settings: Any) -> None:
     from deploy.auth import all_keys
-    from deploy.launch import StartError, console, running, wait_for_interrupt
+    from deploy.launch import StartError, running, wait_for_interrupt
     from deploy.service_record import recorded
 
-    screen = console()
     try:
         keys = all_keys(settings.server.api_keys, settings.server.api_key_file)
     except ValueError as error:
-        _fail(str(error))
-    began = time.monotonic()
-
-    def say(line: str) -> None:
-        screen.print(f"[dim]{time.monotonic() - began:6.1f} s[/dim]  {line}")
-
+        fail(str(error))
+    say = _speaker(settings.server.log_format)
     try:
         with running(settings, say) as service, recorded(service.url, settings.server.port):
-            _greet(service, screen, keys[0] if keys else None)
+            _greet(service, say, keys[0] if keys else None, settings.server.log_format == "text")
             wait_for_interrupt()
-            screen.print("stopping")
+            say("stopping")
     except (ValueError, StartError) as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted before the service was up")
+        fail("interrupted before the service was up")
+
+
+def _speaker(log_format: Any) -> Callable[[str], None]:
+    """How progress is told: lines with the time since the start, or lines of the log."""
+    if log_format == "json":
+        from actors.logs import start_logging
+
+        start_logging("serve", "json")
+        return logging.getLogger("expertmesh.serve").info
+    from rich.console import Console
+
+    screen, began = Console(stderr=True, highlight=False), time.monotonic()
+    return lambda line: screen.print(f"[dim]{time.monotonic() - began:6.1f} s[/dim]  {line}")
 
 
 # Below the application that they join.
@@ -137,29 +149,25 @@ for _command in (
     cli.command()(_command)
 
 
-def _greet(service: Any, screen: Any, api_key: str | None) -> None:
+def _greet(service: Any, say: Callable[[str], None], api_key: str | None, at_length: bool) -> None:
     """Answer one token ourselves, so that the time to the first token is a fact, and print what to try."""
-    from deploy.probe import first_token_s
+    from deploy.http_client import Client
 
-    first_s = first_token_s(service.url, service.model, api_key)
-    total_s = service.start_s + first_s
-    screen.print(f"[bold green]serving {service.model} at {service.url}[/bold green]  ", end="")
-    screen.print(f"(start to first token: {total_s:.1f} s)")
-    screen.print("try:")
+    began = time.monotonic()
+    first = {"model": service.model, "prompt": "The", "max_tokens": 1}
+    Client(url=service.url, api_key=api_key).post("/v1/completions", first)
+    total_s = service.start_s + time.monotonic() - began
+    facts = f"serving {service.model} at {service.url}  (start to first token: {total_s:.1f} s)"
+    if not at_length:
+        say(facts)
+        return
     body = f'{{"model": "{service.model}", "messages": [{{"role": "user", "content": "What does ocean mean?"}}]}}'
-    screen.print(
-        f"  curl {service.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'",
-        soft_wrap=True,
-        markup=False,
+    typer.secho(facts, fg=typer.colors.GREEN, bold=True, err=True)
+    typer.echo("try:", err=True)
+    typer.echo(
+        f"  curl {service.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'", err=True
     )
-    screen.print(
-        f"  expertmesh chat --url {service.url}    or {service.url}/ in a browser; Ctrl-C ends it", soft_wrap=True
-    )
-
-
-def _fail(message: str) -> None:
-    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(1)
+    typer.echo(f"  expertmesh chat --url {service.url}    or {service.url}/ in a browser; Ctrl-C ends it", err=True)
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from deploy.cli_options import fail
+from deploy.launch import port_problem
 
 GB = 1e9
 
@@ -113,12 +113,8 @@ def requirements() -> Finding:
 
 
 def listening(host: str, port: int) -> Finding:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return Finding("fail", "port", f"{host}:{port}: {error.strerror}; choose another with --port")
+    if (problem := port_problem(host, port)) is not None:
+        return Finding("fail", "port", problem)
     if host not in ("127.0.0.1", "::1", "localhost"):
         return Finding("warn", "port", f"{host}:{port} is free, and others can reach it: set API keys")
     return Finding("ok", "port", f"{host}:{port} is free")

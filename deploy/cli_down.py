@@ -16,7 +16,7 @@ from deploy.cli_options import fail
 def down(
     port: Annotated[int | None, typer.Option(help="Only the service on this port.")] = None,
     address: Annotated[str | None, typer.Option(help="End the service on this Ray cluster instead.")] = None,
-    name: Annotated[str, typer.Option(help="Mesh name on that cluster.")] = "default",
+    name: Annotated[str | None, typer.Option(help="Only this mesh's shards on that cluster.")] = None,
     wait: Annotated[float, typer.Option(help="Seconds to wait for the end.")] = 30.0,
 ) -> None:
     """End the services that this user runs here, or with --address the one on a Ray cluster (Ray itself stays)."""
@@ -43,7 +43,7 @@ def down(
         typer.echo(f"ended {service.url}")
 
 
-def _down_on_cluster(address: str, name: str) -> None:
+def _down_on_cluster(address: str, name: str | None) -> None:
     from deploy.app import APP_NAME
     from deploy.cluster_access import connect, end_service
 
@@ -51,7 +51,7 @@ def _down_on_cluster(address: str, name: str) -> None:
         connect(address)
     except ValueError as error:
         fail(str(error))
-    ended = end_service(name, APP_NAME)
+    ended = end_service(APP_NAME, name)
     if not ended:
-        fail(f"no service named {name!r} on {address}")
+        fail(f"no service on {address}")
     typer.echo(f"ended {', '.join(ended)}")

@@ -82,8 +82,8 @@ def _listener() -> Iterator[int]:
         yield int(server.getsockname()[1])
 
 
-def end_service(mesh: str, app: str) -> list[str]:
-    """Delete the Serve application, end the mesh's shards and its supervisor; what was there, in words."""
+def end_service(app: str, mesh: str | None) -> list[str]:
+    """Delete the Serve application and end shards and supervisors, of one mesh or of all; what was there, in words."""
     import ray
     from ray import serve
 
@@ -94,12 +94,12 @@ def end_service(mesh: str, app: str) -> list[str]:
         if app in serve.status().applications:
             serve.delete(app)
             ended.append(f"application {app}")
-    try:
-        supervisor = ray.get_actor(actor_name(mesh, "supervisor"), NAMESPACE)
-    except ValueError:
-        return ended
-    with contextlib.suppress(Exception):
-        ray.get(supervisor.shutdown.remote(), timeout=30)
-        ended.append("shards")
-    ray.kill(supervisor, no_restart=True)
-    return [*ended, "supervisor"]
+    there = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if one["namespace"] == NAMESPACE]
+    suffix = "/supervisor" if mesh is None else actor_name(mesh, "supervisor")
+    for name in (name for name in there if name.endswith(suffix)):
+        supervisor = ray.get_actor(name, NAMESPACE)
+        with contextlib.suppress(Exception):
+            ray.get(supervisor.shutdown.remote(), timeout=30)
+        ray.kill(supervisor, no_restart=True)
+        ended.append(f"mesh {name.split('/')[1]}")
+    return ended

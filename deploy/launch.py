@@ -13,16 +13,20 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from deploy.http_client import CallError, Client
+from deploy.log_tail import followed
 from deploy.processes import descendants, end
 from deploy.settings import Settings
+from deploy.tracing import exporter_to
 
 log = logging.getLogger("expertmesh.launch")
 
 START_S = 600.0
+READY_S = 60.0
+LOGS = "see the logs under /tmp/ray/session_latest/logs"
 
 
 class StartError(RuntimeError):
@@ -45,7 +49,9 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
     Raises ValueError for settings or a model that can't be served, StartError for what went wrong on the way.
     """
     began = time.monotonic()
-    _check_port(settings.server.host, settings.server.port)
+    if (problem := port_problem(settings.server.host, settings.server.port)) is not None:
+        raise ValueError(problem)
+    exporter_to(settings.server.otlp_traces_endpoint)
     _quiet_environment()
     import ray
     from ray import serve
@@ -61,17 +67,20 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
     for name in ("ray.serve", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     say("starting Ray")
-    ray.init(
-        address="local",  # never somebody else's cluster
-        num_cpus=max(os.cpu_count() or 1, sum(map(_cpus_wanted, meshes))),
-        resources=_custom_resources(meshes),
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        namespace="expertmesh",
-    )
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_end)
+        context: Any = ray.init(
+            address="local",  # never somebody else's cluster
+            num_cpus=max(os.cpu_count() or 1, sum(map(_cpus_wanted, meshes))),
+            resources=_custom_resources(meshes),
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+            namespace="expertmesh",
+        )
+        if settings.server.log_format == "json":
+            stack.enter_context(followed(Path(context.address_info["session_dir"], "logs")))
         say(f"Ray is up after {time.monotonic() - began:.1f} s; loading {models[0].names[0]}")
         supervisors = [application.ensure_mesh(mesh) for mesh in meshes]
         with contextlib.ExitStack() as progress:
@@ -82,18 +91,14 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
                 http_options={"host": settings.server.host, "port": settings.server.port},
                 logging_config={"log_level": "ERROR", "enable_access_log": False},
             )
-            handle = threading.Thread(
-                target=_run_app, args=(application.bind(settings), application.APP_NAME), daemon=True
-            )
-            handle.start()
+            app = application.bind(settings)
+            threading.Thread(target=_run_app, args=(app, application.APP_NAME), daemon=True).start()
             for supervisor in supervisors:
                 _wait_for_mesh(supervisor)
             _wait_for_app(application.APP_NAME)
             url = f"http://{settings.server.host}:{settings.server.port}"
             _wait_ready(url)
         yield Running(url, models[0].names[0], time.monotonic() - began)
-    finally:
-        _end()
 
 
 def wait_for_interrupt() -> None:
@@ -105,15 +110,15 @@ def wait_for_interrupt() -> None:
         pass
 
 
-def _check_port(host: str, port: int) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+def port_problem(host: str, port: int) -> str | None:
+    """Why nobody can listen there, or None."""
+    with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ValueError(
-                f"port {port} on {host} can't be used: {error.strerror}; choose another with --port"
-            ) from None
+            return f"{host}:{port}: {error.strerror}; choose another with --port"
+    return None
 
 
 def _quiet_environment() -> None:
@@ -123,6 +128,7 @@ def _quiet_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a call after the end would start another cluster
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other program starve the service
     # Ray's switch for one machine alone (named after where it is the default): every one of its ports is on loopback.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -158,8 +164,8 @@ def _progress(supervisor: Any, say: Callable[[str], None]) -> Iterator[None]:
             last = stop.is_set()
             try:
                 lines = ray.get(supervisor.progress.remote(seen), timeout=5)
-            except Exception:
-                return
+            except Exception:  # it is not up yet
+                lines = []
             for line in lines:
                 say(line)
             seen += len(lines)
@@ -205,20 +211,20 @@ def _wait_for_app(name: str) -> None:
             if messages or status.status == "DEPLOY_FAILED":
                 raise StartError(root_cause((messages or [status.message])[0]))
         time.sleep(0.1)
-    raise StartError(f"the service was not up within {START_S:.0f} s; see the logs under /tmp/ray/session_latest/logs")
+    raise StartError(f"the service was not up within {START_S:.0f} s; {LOGS}")
 
 
 def _wait_ready(url: str) -> None:
     """The ingress has found its routers."""
-    import urllib.error
-    import urllib.request
-
-    end = time.monotonic() + 60.0
-    while time.monotonic() < end:
-        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{url}/ready", timeout=2):
+    client, end = Client(url=url, timeout_s=2.0), time.monotonic() + READY_S
+    while True:
+        try:
+            client.get("/ready")
             return
-        time.sleep(0.05)
-    raise StartError("the ingress found no router within 60 s; see the logs under /tmp/ray/session_latest/logs")
+        except CallError:
+            if time.monotonic() > end:
+                raise StartError(f"the ingress found no router within {READY_S:.0f} s; {LOGS}") from None
+            time.sleep(0.05)
 
 
 def _end() -> None:
@@ -226,8 +232,8 @@ def _end() -> None:
     import ray
 
     below = descendants(os.getpid())
-    with contextlib.suppress(Exception):
-        ray.shutdown()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.suppress(Exception):
+        ray.shutdown()  # it would report each process that it ends as one that died
     end(below, grace_s=3.0)
 
 
@@ -239,7 +245,3 @@ def root_cause(text: str) -> str:
         if name.rpartition(".")[2].endswith(("Error", "Exception")) and message:
             return message[:500]
     return (lines[-1] if lines else "unknown error")[:500]
-
-
-def console() -> Console:
-    return Console(stderr=True, highlight=False)
