@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from deploy.demo.recipe import chat, entity_sentences, tasks
-from deploy.demo.recipe.data import Corpus, Encoder, Mixture, tokens_of
+from deploy.demo.recipe.circuits import write_induction_heads, write_previous_token_heads
+from deploy.demo.recipe.data import Batch, Corpus, Encoder, Mixture, tokens_of
 from deploy.demo.recipe.evaluate import best_span, entity_spans
 from deploy.demo.recipe.export import split_experts
-from deploy.demo.recipe.model import CONFIG, Experts, attention_masks
+from deploy.demo.recipe.model import CONFIG, DemoModel, Experts, attention_masks
 from deploy.demo.recipe.muon import orthogonalize
 from deploy.demo.recipe.sources import Text, read_r_strings, unwrap
 from deploy.demo.recipe.tokenizer import SPECIAL_TOKENS, train_tokenizer
@@ -192,3 +193,18 @@ def test_no_training_sentence_has_the_form_of_a_held_out_one() -> None:
     forms = {tasks.training_form(rng, NAMES) for _ in range(3000)}
     assert len(forms) > 1500
     assert not forms & set(entity_sentences.HELD_OUT_TEMPLATES)
+
+
+def test_a_model_given_the_circuits_says_again_what_it_has_read() -> None:
+    torch.manual_seed(0)
+    model = DemoModel()
+    rows = torch.randint(3, 4096, (16, 64))
+    document = torch.zeros(16, 128, dtype=torch.long)
+    batch = Batch(ids_BT=rows.repeat(1, 2), document_BT=document, lm_weights_BT=torch.ones(16, 128))
+    write_previous_token_heads(model, [batch])
+    write_induction_heads(model, [batch])
+    with torch.inference_mode():
+        predicted = model.lm_logits(model(batch.ids_BT, document)[0]).argmax(-1)
+    right = (predicted[:, :-1] == batch.ids_BT[:, 1:]).float()
+    assert right[:, :63].mean() < 0.02
+    assert right[:, 66:].mean() > 0.2  # one token in 4,096 by chance

@@ -156,9 +156,8 @@ class Run:
     def load(self) -> None:
         state = torch.load(self.checkpoint)
         self.model.load_state_dict(state["model"])
-        if "muon" in state:  # not after `rescale`
-            self.muon.load_state_dict(state["muon"])
-            self.adam.load_state_dict(state["adam"])
+        self.muon.load_state_dict(state["muon"])
+        self.adam.load_state_dict(state["adam"])
         self.num_steps, self.num_tokens = state["num_steps"], state["num_tokens"]
         self.elapsed_s = state["elapsed_s"]
 
