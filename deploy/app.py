@@ -159,7 +159,7 @@ def _bind_router(settings: Settings, name: str) -> serve.Application:
         name=name,
         num_replicas=settings.mesh.routers,
         max_ongoing_requests=1000,
-        health_check_period_s=2,
+        health_check_period_s=0.5,  # how soon a dead one is noticed
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=5,
         ray_actor_options={
