@@ -305,7 +305,7 @@ class RouterPool:
                 if address not in self._links and address not in self._connecting:
                     self._connecting[address] = asyncio.create_task(self._connect(address))
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(interval_s):
+                async with asyncio.timeout(interval_s if self.links else min(interval_s, RETRY_S)):
                     await self._wake.wait()
                 await asyncio.sleep(0.02)  # many requests may wake us at once
 
