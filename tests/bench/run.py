@@ -1,0 +1,160 @@
+"""Everything of the service's speed that needs no other server, as tables and plots in tests/bench/results.
+
+    python -m tests.bench.run [--only limits,calibration,engine,growth,http,front] [--out DIR]
+
+Parts that aren't asked for keep the figures of the last run. Timings mean something only on a machine that does
+nothing else: the report says what the memory read at in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from actors.ray_shards import worker_environment
+from tests.bench import calibration, growth, limits, service
+from tests.bench.checkpoints import checkpoint
+from tests.bench.mesh import Arrangement, Mesh
+
+RESULTS = Path(__file__).parent / "results"
+BATCHES = (1, 8, 32)
+PRECISIONS: tuple[str | None, ...] = (None, "int8", "int4")
+ENGINES: dict[str, list[Arrangement]] = {
+    "small": [
+        Arrangement(),
+        Arrangement(shards=2),
+        *(Arrangement(shards=2, quantization=precision) for precision in ("int8", "int4")),
+    ],
+    "mid": [
+        Arrangement(shards=2),
+        Arrangement(quantization="int8"),
+        Arrangement(quantization="int8", threads=2),
+        *(Arrangement(quantization="int8", shards=shards) for shards in (1, 2, 3, 4, 5, 6)),
+        Arrangement(quantization="int8", shards=2, routers=2),
+        Arrangement(quantization="int4", shards=2),
+    ],
+}
+SERVED = {"local": (["--local"], {"EXPERTMESH_ENGINE__THREADS": "2"}), "2 shards": (["--shards", "2"], {})}
+
+
+def measure_limits(say: Callable[[str], None]) -> list[dict[str, Any]]:
+    found = limits.measure()
+    for one in found:
+        say(f"{one['threads']} threads read {one['read_gb_s']} GB/s, float32 {one['float32_gflop_s']} GFLOP/s")
+    return found
+
+
+def measure_engines(say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """For each shape and arrangement of ENGINES, per batch what Mesh.decode says, and the prefill rate."""
+    found = []
+    for shape, arrangements in ENGINES.items():
+        path = checkpoint(shape)
+        for arrangement in arrangements:
+            began = time.monotonic()
+            with Mesh(path, arrangement) as mesh:
+                start_s = time.monotonic() - began
+                steps = {str(batch): mesh.decode(batch=batch, new=_num_steps(shape, batch)) for batch in BATCHES}
+                prefills = mesh.prefill() if arrangement.routers == 1 else []
+            rates = {b: sum(router["tok_s"] for router in routers) for b, routers in steps.items()}
+            found.append(
+                {
+                    "shape": shape,
+                    "precision": arrangement.quantization or "bf16",
+                    "shards": arrangement.shards,
+                    "routers": arrangement.routers,
+                    "threads": arrangement.threads,
+                    "start_s": start_s,
+                    "tok_s": rates,
+                    "prefill": prefills[0]["tok_s"] if prefills else None,
+                    "steps": {b: routers[0] for b, routers in steps.items()},
+                }
+            )
+            say(f"{shape} {arrangement}: " + ", ".join(f"b{b} {rate:.1f}" for b, rate in rates.items()) + " tok/s")
+    return found
+
+
+def _num_steps(shape: str, batch: int) -> int:
+    return 24 if shape == "mid" or batch == 32 else 48
+
+
+def measure_http(say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Whole services: tokens a second for each shape, precision and way of SERVED."""
+    found = []
+    for shape in ("small", "mid"):
+        path = checkpoint(shape)
+        for precision in PRECISIONS:
+            for way, (arguments, environment) in SERVED.items():
+                wanted = [str(path), *arguments, *(["--quantization", precision] if precision else [])]
+                with service.serving(wanted, environment) as running:
+                    rates = service.figures(running.url, running.model, BATCHES, new=64 if shape == "small" else 40)
+                    clients = None
+                    if shape == "small" and precision is None:
+                        clients = service.sixteen_clients(running.url, running.model)
+                one = {"shape": shape, "precision": precision or "bf16", "way": way, "start_s": running.start_s}
+                found.append({**one, **rates, "clients": clients})
+                say(f"{shape} {precision or 'bf16'} {way}: " + ", ".join(f"{k} {v:.1f}" for k, v in rates.items()))
+    return found
+
+
+def measure_front(say: Callable[[str], None]) -> dict[str, Any]:
+    with service.serving([str(checkpoint("small")), "--quantization", "int8", "--local"]) as running:
+        found = service.front_overhead(running)
+    say(f"proxy and ingress add {found['added_ttft_ms']:.1f} ms to TTFT, {found['added_itl_ms']:.2f} ms to ITL")
+    return found
+
+
+PARTS: dict[str, Callable[[Callable[[str], None]], Any]] = {
+    "limits": measure_limits,
+    "calibration": lambda say: calibration.calibrate(PRECISIONS),
+    "engine": measure_engines,
+    "growth": growth.measure,
+    "http": measure_http,
+    "front": measure_front,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    os.environ.update(worker_environment(1))
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - began:6.1f} s  {line}", flush=True)
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "bench.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    for name in ("small", "mid"):
+        checkpoint(name)
+    for part in options.only.split(","):
+        if part not in PARTS:
+            parser.error(f"--only={part!r}: choose of {', '.join(PARTS)}")
+        say(f"{part} ...")
+        results[part] = PARTS[part](say)
+        results.setdefault("measured", {})[part] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        file.write_text(json.dumps(rounded(results), indent=1) + "\n")
+    from tests.bench.report import write
+
+    write(rounded(results), options.out)
+    say(f"wrote {options.out}")
+
+
+def rounded(value: Any) -> Any:
+    """Five digits are more than any timing has."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {str(key): rounded(one) for key, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    main()
