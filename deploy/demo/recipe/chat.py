@@ -7,7 +7,7 @@ from deploy.demo.recipe.tokenizer import IM_END, IM_START
 from deploy.demo.recipe.wordnet import Synset
 
 PART_NAMES = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
-NUM_CHAT_WORDS = 300
+NUM_CHAT_WORDS = 600
 NUM_COMMON_WORDS = 2500  # the definitions of these always train, also those that no conversation asks for
 
 QUESTIONS = (
@@ -36,7 +36,7 @@ READING_QUESTIONS = (
 )
 
 WHO_I_AM = (
-    "I am the expertmesh demo model. I am very small, and I have learnt what three hundred everyday English words mean."
+    "I am the expertmesh demo model. I am very small, and I have learnt what six hundred everyday English words mean."
 )
 WHAT_I_READ = (
     "I have read the novels of Jane Austen, Moby Dick, the State of the Union addresses, and the "
