@@ -231,12 +231,11 @@ class Engine:
                     sequence,
                     Chunk(
                         request_id=sequence.request.request_id,
-                        token_ids=[],
                         values=sequence.pooled,
                         finish_reason="stop",
                         num_cached_tokens=sequence.num_cached_tokens or 0,
                         timing=self._timing(sequence),
-                        recovery_s=self._recovery_s or None,
+                        recovery_s=self._recovery_s,
                     ),
                 )
 
@@ -262,7 +261,7 @@ class Engine:
             logprobs=[draw.logprobs] if draw.logprobs is not None else None,
             num_cached_tokens=sequence.num_cached_tokens or 0,
             routed_experts=sequence.routed_experts or None,
-            recovery_s=self._recovery_s or None,
+            recovery_s=self._recovery_s,
         )
         sequence.routed_experts = []
         params = request.sampling

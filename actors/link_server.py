@@ -186,7 +186,7 @@ class LinkServer:
             return
 
         def answer() -> None:
-            chunk = Chunk(request_id=request_id, token_ids=[], result=command(), finish_reason="stop")
+            chunk = Chunk(request_id=request_id, result=command(), finish_reason="stop")
             self.deliver({owner: [chunk]})
 
         self._engine.call(answer)

@@ -11,11 +11,12 @@ to another router, with the tokens it has in `output_ids` and the same seed, and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from model.sampling_params import SamplingParams
 
+Alternatives = list[tuple[int, float, int]]  # (token_id, logprob, rank): the token itself, then the likeliest
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LINE_BYTES = 256 * 1024 * 1024
 
@@ -58,54 +59,37 @@ Request = GenerateRequest | PoolRequest
 class Chunk:
     """What one step brought for one request.
 
-    logprobs: per new token a list of [token_id, logprob, rank], the chosen one first. prompt_logprobs: the same per
-    prompt token, None for the first. values: rows of a pool result. timing: with a sequence's first output
-    its seconds in the queue, and from there to now; recovery_s: how long the step waited for a new epoch. result: what
-    a command answers.
-    error: {"status", "code", "message"}.
+    logprobs: for each new token. prompt_logprobs: for each prompt token, None for the first, which nothing predicts.
+    values: rows of a pool result. timing: with a sequence's first output, its seconds in the queue and from there to
+    now. recovery_s: how long the step waited for a new epoch. result: what a command answers. error: {"status",
+    "code", "message"}.
     """
 
     request_id: str
-    token_ids: list[int]
-    logprobs: list[list[list[float]]] | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Alternatives] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     num_cached_tokens: int = 0
-    prompt_logprobs: list[list[list[float]] | None] | None = None
+    prompt_logprobs: list[Alternatives | None] | None = None
     routed_experts: list[list[list[int]]] | None = None
     values: list[list[float]] | None = None
     timing: tuple[float, float] | None = None
-    recovery_s: float | None = None
+    recovery_s: float = 0.0
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
 
     def to_wire(self) -> dict[str, Any]:
-        """Only what is set; request_id and token_ids always."""
-        wire: dict[str, Any] = {"request_id": self.request_id, "token_ids": self.token_ids}
-        wire |= {name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None}
-        if self.num_cached_tokens:
-            wire["num_cached_tokens"] = self.num_cached_tokens
-        return wire
+        """Whatever differs from the defaults: the other end builds its chunk of it."""
+        return {name: value for name, default in _NOTHING_NEW.items() if (value := getattr(self, name)) != default}
 
 
-_OPTIONAL = (
-    "logprobs",
-    "finish_reason",
-    "stop_reason",
-    "prompt_logprobs",
-    "routed_experts",
-    "values",
-    "timing",
-    "recovery_s",
-    "result",
-    "error",
-)
+_NOTHING_NEW = asdict(Chunk(request_id=""))
 
 
 def error_chunk(request_id: str, status: int, code: str, message: str) -> Chunk:
     return Chunk(
         request_id=request_id,
-        token_ids=[],
         finish_reason="error",
         error={"status": status, "code": code, "message": message},
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from actors.blocks import BlockTable
-from actors.request import GenerateRequest, Request
+from actors.request import Alternatives, GenerateRequest, Request
 from model.sampler_state import SamplerState
 from model.structured import Matcher
 
@@ -32,7 +32,7 @@ class Sequence:
     num_computed: int = 0
     num_cached_tokens: int | None = None
     pooled: list[list[float]] = field(default_factory=list)
-    prompt_logprobs: list[list[list[float]] | None] = field(default_factory=lambda: [None])
+    prompt_logprobs: list[Alternatives | None] = field(default_factory=lambda: [None])
     routed_experts: list[list[list[int]]] = field(default_factory=list)
     num_routed: int = 0
     scheduled_at: float | None = None

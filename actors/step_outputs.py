@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actors.request import GenerateRequest, PoolRequest
+from actors.request import Alternatives, GenerateRequest, PoolRequest
 from actors.scheduler import Scheduled
 from actors.sequence import Sequence as Running
 from model.heads import Head
@@ -22,10 +22,10 @@ SCORED_AT_ONCE = 64  # prompt tokens; bounds the logits held for prompt_logprobs
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A token and its log-probabilities as they travel, or why none could be drawn."""
+    """A token and its log-probabilities, or why none could be drawn."""
 
     token_id: int
-    logprobs: list[list[float]] | None
+    logprobs: Alternatives | None
     error: str | None
 
 
@@ -76,10 +76,8 @@ def draw_tokens(work: Sequence[Scheduled], hidden_TH: Tensor, lm_head: Head) -> 
     wanted = torch.tensor(list(rows.values()), device=hidden_TH.device)
     logits_RV = lm_head.forward(hidden_TH.index_select(0, wanted))
     output = sample(logits_RV, [_sampling_row(work[idx].sequence) for idx in rows])
-    draws = {}
-    for idx, token, logprobs, error in zip(rows, output.token_ids, output.logprobs, output.errors, strict=True):
-        draws[idx] = Draw(token, [list(entry) for entry in logprobs] if logprobs is not None else None, error)
-    return draws
+    drawn = zip(rows, output.token_ids, output.logprobs, output.errors, strict=True)
+    return {idx: Draw(token, logprobs, error) for idx, token, logprobs, error in drawn}
 
 
 def gather_rows(work: Sequence[Scheduled], hidden_TH: Tensor, lm_head: Head | None, heads: Mapping[str, Head]) -> None:
@@ -112,8 +110,7 @@ def _score_prompt(item: Scheduled, num_top: int, hidden_NH: Tensor, lm_head: Hea
         stop = min(start + SCORED_AT_ONCE, end)
         logits = lm_head.forward(hidden_NH[start - item.begin : stop - item.begin])
         targets = item.sequence.token_ids[start + 1 : stop + 1]
-        lists = token_logprobs(logits, targets, [num_top] * len(targets))
-        scores += [[list(entry) for entry in entries] for entries in lists]
+        scores += token_logprobs(logits, targets, [num_top] * len(targets))
 
 
 def _sampling_row(sequence: Running) -> SamplingRow:

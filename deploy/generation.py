@@ -8,13 +8,12 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deploy.link import Chunk
+from actors.request import Alternatives, Chunk
 from deploy.router_pool import GenerateRequest, RouterPool
 from deploy.stop_strings import StopMatch, StopStrings
 from model.tokenizer import Tokenizer
 
 SEQUENCES_AT_ONCE = 256  # of one request: a batch neither fills a router's queue nor keeps others out of it
-Alternatives = list[tuple[int, float, int]]  # (token_id, logprob, rank); the token itself first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +72,7 @@ class TextStream:
         match: StopMatch | None = None
         for i, token_id in enumerate(chunk.token_ids):
             self._num_tokens += 1
-            alternatives = (
-                [(one[0], one[1], one[2]) for one in chunk.logprobs[i]] if chunk.logprobs is not None else None
-            )
+            alternatives = chunk.logprobs[i] if chunk.logprobs is not None else None
             self._held_tokens.append(Token(token_id, self._num_shown + len(self._held_text), alternatives))
             is_last = chunk.finish_reason is not None and i == len(chunk.token_ids) - 1
             if is_last and chunk.finish_reason == "stop" and not options.include_stop and self._ends(token_id):

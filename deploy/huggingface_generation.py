@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from actors.request import Alternatives
 from deploy.errors import InvalidRequest
-from deploy.generation import Alternatives, Delta, TextOptions, Token, gather_all, stream_all
+from deploy.generation import Delta, TextOptions, Token, gather_all, stream_all
 from deploy.generation_plan import Asked, check_prompt, plan_requests, structured_spec, text_options
 from deploy.openai_requests import INT64_MAX, CompletionRequest, RequestBody, StreamingBody, StructuredOutputs, parse
 from deploy.pooling import encode

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from actors.request import MAX_LINE_BYTES
+from actors.request import MAX_LINE_BYTES, Chunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,43 +36,6 @@ class RouterLoad:
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """What one step brought for one request."""
-
-    token_ids: list[int]
-    # For each new token its (token_id, logprob, rank) first, then the most likely ones.
-    logprobs: list[list[tuple[int, float, int]]] | None = None
-    # The same for each prompt token; None for the first one, which nothing predicts.
-    prompt_logprobs: list[list[tuple[int, float, int]] | None] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | None = None
-    num_cached_tokens: int = 0
-    routed_experts: Any = None
-    values: list[list[float]] | None = None
-    timing: list[float] | None = None  # with a sequence's first output: seconds in the queue, seconds of prefill
-    recovery_s: float = 0.0  # how long the step waited for a new epoch
-    result: dict[str, Any] | None = None
-    error: Mapping[str, Any] | None = None
-
-    @classmethod
-    def from_wire(cls, data: Mapping[str, Any]) -> Chunk:
-        return cls(
-            token_ids=data.get("token_ids") or [],
-            logprobs=data.get("logprobs"),
-            prompt_logprobs=data.get("prompt_logprobs"),
-            finish_reason=data.get("finish_reason"),
-            stop_reason=data.get("stop_reason"),
-            num_cached_tokens=data.get("num_cached_tokens") or 0,
-            routed_experts=data.get("routed_experts"),
-            values=data.get("values"),
-            timing=data.get("timing"),
-            recovery_s=data.get("recovery_s") or 0.0,
-            result=data.get("result"),
-            error=data.get("error"),
-        )
 
 
 class RouterLink:
@@ -190,7 +153,7 @@ class RouterLink:
         if message["op"] == "chunks":
             for data in message["chunks"]:
                 if (queue := self._queues.get(data["request_id"])) is not None:
-                    queue.put_nowait(Chunk.from_wire(data))
+                    queue.put_nowait(Chunk(**data))
         elif message["op"] == "load":
             self.load = RouterLoad(
                 ready=message.get("ready", True),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from deploy.generation import Alternatives, Token
+from actors.request import Alternatives
+from deploy.generation import Token
 from model.tokenizer import Tokenizer
 
 LOWEST = -9999.0  # stands for minus infinity, which JSON hasn't got
@@ -72,9 +73,7 @@ def prompt_tokens(
     tokens = []
     offset = 0
     for token_id, alternatives in zip(prompt_ids, per_token, strict=True):
-        tokens.append(
-            Token(token_id, offset, [(one[0], one[1], one[2]) for one in alternatives] if alternatives else None)
-        )
+        tokens.append(Token(token_id, offset, alternatives or None))
         offset += len(detokenizer.push(token_id))
     return tokens
 

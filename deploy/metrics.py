@@ -19,7 +19,7 @@ from deploy.mesh_metrics import mesh_families
 from deploy.tracing import CURRENT, RequestNote, SequenceNote
 
 if TYPE_CHECKING:
-    from deploy.link import Chunk
+    from actors.request import Chunk
 
 PREFIX = "expertmesh_"
 TTFT_BUCKETS_S = (

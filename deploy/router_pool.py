@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actors.logs import REQUEST_ID
+from actors.request import Chunk
 from deploy.errors import DeadlineExceeded, EngineError, Unavailable
-from deploy.link import Chunk, RouterAddress, RouterLink
+from deploy.link import RouterAddress, RouterLink
 from deploy.metrics import ServingMetrics
 from deploy.tracing import CURRENT
 

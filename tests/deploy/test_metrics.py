@@ -11,9 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from actors.ledger import SILENT_S, Ledger, add
 from actors.metrics import Buckets
+from actors.request import Chunk
 from deploy.errors import TooManyRequests
 from deploy.key_limits import KeyLimits
-from deploy.link import Chunk
 from deploy.mesh_metrics import MAX_EXPERT_GROUPS, balancedness
 from deploy.metrics import ServingMetrics, Totals, render
 from deploy.settings import LimitSettings
@@ -45,7 +45,7 @@ def test_a_watch_times_the_first_token_the_gaps_and_the_end() -> None:
     timing = [0.1, 0.2]
     for step_s, num_tokens in ((0.3, 1), (0.02, 1), (0.04, 2)):
         clock.now += step_s
-        watch.saw(Chunk(token_ids=[5] * num_tokens, timing=timing))
+        watch.saw(Chunk(request_id="r", token_ids=[5] * num_tokens, timing=timing))
         timing = None
     watch.end("length")
     metrics.watch(9, "tiny", {}).end("error")
