@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,33 +18,10 @@ from model.native.shared_object import load_shared_object
 log = logging.getLogger("expertmesh.model")
 
 
-class PagedAttention(Protocol):
-    """See `paged_attention_reference`."""
-
-    def __call__(
-        self,
-        q_TAD: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_ids_SB: Tensor,
-        query_starts: Tensor,
-        context_lens_S: Tensor,
-        window: int | None,
-        scale: float,
-    ) -> Tensor: ...
-
-
-class RunExperts(Protocol):
-    """See `run_experts`."""
-
-    def __call__(
-        self,
-        x_NH: Tensor,
-        pair_rows_P: Tensor,
-        pair_experts_P: Tensor,
-        pair_weights_P: Tensor,
-        experts: Mapping[int, ExpertWeights],
-    ) -> Tensor: ...
+PagedAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int | None, float], Tensor]
+"""`paged_attention_reference` or its equal."""
+RunExperts = Callable[[Tensor, Tensor, Tensor, Tensor, Mapping[int, ExpertWeights]], Tensor]
+"""`run_experts` or its equal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

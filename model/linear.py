@@ -19,24 +19,25 @@ MIN_INVARIANT_ROWS = 4
 
 
 class Weight(Protocol):
-    """A weight matrix [N, K] in some storage: K inputs, N outputs."""
+    """A weight matrix [N, K] in some storage, a dataclass of its tensors: K inputs, N outputs."""
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K): outputs, inputs."""
+    def shape(self) -> tuple[int, int]: ...
 
     @property
     def num_bytes(self) -> int:
         """Resident bytes, scales included."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def multiply(self, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
-        """See `linear`."""
+        return sum(tensor.nbytes for tensor in tensors_of(self).values())
 
     def dequantize(self) -> Tensor:
         """The matrix as float32 [N, K]."""
+
+    def multiply(self, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `linear`."""
+        num_rows = x_TK.shape[0]
+        if x_TK.device.type == "cpu" and num_rows < MIN_INVARIANT_ROWS:
+            x_TK = F.pad(x_TK, (0, 0, 0, MIN_INVARIANT_ROWS - num_rows))
+        return F.linear(x_TK, self.dequantize(), bias)[:num_rows]
 
 
 class Embedding(Weight, Protocol):
@@ -52,7 +53,7 @@ def linear(x_TK: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DenseWeight:
+class DenseWeight(Embedding):
     """A plain matrix: float32, bfloat16 or float16 [N, K]."""
 
     tensor: Tensor
@@ -61,27 +62,15 @@ class DenseWeight:
     def shape(self) -> tuple[int, int]:
         return self.tensor.shape[0], self.tensor.shape[1]
 
-    @property
-    def num_bytes(self) -> int:
-        return self.tensor.nbytes
-
-    @property
-    def device(self) -> torch.device:
-        return self.tensor.device
-
-    def multiply(self, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _multiply_float32(x_TK, self.dequantize(), bias)
-
     def dequantize(self) -> Tensor:
         return self.tensor.float()
 
     def rows(self, ids_T: Tensor) -> Tensor:
-        """Rows of the matrix, float32 [T, K]: an embedding's lookup."""
         return F.embedding(ids_T, self.tensor).float()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Int8Weight:
+class Int8Weight(Embedding):
     """weight = scales[n] * values[n, k]."""
 
     values: Tensor
@@ -93,33 +82,21 @@ class Int8Weight:
     def shape(self) -> tuple[int, int]:
         return self.values.shape[0], self.values.shape[1]
 
-    @property
-    def num_bytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    def multiply(self, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _multiply_float32(x_TK, self.dequantize(), bias)
-
     def dequantize(self) -> Tensor:
         return self.values * self.scales[:, None]
 
     def rows(self, ids_T: Tensor) -> Tensor:
-        """Rows of the matrix, float32 [T, K]: an embedding's lookup."""
         return self.values[ids_T] * self.scales[ids_T, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Int4Weight:
+class Int4Weight(Weight):
     """weight = scales[n, g] * (value[n, k] - zeros[n, g]), where g = k // group_size and values are 0..15.
 
     With `input_order`, column k of values is input input_order[k] (GPTQ with act-order sorts inputs into groups).
     """
 
-    shape: tuple[int, int]
+    num_inputs: int
     values: Tensor
     """uint8 [N, ceil(K / 2)]: input 2j in the low nibble of byte j."""
     scales: Tensor
@@ -132,22 +109,15 @@ class Int4Weight:
     """int32 [K], a permutation."""
 
     @property
-    def num_bytes(self) -> int:
-        order_bytes = 0 if self.input_order is None else self.input_order.nbytes
-        return self.values.nbytes + self.scales.nbytes + self.zeros.nbytes + order_bytes
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    def multiply(self, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _multiply_float32(x_TK, self.dequantize(), bias)
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.num_inputs
 
     def dequantize(self) -> Tensor:
-        num_outputs, num_inputs = self.shape
-        nibbles = torch.stack([self.values & 15, self.values >> 4], dim=2).view(num_outputs, -1)[:, :num_inputs]
-        scales = self.scales.float().repeat_interleave(self.group_size, dim=1)[:, :num_inputs]
-        zeros = self.zeros.repeat_interleave(self.group_size, dim=1)[:, :num_inputs]
+        nibbles = torch.stack([self.values & 15, self.values >> 4], dim=2).flatten(1)[:, : self.num_inputs]
+        scales, zeros = (
+            groups.float().repeat_interleave(self.group_size, dim=1)[:, : self.num_inputs]
+            for groups in (self.scales, self.zeros)
+        )
         matrix = (nibbles.float() - zeros) * scales
         if self.input_order is None:
             return matrix
@@ -157,7 +127,7 @@ class Int4Weight:
 def stack_rows(blocks: Iterable[Weight], num_outputs: int) -> Weight:
     """One weight of blocks of its rows, filled as they come: memory for the whole and one block, never for two wholes.
 
-    All blocks have the same storage, and all but the last a multiple of 32 rows.
+    All blocks have the same storage and, where they are packed, all but the last a multiple of 32 rows.
     """
     whole: dict[str, Tensor] = {}
     num_filled: dict[str, int] = {}
@@ -165,22 +135,21 @@ def stack_rows(blocks: Iterable[Weight], num_outputs: int) -> Weight:
     for block in blocks:
         if block.shape[0] == num_outputs:
             return cast(Weight, block)
-        parts = {field.name: getattr(block, field.name) for field in fields(block) if field.name != "input_order"}
-        for name, part in parts.items():
-            if isinstance(part, Tensor):
-                if name not in whole:
-                    length = -(-num_outputs // 32) * 32 * len(part) // block.shape[0]
-                    whole[name], num_filled[name] = part.new_empty(length, *part.shape[1:]), 0
-                whole[name][num_filled[name] : num_filled[name] + len(part)] = part
-                num_filled[name] += len(part)
+        for name, part in tensors_of(block).items():
+            if name == "input_order":
+                continue
+            if name not in whole:
+                length = -(-num_outputs // 32) * 32 * len(part) // block.shape[0]
+                whole[name], num_filled[name] = part.new_empty(length, *part.shape[1:]), 0
+            whole[name][num_filled[name] : num_filled[name] + len(part)] = part
+            num_filled[name] += len(part)
     changes: dict[str, Any] = {name: tensor[: num_filled[name]] for name, tensor in whole.items()}
     if any(field.name == "shape" for field in fields(block)):
         changes["shape"] = (num_outputs, block.shape[1])
     return cast(Weight, replace(block, **changes))
 
 
-def _multiply_float32(x_TK: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:
-    num_rows = x_TK.shape[0]
-    if x_TK.device.type == "cpu" and num_rows < MIN_INVARIANT_ROWS:
-        x_TK = F.pad(x_TK, (0, 0, 0, MIN_INVARIANT_ROWS - num_rows))
-    return F.linear(x_TK, weight_NK, bias)[:num_rows]
+def tensors_of(weight: Any) -> dict[str, Tensor]:
+    """The tensors of a dataclass by field."""
+    values = {field.name: getattr(weight, field.name) for field in fields(weight)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}

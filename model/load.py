@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.attention import Attention
 from model.checkpoint import FLOATS, Checkpoint
-from model.config import HeadKind, ModelConfig
+from model.config import ModelConfig
 from model.decoder import Decoder, DecoderLayer
 from model.experts import ExpertWeights
 from model.gate import Gate
@@ -21,17 +21,11 @@ from model.kernels import REFERENCE_KERNELS, Kernels
 from model.layers import MLP, Rope
 from model.linear import DenseWeight, Embedding, Int4Weight, Weight, stack_rows
 from model.moe import MoeBlock
-from model.quantize import check_same_groups, concatenate_int4, from_gptq, quantize_int4, quantize_int8
+from model.quantize import check_same_groups, from_gptq, quantize_int4, quantize_int8
 
 QUANTIZATIONS = ("int8", "int4")
 # Numbers that are read, quantized and packed at a time: 1 or 2 MB with the float32 copies that quantizing makes.
 _BLOCK_ELEMENTS = 1 << 16
-_HEAD_MODULES: dict[HeadKind, str] = {
-    "causal_lm": "lm_head",
-    "sequence_classification": "score",
-    "token_classification": "score",
-    "question_answering": "qa_outputs",
-}
 
 
 def load_decoder(
@@ -51,8 +45,8 @@ def load_decoder(
     return Decoder(
         config=config,
         embedding=read.embedding(),
-        layers=tuple(_load_layer(read, config, layer_idx) for layer_idx in range(config.num_hidden_layers)),
-        norm_H=read.vector("norm.weight", config.hidden_size),
+        layers=tuple(_load_layer(read, layer_idx) for layer_idx in range(config.num_hidden_layers)),
+        norm_H=read.vector(f"{checkpoint.prefix}norm.weight", config.hidden_size),
         rope=Rope(config, device),
         kernels=kernels,
     )
@@ -70,12 +64,12 @@ def load_expert(
     """One routed expert, from per-expert tensors or a slice of fused ones. Raises ValueError as `Checkpoint` does."""
     read = _Reader(checkpoint, config, quantization, device, kernels)
     hidden, inner = config.hidden_size, config.moe_intermediate_size
-    experts = f"layers.{layer_idx}.mlp.experts"
-    if f"{checkpoint.prefix}{experts}.gate_up_proj" in checkpoint:
-        gate_up = _Part(f"{experts}.gate_up_proj", (config.num_experts, 2 * inner, hidden), expert_id)
-        down = _Part(f"{experts}.down_proj", (config.num_experts, hidden, inner), expert_id)
+    experts = f"{checkpoint.prefix}layers.{layer_idx}.mlp.experts"
+    if f"{experts}.gate_up_proj" in checkpoint:
+        gate_up = _Matrix(f"{experts}.gate_up_proj", (config.num_experts, 2 * inner, hidden), expert_id)
+        down = _Matrix(f"{experts}.down_proj", (config.num_experts, hidden, inner), expert_id)
         return ExpertWeights(read.weight([gate_up], quantization), read.weight([down], quantization))
-    mlp = _load_mlp(read, f"{experts}.{expert_id}", hidden, inner)
+    mlp = _load_mlp(read, f"{experts}.{expert_id}", inner)
     return ExpertWeights(mlp.gate_up, mlp.down)
 
 
@@ -99,35 +93,34 @@ def load_head(
     read = _Reader(checkpoint, config, quantization, device, kernels)
     if kind == "causal_lm":
         if config.tie_word_embeddings:
-            weight: Weight = read.embedding() if decoder is None else decoder.embedding
-        else:
-            weight = read.weight([_Part("lm_head.weight", (config.vocab_size, hidden), base=False)], quantization)
+            return Head(kind=kind, weight=decoder.embedding if decoder else read.embedding(), bias=None)
+        weight = read.weight([_Matrix("lm_head.weight", (config.vocab_size, hidden))], quantization)
         return Head(kind=kind, weight=weight, bias=None)
-    num_outputs = 2 if kind == "question_answering" else config.num_labels
-    module = _HEAD_MODULES[kind]
-    has_bias = kind == "question_answering" or (kind == "token_classification" and config.token_classification_bias)
+    module, num_outputs, has_bias = {
+        "sequence_classification": ("score", config.num_labels, False),
+        "token_classification": ("score", config.num_labels, config.token_classification_bias),
+        "question_answering": ("qa_outputs", 2, True),
+    }[kind]
     return Head(
         kind=kind,
-        weight=read.dense(f"{module}.weight", (num_outputs, hidden), base=False),
-        bias=read.vector(f"{module}.bias", num_outputs, base=False) if has_bias else None,
+        weight=read.unquantized(f"{module}.weight", (num_outputs, hidden)),
+        bias=read.vector(f"{module}.bias", num_outputs) if has_bias else None,
         pad_token_id=config.pad_token_id if kind == "sequence_classification" else None,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """A matrix in a checkpoint, or one of the matrices of a fused tensor; its name is relative to the base prefix."""
+class _Matrix:
+    """A matrix in a checkpoint, or one of the matrices of a fused tensor; `shape` is the whole tensor's."""
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole tensor."""
     index: int | None = None
-    base: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Reads of the kinds a model is made of. Names are relative to the base prefix unless `base` is false."""
+    """Reads of the kinds a model is made of."""
 
     checkpoint: Checkpoint
     config: ModelConfig
@@ -141,23 +134,28 @@ class _Reader:
                 f"quantization {self.quantization!r} is not known: expected one of {', '.join(QUANTIZATIONS)}"
             )
 
-    def vector(self, name: str, length: int, *, base: bool = True) -> Tensor:
+    def vector(self, name: str, length: int) -> Tensor:
         """Norms and biases: float32, since they meet float32 activations elementwise."""
-        return self.checkpoint.float_tensor(self._name(name, base), (length,), None).float().to(self.device)
+        return self.checkpoint.float_tensor(name, (length,), None).float().to(self.device)
 
     def embedding(self) -> Embedding:
         """Packed where it is the LM head too, so that there is one copy for both."""
-        table = _Part("embed_tokens.weight", (self.config.vocab_size, self.config.hidden_size))
-        quantization = None if self.quantization is None else "int8"
+        table = f"{self.checkpoint.prefix}embed_tokens.weight", (self.config.vocab_size, self.config.hidden_size)
         is_head = self.config.tie_word_embeddings and self.config.head_kind == "causal_lm"
-        return cast(Embedding, self.weight([table], quantization, packed=is_head))
+        return cast(Embedding, self.weight([_Matrix(*table)], self.quantization and "int8", packed=is_head))
 
-    def dense(self, name: str, shape: tuple[int, int], *, base: bool = True) -> Weight:
-        """A matrix that is never quantized: gates and small heads."""
-        return self.weight([_Part(name, shape, base=base)], None)
+    def unquantized(self, name: str, shape: tuple[int, int]) -> Weight:
+        """Gates and small heads."""
+        return self.weight([_Matrix(name, shape)], None)
 
-    def weight(self, parts: Sequence[_Part], quantization: str | None, *, packed: bool = True) -> Weight:
-        """The rows of all parts as one weight. Read, quantized and packed in blocks of rows, so that loading takes
+    def linear(self, modules: Sequence[tuple[str, int]], num_inputs: int) -> Weight:
+        """The weights of several modules (name, outputs) with the same input, as one matrix of all their rows."""
+        if f"{modules[0][0]}.qweight" in self.checkpoint:
+            return self._gptq(modules, num_inputs)
+        return self.weight([_Matrix(f"{name}.weight", (size, num_inputs)) for name, size in modules], self.quantization)
+
+    def weight(self, matrices: Sequence[_Matrix], quantization: str | None, *, packed: bool = True) -> Weight:
+        """The rows of all matrices as one weight. Read, quantized and packed in blocks of rows, so that loading takes
         little more memory than the weight that stays."""
 
         def store(block: Tensor) -> Weight:
@@ -166,126 +164,98 @@ class _Reader:
                 weight = quantize_int8(block) if quantization == "int8" else quantize_int4(block)
             return self.kernels.pack_weight(weight) if packed else weight
 
-        blocks = self._row_blocks(parts, max(32, _BLOCK_ELEMENTS // parts[0].shape[-1] // 32 * 32))
-        return stack_rows(map(store, blocks), sum(part.shape[-2] for part in parts))
+        step = max(32, _BLOCK_ELEMENTS // matrices[0].shape[-1] // 32 * 32)
+        return stack_rows(map(store, self._row_blocks(matrices, step)), sum(one.shape[-2] for one in matrices))
 
-    def _row_blocks(self, parts: Sequence[_Part], step: int) -> Iterator[Tensor]:
-        """All rows of all parts in order, in blocks of `step` rows; one may hold rows of several parts."""
+    def _row_blocks(self, matrices: Sequence[_Matrix], step: int) -> Iterator[Tensor]:
+        """All rows in order, in blocks of `step`; one may hold rows of several matrices."""
         pieces: list[Tensor] = []
         room = step
-        for part in parts:
-            start, num_rows = 0, part.shape[-2]
+        for one in matrices:
+            start, num_rows = 0, one.shape[-2]
             while start < num_rows:
-                stop = min(start + room, num_rows)
-                name = self._name(part.name, part.base)
-                pieces.append(
-                    self.checkpoint.float_tensor(name, part.shape, self.config.dtype, part.index, slice(start, stop))
-                )
-                room -= stop - start
-                start = stop
+                rows = slice(start, min(start + room, num_rows))
+                pieces.append(self.checkpoint.float_tensor(one.name, one.shape, self.config.dtype, one.index, rows))
+                room -= rows.stop - start
+                start = rows.stop
                 if room == 0:
                     yield _joined(pieces).to(self.device)
                     pieces, room = [], step
         if pieces:
             yield _joined(pieces).to(self.device)
 
-    def linear(self, modules: Sequence[tuple[str, int]], num_inputs: int) -> Weight:
-        """The weights of several modules (name, outputs) with the same input, as one matrix of all their rows."""
-        if f"{self.checkpoint.prefix}{modules[0][0]}.qweight" in self.checkpoint:
-            return self._gptq(modules, num_inputs)
-        return self.weight(
-            [_Part(f"{name}.weight", (num_outputs, num_inputs)) for name, num_outputs in modules], self.quantization
-        )
-
     def _gptq(self, modules: Sequence[tuple[str, int]], num_inputs: int) -> Weight:
-        blocks = (block for name, num_outputs in modules for block in self._gptq_blocks(name, num_outputs, num_inputs))
-        if any(num_outputs % 32 for _, num_outputs in modules):
-            return self.kernels.pack_weight(concatenate_int4(list(blocks)))
+        """Read and packed in blocks of outputs too, where the kernels' panels of 32 allow it."""
         first: list[Int4Weight] = []
+        in_panels = all(num_outputs % 32 == 0 for _, num_outputs in modules)
 
-        def pack(block: Int4Weight) -> Weight:
+        def store(block: Int4Weight) -> Weight:
             first.append(block) if not first else check_same_groups(first[0], block)
-            return self.kernels.pack_weight(block)
+            return self.kernels.pack_weight(block) if in_panels else block
 
-        return stack_rows(map(pack, blocks), sum(num_outputs for _, num_outputs in modules))
+        blocks = (block for name, num_outputs in modules for block in self._gptq_blocks(name, num_outputs, num_inputs))
+        whole = stack_rows(map(store, blocks), sum(num_outputs for _, num_outputs in modules))
+        return whole if in_panels else self.kernels.pack_weight(whole)
 
     def _gptq_blocks(self, name: str, num_outputs: int, num_inputs: int) -> Iterator[Int4Weight]:
-        """A GPTQ matrix, some of its outputs at a time."""
         gptq = self.config.gptq
         if gptq is None:
             raise ValueError(f"tensor '{name}.qweight' is GPTQ's, but config.json has no quantization_config; add it")
 
         def read(part: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Tensor:
-            full_name = self._name(f"{name}.{part}", True)
-            self.checkpoint.check(full_name, shape, dtypes)
-            return self.checkpoint.tensor(full_name).to(self.device)
+            self.checkpoint.check(f"{name}.{part}", shape, dtypes)
+            return self.checkpoint.tensor(f"{name}.{part}").to(self.device)
 
-        num_groups = max(1, *self.checkpoint.shape(self._name(f"{name}.scales", True))[:1])
+        num_groups = max(1, *self.checkpoint.shape(f"{name}.scales")[:1])
         qweight = read("qweight", (num_inputs // 8, num_outputs), ("I32",))
         qzeros = read("qzeros", (num_groups, num_outputs // 8), ("I32",))
         scales = read("scales", (num_groups, num_outputs), FLOATS)
-        has_order = self._name(f"{name}.g_idx", True) in self.checkpoint
-        g_idx = read("g_idx", (num_inputs,), ("I32", "I64")) if has_order else None
+        g_idx = read("g_idx", (num_inputs,), ("I32", "I64")) if f"{name}.g_idx" in self.checkpoint else None
         step = max(32, 8 * _BLOCK_ELEMENTS // num_inputs // 32 * 32)
         for start in range(0, num_outputs, step):
             part, octets = slice(start, start + step), slice(start // 8, (start + step) // 8)
+            tensors = qweight[:, part], qzeros[:, octets], scales[:, part], g_idx
             try:
-                yield from_gptq(
-                    qweight[:, part],
-                    qzeros[:, octets],
-                    scales[:, part],
-                    g_idx,
-                    zero_point_offset=gptq.zero_point_offset,
-                )
+                yield from_gptq(*tensors, zero_point_offset=gptq.zero_point_offset)
             except ValueError as error:
                 raise ValueError(f"{self.checkpoint.directory}: tensors '{name}.*': {error}") from None
 
-    def _name(self, name: str, base: bool) -> str:
-        return f"{self.checkpoint.prefix}{name}" if base else name
 
-
-def _load_layer(read: _Reader, config: ModelConfig, layer_idx: int) -> DecoderLayer:
-    layer, hidden = f"layers.{layer_idx}", config.hidden_size
+def _load_layer(read: _Reader, layer_idx: int) -> DecoderLayer:
+    config = read.config
+    layer, hidden = f"{read.checkpoint.prefix}layers.{layer_idx}", config.hidden_size
     mlp: MLP | MoeBlock
     if config.is_moe_layer(layer_idx):
+        gate = read.unquantized(f"{layer}.mlp.gate.weight", (config.num_experts, hidden))
         mlp = MoeBlock(
             layer_idx=layer_idx,
-            gate=Gate(
-                read.dense(f"{layer}.mlp.gate.weight", (config.num_experts, hidden)),
-                config.num_experts_per_tok,
-                config.norm_topk_prob,
-            ),
-            shared_expert=_load_mlp(read, f"{layer}.mlp.shared_expert", hidden, config.shared_expert_intermediate_size),
-            shared_expert_gate=read.dense(f"{layer}.mlp.shared_expert_gate.weight", (1, hidden)),
+            gate=Gate(gate, config.num_experts_per_tok, config.norm_topk_prob),
+            shared_expert=_load_mlp(read, f"{layer}.mlp.shared_expert", config.shared_expert_intermediate_size),
+            shared_expert_gate=read.unquantized(f"{layer}.mlp.shared_expert_gate.weight", (1, hidden)),
         )
     else:
-        mlp = _load_mlp(read, f"{layer}.mlp", hidden, config.intermediate_size)
+        mlp = _load_mlp(read, f"{layer}.mlp", config.intermediate_size)
     return DecoderLayer(
         input_norm_H=read.vector(f"{layer}.input_layernorm.weight", hidden),
-        attention=_load_attention(read, config, layer_idx),
+        attention=_load_attention(read, f"{layer}.self_attn", layer_idx),
         post_attention_norm_H=read.vector(f"{layer}.post_attention_layernorm.weight", hidden),
         mlp=mlp,
         kv_group=config.layer_kv_group(layer_idx),
     )
 
 
-def _load_attention(read: _Reader, config: ModelConfig, layer_idx: int) -> Attention:
-    attention = f"layers.{layer_idx}.self_attn"
-    query_dim = config.num_attention_heads * config.head_dim
-    key_dim = config.num_key_value_heads * config.head_dim
-    projections = [
-        (f"{attention}.q_proj", query_dim),
-        (f"{attention}.k_proj", key_dim),
-        (f"{attention}.v_proj", key_dim),
-    ]
+def _load_attention(read: _Reader, name: str, layer_idx: int) -> Attention:
+    config = read.config
+    num_heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+    projections = [(f"{name}.{part}_proj", number * config.head_dim) for part, number in num_heads.items()]
     bias = None
     if config.qkv_bias:
-        bias = torch.cat([read.vector(f"{name}.bias", num_outputs) for name, num_outputs in projections])
+        bias = torch.cat([read.vector(f"{module}.bias", num_outputs) for module, num_outputs in projections])
     return Attention(
         layer_idx=layer_idx,
         qkv=read.linear(projections, config.hidden_size),
         qkv_bias=bias,
-        o=read.linear([(f"{attention}.o_proj", config.hidden_size)], query_dim),
+        o=read.linear([(f"{name}.o_proj", config.hidden_size)], config.num_attention_heads * config.head_dim),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
@@ -293,7 +263,8 @@ def _load_attention(read: _Reader, config: ModelConfig, layer_idx: int) -> Atten
     )
 
 
-def _load_mlp(read: _Reader, name: str, hidden: int, inner: int) -> MLP:
+def _load_mlp(read: _Reader, name: str, inner: int) -> MLP:
+    hidden = read.config.hidden_size
     return MLP(
         gate_up=read.linear([(f"{name}.gate_proj", inner), (f"{name}.up_proj", inner)], hidden),
         down=read.linear([(f"{name}.down_proj", hidden)], inner),

@@ -8,20 +8,14 @@ from torch import Tensor
 from model.linear import Int4Weight, Int8Weight
 
 INT4_GROUP_SIZE = 64
-# Rows are quantized in blocks of about this many numbers, so that the float32 copies stay small.
-_BLOCK_ELEMENTS = 1 << 20
 _FLOAT16 = torch.finfo(torch.float16)
 
 
 def quantize_int8(matrix_NK: Tensor) -> Int8Weight:
     """Symmetric, one scale for each output channel: the largest weight of a row becomes +-127."""
-    values = torch.empty(matrix_NK.shape, dtype=torch.int8, device=matrix_NK.device)
-    scales = torch.empty(matrix_NK.shape[0], device=matrix_NK.device)
-    for rows in _row_blocks(matrix_NK):
-        block = matrix_NK[rows].float()
-        scales[rows] = block.abs().amax(dim=1) / 127
-        values[rows] = (block / scales[rows, None].clamp_min(1e-30)).round_()
-    return Int8Weight(values, scales)
+    matrix_NK = matrix_NK.float()
+    scales_N = matrix_NK.abs().amax(dim=1) / 127
+    return Int8Weight((matrix_NK / scales_N[:, None].clamp_min(1e-30)).round_().to(torch.int8), scales_N)
 
 
 def quantize_int4(matrix_NK: Tensor, group_size: int = INT4_GROUP_SIZE) -> Int4Weight:
@@ -35,21 +29,16 @@ def quantize_int4(matrix_NK: Tensor, group_size: int = INT4_GROUP_SIZE) -> Int4W
     if group_size < 4 or group_size % 4:
         raise ValueError(f"group_size {group_size} must be a positive multiple of 4: use 32, 64 or 128")
     num_groups = -(-num_inputs // group_size)
-    values = torch.empty(num_outputs, -(-num_inputs // 2), dtype=torch.uint8, device=matrix_NK.device)
-    scales = torch.empty(num_outputs, num_groups, dtype=torch.float16, device=matrix_NK.device)
-    zeros = torch.empty(num_outputs, num_groups, dtype=torch.uint8, device=matrix_NK.device)
-    for rows in _row_blocks(matrix_NK):
-        block = matrix_NK[rows].float()
-        padded = torch.nn.functional.pad(block, (0, num_groups * group_size - num_inputs))
-        groups = padded.view(len(block), num_groups, group_size)
-        low, high = groups.amin(dim=2).clamp_max_(0), groups.amax(dim=2).clamp_min_(0)
-        scale = ((high - low) / 15).clamp_(_FLOAT16.smallest_normal, _FLOAT16.max).half().float()
-        zero = (-low / scale).round_().clamp_(0, 15)
-        steps = (groups / scale[..., None]).add_(zero[..., None]).round_().clamp_(0, 15)
-        nibbles = steps.to(torch.uint8)
-        scales[rows], zeros[rows] = scale.half(), zero.to(torch.uint8)
-        values[rows] = _two_to_a_byte(nibbles.flatten(1)[:, :num_inputs])
-    return Int4Weight(shape=(num_outputs, num_inputs), values=values, scales=scales, zeros=zeros, group_size=group_size)
+    padded = torch.nn.functional.pad(matrix_NK.float(), (0, num_groups * group_size - num_inputs))
+    groups = padded.view(num_outputs, num_groups, group_size)
+    low, high = groups.amin(dim=2).clamp_max_(0), groups.amax(dim=2).clamp_min_(0)
+    scales = ((high - low) / 15).clamp_(_FLOAT16.smallest_normal, _FLOAT16.max).half()
+    zeros = (-low / scales.float()).round_().clamp_(0, 15)
+    steps = (groups / scales.float()[..., None]).add_(zeros[..., None]).round_().clamp_(0, 15)
+    values = _two_to_a_byte(steps.to(torch.uint8).flatten(1)[:, :num_inputs])
+    return Int4Weight(
+        num_inputs=num_inputs, values=values, scales=scales, zeros=zeros.to(torch.uint8), group_size=group_size
+    )
 
 
 def from_gptq(
@@ -77,27 +66,12 @@ def from_gptq(
     else:
         values = _two_to_a_byte(_nibbles_of_int32(qweight.T)[:, input_order.long()])
     return Int4Weight(
-        shape=(num_outputs, num_inputs),
+        num_inputs=num_inputs,
         values=values,
         scales=scales.T.half().contiguous(),
         zeros=zeros.contiguous(),
         group_size=group_size,
         input_order=input_order,
-    )
-
-
-def concatenate_int4(weights: list[Int4Weight]) -> Int4Weight:
-    """The outputs of several matrices with the same inputs, groups and input order as one matrix."""
-    first = weights[0]
-    for other in weights[1:]:
-        check_same_groups(first, other)
-    return Int4Weight(
-        shape=(sum(weight.shape[0] for weight in weights), first.shape[1]),
-        values=torch.cat([weight.values for weight in weights]),
-        scales=torch.cat([weight.scales for weight in weights]),
-        zeros=torch.cat([weight.zeros for weight in weights]),
-        group_size=first.group_size,
-        input_order=first.input_order,
     )
 
 
@@ -111,12 +85,6 @@ def check_same_groups(first: Int4Weight, other: Int4Weight) -> None:
             "GPTQ matrices with the same input have different groups (g_idx), which can't be run as one: "
             "quantize the model again without act-order (desc_act=False)"
         )
-
-
-def _row_blocks(matrix_NK: Tensor) -> list[slice]:
-    num_rows, row_elements = matrix_NK.shape
-    step = max(1, _BLOCK_ELEMENTS // max(1, row_elements))
-    return [slice(start, start + step) for start in range(0, num_rows, step)]
 
 
 def _two_to_a_byte(nibbles_NK: Tensor) -> Tensor:

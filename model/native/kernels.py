@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,50 +30,31 @@ class NativeKernels:
 
     def pack_weight(self, weight: Weight) -> Weight:
         """The weight in the kernels' layout, about the same bytes; the original may be dropped."""
-        if weight.device.type != "cpu":
-            return weight
         num_outputs, num_inputs = weight.shape
-        num_panels = -(-num_outputs // PANEL)
+        num_panels, num_quads = -(-num_outputs // PANEL), -(-num_inputs // 4)
+        packed: dict[str, Any]
         if isinstance(weight, DenseWeight):
-            dtype = weight.tensor.dtype
-            panels = torch.empty(num_panels, num_inputs, PANEL, dtype=dtype)
-            self._pack_panels(weight.tensor.contiguous(), weight.shape, _FORMAT_OF_DTYPE[dtype], panels)
-            return PackedWeight(
-                shared_object=self.shared_object, format=_FORMAT_OF_DTYPE[dtype], shape=weight.shape, panels=panels
-            )
-        num_quads = -(-num_inputs // 4)
-        if isinstance(weight, Int8Weight):
+            matrix, name = weight.tensor, _FORMAT_OF_DTYPE[weight.tensor.dtype]
+            panels = torch.empty(num_panels, num_inputs, PANEL, dtype=matrix.dtype)
+            packed = {}
+        elif isinstance(weight, Int8Weight):
+            matrix, name = weight.values, "int8"
             panels = torch.empty(num_panels, num_quads, 4 * PANEL, dtype=torch.uint8)
-            self._pack_panels(weight.values.contiguous(), weight.shape, "int8", panels)
-            return PackedWeight(
-                shared_object=self.shared_object,
-                format="int8",
-                shape=weight.shape,
-                panels=panels,
-                scales=_pad_rows(weight.scales, num_panels * PANEL),
-                block_size=INT8_ACTIVATION_BLOCK,
-            )
-        if isinstance(weight, Int4Weight):
+            packed = {"scales": _pad_rows(weight.scales, num_panels), "block_size": INT8_ACTIVATION_BLOCK}
+        elif isinstance(weight, Int4Weight):
+            matrix, name = weight.values, "int4"
             panels = torch.empty(num_panels, num_quads, 2 * PANEL, dtype=torch.uint8)
-            self._pack_panels(weight.values.contiguous(), weight.shape, "int4", panels)
             scales, zeros = (
-                _pad_rows(t, num_panels * PANEL).view(num_panels, PANEL, -1).transpose(1, 2).contiguous()
+                _pad_rows(t, num_panels).view(num_panels, PANEL, -1).transpose(1, 2).contiguous()
                 for t in (weight.scales, weight.zeros)
             )
-            return PackedWeight(
-                shared_object=self.shared_object,
-                format="int4",
-                shape=weight.shape,
-                panels=panels,
-                scales=scales,
-                zeros=zeros,
-                input_order=weight.input_order,
-                block_size=min(weight.group_size, 4 * num_quads),
-            )
-        return weight
-
-    def _pack_panels(self, matrix: Tensor, shape: tuple[int, int], weight_format: str, panels: Tensor) -> None:
-        self.shared_object.pack(pointer(matrix), *shape, FORMATS.index(weight_format), pointer(panels))
+            packed = {"scales": scales, "zeros": zeros, "block_size": min(weight.group_size, 4 * num_quads)}
+            packed["input_order"] = weight.input_order
+        else:
+            return weight
+        matrix = matrix.contiguous()
+        self.shared_object.pack(pointer(matrix), *weight.shape, FORMATS.index(name), pointer(panels))
+        return PackedWeight(shared_object=self.shared_object, format=name, shape=weight.shape, panels=panels, **packed)
 
     def run_experts(
         self,
@@ -160,7 +142,7 @@ class NativeKernels:
         return out_TAD
 
 
-def _pad_rows(tensor: Tensor, num_rows: int) -> Tensor:
-    padded = tensor.new_zeros(num_rows, *tensor.shape[1:])
+def _pad_rows(tensor: Tensor, num_panels: int) -> Tensor:
+    padded = tensor.new_zeros(num_panels * PANEL, *tensor.shape[1:])
     padded[: len(tensor)] = tensor
     return padded

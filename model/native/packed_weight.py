@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from model.linear import tensors_of
 from model.native.shared_object import SharedObject, WeightStruct, pointer
 
 PANEL = 32
@@ -50,12 +51,7 @@ class PackedWeight:
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self.panels, self.scales, self.zeros, self.input_order)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-    @property
-    def device(self) -> torch.device:
-        return self.panels.device
+        return sum(tensor.nbytes for tensor in tensors_of(self).values())
 
     def multiply(self, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
         num_outputs, num_inputs = self.shape

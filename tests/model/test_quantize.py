@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.quantize import concatenate_int4, from_gptq, quantize_int4, quantize_int8
+from model.quantize import check_same_groups, from_gptq, quantize_int4, quantize_int8
 
 
 @settings(max_examples=25, deadline=None)
@@ -109,13 +109,8 @@ def test_gptq_tensors_that_disagree_are_refused() -> None:
         from_gptq(qweight, qzeros, scales, torch.zeros(64, dtype=torch.int32))
 
 
-def test_matrices_with_the_same_groups_become_one() -> None:
-    parts = [quantize_int4(torch.randn(n, 40), 32) for n in (3, 8)]
-    joined = concatenate_int4(parts)
-    assert joined.shape == (11, 40)
-    assert torch.equal(joined.dequantize(), torch.cat([part.dequantize() for part in parts]))
-
-
 def test_matrices_with_different_groups_are_not_joined() -> None:
+    first = quantize_int4(torch.randn(4, 64), 32)
+    check_same_groups(first, quantize_int4(torch.randn(3, 64), 32))
     with pytest.raises(ValueError, match="different groups"):
-        concatenate_int4([quantize_int4(torch.randn(4, 64), 32), quantize_int4(torch.randn(4, 64), 64)])
+        check_same_groups(first, quantize_int4(torch.randn(4, 64), 64))

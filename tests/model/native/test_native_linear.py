@@ -27,7 +27,7 @@ def _weight(storage: str, num_outputs: int, num_inputs: int, seed: int = 0) -> W
         plain = quantize_int4(matrix, 32)
         order = torch.randperm(num_inputs, generator=generator).int()
         return Int4Weight(
-            shape=plain.shape,
+            num_inputs=num_inputs,
             values=plain.values,
             scales=plain.scales,
             zeros=plain.zeros,
