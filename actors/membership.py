@@ -22,7 +22,7 @@ from cluster.dispatch import routing_tables
 from cluster.errors import FormationError, MeshUnavailable
 from cluster.process_group import forget_groups, form_group, host_store
 from cluster.settings import Timeouts
-from cluster.transport import TRANSPORTS, choose_transport
+from cluster.transport import choose_transport, router_transport
 from cluster.view import MeshView
 
 log = logging.getLogger("expertmesh.membership")
@@ -175,5 +175,5 @@ class RouterMembership:
         except FormationError as error:
             raise FormationError(str(error), failures()) from None  # waits no longer than forming did
         forget_groups(self._store, self._router_id, before=view.epoch)
-        router_transport = TRANSPORTS[transport][0](group, view.shard_ids)
-        return Connection(view, router_transport, routing_tables(view.placement, view.shard_ids))
+        exchange = router_transport(transport, group, view.shard_ids)
+        return Connection(view, exchange, routing_tables(view.placement, view.shard_ids))

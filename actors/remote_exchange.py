@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from actors.metrics import Traffic
-from cluster.dispatch import RoutingTable, ShardPlan, plan_dispatch, routing_tables
+from cluster.dispatch import DispatchPlan, RoutingTable, plan_dispatch, routing_tables
 from cluster.errors import ExchangeError, MeshUnavailable
 from cluster.settings import Timeouts
-from cluster.transport import Flight, RouterTransport
+from cluster.transport import RouterTransport
 from cluster.view import MeshView
-from cluster.wire import Header, Message, Opcode, new_message
+from cluster.wire import Header, Message, Opcode
 
 log = logging.getLogger("expertmesh.exchange")
 
@@ -52,14 +52,15 @@ class Membership(Protocol):
 
 @dataclass(slots=True)
 class _Receipt:
+    """sent: the plan that is under way and where its sums will be; None after a failure, which combine mends."""
+
     layer_idx: int
     x_TH: Tensor
-    topk_ids_TK: Tensor
+    topk_ids_TK: np.ndarray
     topk_weights_TK: Tensor
-    plans: list[ShardPlan | None]
-    flight: Flight | None
-    failure: tuple[tuple[str, ...], str] | None
     started: float
+    sent: tuple[DispatchPlan, Message] | None = None
+    failure: tuple[tuple[str, ...], str] | None = None
 
 
 class DeadlineEstimate:
@@ -155,8 +156,8 @@ class RemoteExchange:
     def dispatch(self, layer_idx: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> _Receipt:
         ids = topk_ids_TK.cpu().numpy()  # on CUDA: one device-to-host sync a layer
         self._count(layer_idx, np.bincount(ids.reshape(-1), minlength=self._num_experts))
-        receipt = _Receipt(layer_idx, x_TH, topk_ids_TK, topk_weights_TK, [], None, None, self._clock())
-        self._send(receipt, ids)
+        receipt = _Receipt(layer_idx, x_TH, ids, topk_weights_TK, self._clock())
+        self._send(receipt)
         self.traffic.dispatch.observe(self._clock() - receipt.started)
         return receipt
 
@@ -174,7 +175,7 @@ class RemoteExchange:
                 return summed
             assert receipt.failure is not None
             suspects, reason = receipt.failure
-            receipt.flight, receipt.failure = None, None
+            receipt.sent, receipt.failure = None, None
             if failed_at is None:
                 failed_at = self._clock()
             if not self._goes_on_without(suspects, reason):
@@ -184,7 +185,7 @@ class RemoteExchange:
             if set(suspects) & self._connection.view.placement.shards():  # not dead, only slow: wait longer next time
                 self._estimate.observe(self._clock() - receipt.started, len(receipt.x_TH))
             receipt.started = self._clock()
-            self._send(receipt, receipt.topk_ids_TK.cpu().numpy())
+            self._send(receipt)
 
     def _wait_newer(self, epoch: int, give_up: float) -> Connection:
         """Wait until `give_up` on the clock, looking after everything else meanwhile. Raises MeshUnavailable."""
@@ -198,13 +199,13 @@ class RemoteExchange:
             self.while_waiting()
 
     def _count(self, layer_idx: int, tokens_E: np.ndarray) -> None:
-        """New arrays each time: other threads read them."""
         if layer_idx not in self.expert_tokens:
-            self.expert_tokens[layer_idx] = self.expert_uses[layer_idx] = np.zeros_like(tokens_E)
-        self.expert_tokens[layer_idx] = self.expert_tokens[layer_idx] + tokens_E
-        self.expert_uses[layer_idx] = self.expert_uses[layer_idx] + (tokens_E > 0)
+            self.expert_tokens[layer_idx] = np.zeros_like(tokens_E)
+            self.expert_uses[layer_idx] = np.zeros_like(tokens_E)
+        self.expert_tokens[layer_idx] += tokens_E
+        self.expert_uses[layer_idx] += tokens_E > 0
 
-    def _send(self, receipt: _Receipt, ids: np.ndarray) -> None:
+    def _send(self, receipt: _Receipt) -> None:
         """Start the exchange; a failure is kept in the receipt for combine() to mend."""
         connection = self._connection
         if connection is None:
@@ -212,67 +213,64 @@ class RemoteExchange:
             return
         num_shards = len(connection.view.shards)
         table = connection.tables[receipt.layer_idx]
-        receipt.plans = plan_dispatch(ids, table, num_shards, turn=self._step)
-        headers, messages = [], []
-        for plan in receipt.plans:
-            header, message = self._pack(receipt, plan)
-            headers.append(header)
-            messages.append(message)
+        plan = plan_dispatch(receipt.topk_ids_TK, table, num_shards, turn=self._step)
+        rows, pairs = plan.row_starts, plan.pair_starts
+
+        def header(first: int, end: int) -> Header:
+            """For the shards [first, end)."""
+            return Header(
+                Opcode.STEP,
+                connection.view.epoch,
+                self._step,
+                receipt.layer_idx,
+                self._hidden_size,
+                rows[first],
+                rows[end] - rows[first],
+                pairs[first],
+                pairs[end] - pairs[first],
+                rows[-1],
+                pairs[-1],
+            )
+
+        headers = [header(i, i + 1) for i in range(num_shards)]
         try:
-            receipt.flight = connection.transport.send(headers, messages)
+            message = connection.transport.prepare(header(0, num_shards))
+            self._pack(receipt, plan, message)
+            connection.transport.send(headers)
+            receipt.sent = plan, message
             self.traffic.num_exchanges += 1
             self.traffic.dispatch_bytes += sum(header.message_bytes for header in headers)
         except ExchangeError as error:
             receipt.failure = (error.suspects, str(error))
         self._last_sent = self._clock()
 
-    def _pack(self, receipt: _Receipt, plan: ShardPlan | None) -> tuple[Header, Message | None]:
-        num_rows = 0 if plan is None else len(plan.token_of_row_N)
-        num_pairs = 0 if plan is None else len(plan.pair_rows_P)
-        header = Header(
-            opcode=Opcode.STEP,
-            epoch=self.epoch,
-            step=self._step,
-            layer=receipt.layer_idx,
-            num_rows=num_rows,
-            num_pairs=num_pairs,
-            hidden_size=self._hidden_size,
-        )
-        if plan is None:
-            return header, None
-        message = new_message(num_rows, num_pairs, self._hidden_size, self._device)
-        torch.index_select(receipt.x_TH, 0, self._to_device(plan.token_of_row_N), out=message.rows_NH)
+    def _pack(self, receipt: _Receipt, plan: DispatchPlan, message: Message) -> None:
         message.pair_rows_P.copy_(self._to_device(plan.pair_rows_P))
         message.pair_experts_P.copy_(self._to_device(plan.pair_experts_P))
         weights = receipt.topk_weights_TK.reshape(-1)
         torch.index_select(weights, 0, self._to_device(plan.pair_index_P), out=message.pair_weights_P)
-        return header, message
+        torch.index_select(receipt.x_TH, 0, self._to_device(plan.token_of_row_N), out=message.rows_NH)
 
     def _collect(self, receipt: _Receipt) -> Tensor | None:
         """The combined rows, or None with receipt.failure set."""
-        if receipt.flight is None or self._connection is None:
+        if receipt.sent is None or self._connection is None:
             if receipt.failure is None:
                 receipt.failure = ((), "no connection to the shards")
             return None
+        plan, message = receipt.sent
         num_tokens = len(receipt.x_TH)
         try:
-            replies = self._connection.transport.receive(receipt.flight, self._estimate.deadline_s(num_tokens))
+            self._connection.transport.receive(self._estimate.deadline_s(num_tokens))
         except ExchangeError as error:
             receipt.failure = (error.suspects, str(error))
             return None
         self._estimate.observe(self._clock() - receipt.started, num_tokens)
-        total_TH: Tensor | None = None
-        for plan, reply in zip(receipt.plans, replies, strict=True):
-            if plan is None or reply is None:
-                continue
-            self.traffic.combine_bytes += reply.nbytes
-            if total_TH is None:
-                if len(plan.token_of_row_N) == num_tokens:  # rows are all tokens, in order
-                    total_TH = reply
-                    continue
-                total_TH = torch.zeros(receipt.x_TH.shape, dtype=reply.dtype, device=reply.device)
-            total_TH.index_add_(0, self._to_device(plan.token_of_row_N), reply)
-        assert total_TH is not None, "a step without tokens was dispatched"
+        sums_NH = message.sums_NH
+        self.traffic.combine_bytes += sums_NH.nbytes
+        if plan.is_on_one_shard:  # rows are all tokens, in order
+            return sums_NH.float()
+        total_TH = torch.zeros(receipt.x_TH.shape, dtype=sums_NH.dtype, device=sums_NH.device)
+        total_TH.index_add_(0, self._to_device(plan.token_of_row_N), sums_NH)
         return total_TH.float()
 
     def _to_device(self, array: np.ndarray) -> Tensor:

@@ -22,9 +22,9 @@ from actors.model_source import load_config, locate_model
 from actors.specs import ShardSpec
 from cluster.errors import ExchangeError, FormationError
 from cluster.placement import ExpertKey
-from cluster.process_group import MeshGroup, connect_store, form_group
-from cluster.transport import TRANSPORTS, ShardTransport
-from cluster.wire import Header, Message, Opcode, reply_dtype
+from cluster.process_group import connect_store, form_group
+from cluster.transport import ShardTransport, shard_transport
+from cluster.wire import Header, Message, Opcode
 from model.checkpoint import Checkpoint
 from model.experts import ExpertWeights
 from model.kernels import select_kernels
@@ -160,21 +160,22 @@ class ExpertShard:
             formation_s=timeouts.formation_s,
             operation_s=timeouts.idle_s,
         )
+        exchange = shard_transport(transport, formed)
         self._groups[group] = epoch
         name = f"serve-{router_id}-{epoch}"
-        threading.Thread(target=self._serve, args=(formed, transport, epoch), name=name, daemon=True).start()
+        threading.Thread(target=self._serve, args=(exchange, group, epoch), name=name, daemon=True).start()
 
-    def _serve(self, group: MeshGroup, transport: str, epoch: int) -> None:
+    def _serve(self, transport: ShardTransport, group: str, epoch: int) -> None:
         try:
-            self._answer_until_closed(TRANSPORTS[transport][1](group), epoch)
+            self._answer_until_closed(transport, epoch)
         except ExchangeError as error:
-            log.info("%s leaves group %s: %s", self.shard_id, group.name, error)
+            log.info("%s leaves group %s: %s", self.shard_id, group, error)
         except Exception:
             # As text: a kept traceback would keep the group, and its sockets, open.
-            log.error("%s closes group %s: %s", self.shard_id, group.name, traceback.format_exc())
+            log.error("%s closes group %s: %s", self.shard_id, group, traceback.format_exc())
         finally:
-            self._groups.pop(group.name, None)
-            del group
+            self._groups.pop(group, None)
+            del transport
             gc.collect()  # sockets close with the last reference
 
     @torch.inference_mode()
@@ -188,21 +189,22 @@ class ExpertShard:
             if header.opcode == Opcode.STEP:
                 with self._issue_order:
                     message = transport.receive(header)
-                    transport.reply(header, self._compute(header, message))
+                    self._compute(header, message)
+                    transport.reply(header, message)
 
-    def _compute(self, header: Header, message: Message) -> torch.Tensor:
+    def _compute(self, header: Header, message: Message) -> None:
         if header.num_rows == 0:
-            return message.rows_NH.to(reply_dtype(self._device))
+            return
         with self._compute_lock:
             started = time.perf_counter()
-            partial = self._kernels.run_experts(
+            self._kernels.run_experts(
                 message.rows_NH,
-                message.pair_rows_P.long(),
-                message.pair_experts_P.long(),
+                message.pair_rows_P,
+                message.pair_experts_P,
                 message.pair_weights_P,
                 self._layers[header.layer],
+                message.sums_NH,
             )
             self._busy_s += time.perf_counter() - started
             self._num_rows += header.num_rows
             self._num_pairs += header.num_pairs
-        return partial.to(reply_dtype(self._device))

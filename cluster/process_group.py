@@ -28,13 +28,15 @@ class MeshGroup:
     """One epoch's group as one member sees it.
 
     control: gloo, host memory: headers, always. data: rows; the same group on CPU, NCCL on CUDA.
-    operation_s: how long one operation may wait unless the caller gives a deadline of its own.
+    formation_s: how long a step of its forming may wait. operation_s: how long any other operation may, unless the
+    caller gives a deadline of its own.
     """
 
     name: str
     rank: int
     world_size: int
     device: torch.device
+    formation_s: float
     operation_s: float
     control: ProcessGroup
     data: ProcessGroup
@@ -85,7 +87,14 @@ def form_group(
     except RuntimeError as error:
         raise FormationError(f"group {name} (rank {rank} of {world_size}): {first_line(error)}") from None
     return MeshGroup(
-        name=name, rank=rank, world_size=world_size, device=device, operation_s=operation_s, control=control, data=data
+        name=name,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        formation_s=formation_s,
+        operation_s=operation_s,
+        control=control,
+        data=data,
     )
 
 

@@ -1,14 +1,15 @@
-"""How rows cross between one router and its shards. Two transports behind one protocol.
+"""How rows cross between one router and its shards, behind one protocol.
 
-`star`        isend/irecv pairs, router to shard and back. Shards that get no row are not disturbed. Default on
-              gloo; with several routers also on NCCL, since pairs of different communicators cannot wait for
-              each other in a circle.
+`star`        isend/irecv pairs, router to shard and back. Shards that get no row are not disturbed. With several
+              routers also on NCCL, since pairs of different communicators cannot wait for each other in a circle.
+`host`        memory shared by processes of one host, woken through unix sockets (cluster.host_transport).
+`mixed`       `host` for the shards that can be reached so, `star` for the others. Default on CPU.
 `all_to_all`  all_to_all_single with uneven splits, every shard takes part every time. Default on NCCL with one
               router. With several routers two shards may see two routers' collectives in opposite orders and
               wait for each other for ever, so `auto` never picks it there.
 
-Headers always travel over the control group (gloo, host memory): a shard learns opcode and counts without a
-device synchronisation, and one listener per router can wait for them cheaply.
+Headers to shards on other hosts always travel over the control group (gloo, host memory): a shard learns opcode and
+counts without a device synchronisation, and one listener per router can wait for them cheaply.
 
 Read, not run (no GPU was at hand): everything where group.device is CUDA. NCCL operations are issued on the
 caller's current stream; a shard issues those of all its routers under one lock, so their order is the same for
@@ -17,9 +18,9 @@ every communicator it takes part in.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -27,37 +28,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.errors import ExchangeError, PeerLost, PeerSilent
+from cluster.errors import ExchangeError, FormationError, PeerLost, PeerSilent
+from cluster.host_transport import Channels, Failure, is_supported, meet_router, meet_shards
 from cluster.process_group import MeshGroup, first_line
-from cluster.wire import HEADER_LENGTH, Header, Message, message_views, reply_dtype
+from cluster.wire import HEADER_LENGTH, Arena, Header, Message
 
+TRANSPORTS = ("star", "host", "mixed", "all_to_all")
 HEADER_TAG, MESSAGE_TAG, REPLY_TAG = 1, 2, 3
 ROUTER_RANK = 0
-
-
-@dataclass(slots=True)
-class Flight:
-    """What a dispatched exchange still waits for. Holds every buffer until the operations on it are done.
-
-    refused: (shard index, why) where a connection was closed before anything could be sent.
-    """
-
-    headers: list[Header | None]
-    replies: list[Tensor | None]
-    receives: list[tuple[int, dist.Work]]
-    sends: list[tuple[int, dist.Work]]
-    buffers: list[Tensor]
-    refused: list[tuple[int, str]] = field(default_factory=list)
+Work = tuple[int | None, dist.Work]
+"""An operation in flight and the index of the shard that it waits for; None: of all."""
 
 
 class RouterTransport(Protocol):
-    """The router's side. All methods raise ExchangeError; then the group is done for, unless leave_out says not."""
+    """The router's side: prepare, fill the message, send, receive; one exchange at a time.
 
-    def send(self, headers: Sequence[Header], messages: Sequence[Message | None]) -> Flight:
-        """Start one exchange: headers[i] and messages[i] go to shard i (rank i + 1); None: nothing for it."""
+    All methods raise ExchangeError; then the group is done for, unless leave_out says not.
+    """
 
-    def receive(self, flight: Flight, deadline_s: float) -> list[Tensor | None]:
-        """Wait at most deadline_s for all replies, [num_rows, hidden] each; None where nothing was sent."""
+    def prepare(self, whole: Header) -> Message:
+        """Memory for the rows and pairs of all shards, and for their sums."""
+
+    def send(self, headers: Sequence[Header]) -> None:
+        """Start the exchange: headers[i] says which part of the message is for shard i (rank i + 1), maybe none."""
+
+    def receive(self, deadline_s: float) -> None:
+        """Wait at most deadline_s until all sums are in the message."""
 
     def announce(self, header: Header) -> None:
         """Send a header without rows (IDLE, CLOSE) to every shard."""
@@ -74,211 +70,246 @@ class ShardTransport(Protocol):
         """Wait for the router's next header (at most the group's operation timeout)."""
 
     def receive(self, header: Header) -> Message:
-        """The rows that belong to a STEP header."""
+        """What belongs to a STEP header; its sums are for the shard to write."""
 
-    def reply(self, header: Header, partial_NH: Tensor) -> None:
-        """Send the partial sums back."""
+    def reply(self, header: Header, message: Message) -> None:
+        """The sums are written: hand them back."""
 
 
-class _RouterBase:
+def choose_transport(setting: str, device: torch.device, num_routers: int) -> str:
+    """What a group uses. Raises ValueError for a setting that is unknown or not possible here."""
+    if setting == "auto":
+        if device.type == "cuda":
+            return "all_to_all" if num_routers == 1 else "star"
+        return "mixed" if is_supported() else "star"
+    if setting not in ("star", "all_to_all", "host"):
+        raise ValueError(f"transport={setting!r} is unknown; choose one of auto, star, all_to_all, host")
+    if setting == "host" and not (is_supported() and device.type == "cpu"):
+        raise ValueError("transport='host' needs experts on the CPU and Linux (memfd, unix sockets); choose auto")
+    return setting
+
+
+def router_transport(name: str, group: MeshGroup, shard_ids: Sequence[str]) -> RouterTransport:
+    """Collective with shard_transport. Raises FormationError, also where `host` can't reach a shard."""
+    if name == "all_to_all":
+        return AllToAllRouter(group, shard_ids)
+    channels = meet_shards(group) if name in ("host", "mixed") else Channels({})
+    far = [shard_id for i, shard_id in enumerate(shard_ids) if i not in channels.sockets]
+    if name == "host" and far:
+        raise FormationError(
+            f"transport=host, but {', '.join(far)} can't be reached through a unix socket: on another host than the "
+            "router, or of another user; set transport to auto"
+        )
+    return PairRouter(group, shard_ids, channels)
+
+
+def shard_transport(name: str, group: MeshGroup) -> ShardTransport:
+    """Collective with router_transport. Raises FormationError."""
+    if name == "all_to_all":
+        return AllToAllShard(group)
+    near = meet_router(group) if name in ("host", "mixed") else None
+    return near or StarShard(group)
+
+
+class _Router:
     def __init__(self, group: MeshGroup, shard_ids: Sequence[str]) -> None:
         self.group = group
         self.shard_ids = tuple(shard_ids)
-        self._left_out: set[str] = set()
-
-    def announce(self, header: Header) -> None:
-        tensor = header.to_tensor()
-        present = [i for i, shard_id in enumerate(self.shard_ids) if shard_id not in self._left_out]
-        self._wait_all([(i, self._post(i, tensor, HEADER_TAG)) for i in present], deadline_s=1.0)
 
     def leave_out(self, suspects: Sequence[str]) -> bool:
         return False
 
-    def _post(self, shard_idx: int, tensor: Tensor, tag: int) -> dist.Work:
+    def _post(self, shard_idx: int, tensor: Tensor, tag: int) -> Work:
         group = self.group.control if tag == HEADER_TAG else self.group.data
-        try:
-            return group.send([tensor], shard_idx + 1, tag)
-        except RuntimeError as error:
-            raise self._failure(error, (shard_idx,)) from None
+        return shard_idx, group.send([tensor], shard_idx + 1, tag)
 
-    def _wait_all(self, works: Sequence[tuple[int, dist.Work]], deadline_s: float) -> None:
-        """Wait for every work, also after a failure: whoever is still there owes nothing afterwards. Then raise for all
-        that failed.
+    def _wait_all(self, works: Sequence[Work], end: float) -> list[Failure]:
+        """Wait for every work until `end`, also after a failure: whoever is still there owes nothing afterwards.
 
         At the deadline gloo ends the whole group; what has arrived by then still counts.
         """
-        end = time.monotonic() + deadline_s
-        failed: list[int] = []
-        first: RuntimeError | None = None
+        failures: dict[int | None, Exception] = {}
         for shard_idx, work in works:
-            if shard_idx in failed:
+            if shard_idx not in failures:
+                try:
+                    work.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))
+                except RuntimeError as error:
+                    failures[shard_idx] = error
+        return list(failures.items())
+
+    def _raise_for(self, failures: Sequence[Failure]) -> None:
+        if failures:
+            suspects = tuple(dict.fromkeys(self.shard_ids[i] for i, _ in failures if i is not None))
+            kind = PeerSilent if any(_timed_out(error) for _, error in failures) else PeerLost
+            why = "; ".join(dict.fromkeys(first_line(error) for _, error in failures))
+            raise kind(f"exchange in group {self.group.name} failed at {list(suspects)}: {why}", suspects)
+
+
+class PairRouter(_Router):
+    """`star`, `host` and `mixed`: shards with a channel work on the arena itself, the others on copies."""
+
+    def __init__(self, group: MeshGroup, shard_ids: Sequence[str], channels: Channels) -> None:
+        super().__init__(group, shard_ids)
+        self._near = channels
+        self._arena = channels.arena or Arena(group.device)
+        self._far = {i: Arena(group.device) for i in range(len(shard_ids)) if i not in channels.sockets}
+        self._waiting: dict[int, Header] = {}
+        self._works: list[Work] = []
+        self._refused: list[Failure] = []
+        self._left_out: set[str] = set()
+        self._is_ended = False
+
+    def announce(self, header: Header) -> None:
+        failures: list[Failure] = []
+        works: list[Work] = []
+        tensor = torch.tensor(header)
+        for shard_idx in self._present():
+            try:
+                if shard_idx in self._far:
+                    works.append(self._post(shard_idx, tensor, HEADER_TAG))
+                else:
+                    self._near.send(shard_idx, header)
+            except (RuntimeError, OSError) as error:
+                failures.append((shard_idx, error))
+        self._raise_for(failures + self._wait_all(works, time.monotonic() + 1.0))
+
+    def prepare(self, whole: Header) -> Message:
+        self._arena.reserve(whole.arena_bytes)
+        return self._arena.message(whole)
+
+    def send(self, headers: Sequence[Header]) -> None:
+        """A shard that can't be sent to shows in receive(), when the others have answered."""
+        self._waiting, self._works, self._refused = {}, [], []
+        for shard_idx, header in enumerate(headers):
+            if header.num_rows == 0:
                 continue
             try:
-                work.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))
-            except RuntimeError as error:
-                failed.append(shard_idx)
-                if first is None or _timed_out(error):
-                    first = error
-        if first is not None:
-            raise self._failure(first, tuple(failed))
+                if shard_idx in self._far:
+                    self._works += self._send_far(shard_idx, header)
+                else:
+                    self._near.send(shard_idx, header)
+                    self._waiting[shard_idx] = header
+            except (RuntimeError, OSError) as error:
+                self._refused.append((shard_idx, error))
 
-    def _failure(self, error: RuntimeError, shard_idxs: Sequence[int]) -> ExchangeError:
-        suspects = tuple(self.shard_ids[i] for i in shard_idxs)
-        kind = PeerSilent if _timed_out(error) else PeerLost
-        return kind(f"exchange in group {self.group.name} failed at {list(suspects)}: {first_line(error)}", suspects)
-
-
-class StarRouter(_RouterBase):
-    _is_ended = False
-
-    def send(self, headers: Sequence[Header], messages: Sequence[Message | None]) -> Flight:
-        """A shard that can't be sent to shows in receive(), when the others have answered."""
-        flight = Flight([], [], [], [], [])
-        for shard_idx, (header, message) in enumerate(zip(headers, messages, strict=True)):
-            flight.headers.append(header if message is not None else None)
-            flight.replies.append(None)
-            if message is not None:
-                try:
-                    self._send_one(flight, shard_idx, header, message)
-                except ExchangeError as error:
-                    flight.refused.append((shard_idx, str(error)))
-        return flight
-
-    def _send_one(self, flight: Flight, shard_idx: int, header: Header, message: Message) -> None:
-        tensor, device = header.to_tensor(), self.group.device
-        reply = torch.empty(header.num_rows, header.hidden_size, dtype=reply_dtype(device), device=device)
-        flight.buffers += [tensor, message.buffer]
-        flight.sends.append((shard_idx, self._post(shard_idx, tensor, HEADER_TAG)))
-        flight.sends.append((shard_idx, self._post(shard_idx, message.buffer, MESSAGE_TAG)))
-        try:
-            work = self.group.data.recv([reply], shard_idx + 1, REPLY_TAG)
-        except RuntimeError as error:
-            raise self._failure(error, (shard_idx,)) from None
-        flight.replies[shard_idx] = reply
-        flight.receives.append((shard_idx, work))
-
-    def receive(self, flight: Flight, deadline_s: float) -> list[Tensor | None]:
-        refused = {shard_idx for shard_idx, _ in flight.refused}
-        works = [(i, work) for i, work in [*flight.receives, *flight.sends] if i not in refused]
-        lost, why = tuple(self.shard_ids[i] for i in refused), "; ".join(text for _, text in flight.refused)
-        try:
-            self._wait_all(works, deadline_s)
-        except ExchangeError as error:
-            self._is_ended = isinstance(error, PeerSilent)
-            raise type(error)(f"{error}{why and '; '}{why}", (*lost, *error.suspects)) from None
-        if refused:
-            raise PeerLost(why, lost)
-        return flight.replies
+    def receive(self, deadline_s: float) -> None:
+        end = time.monotonic() + deadline_s
+        failures = self._refused
+        if self._waiting:
+            failures = failures + self._near.wait(self._waiting, end)
+        if self._works:
+            failures = failures + self._wait_all(self._works, end)
+        if failures:
+            self._is_ended = any(_timed_out(error) for _, error in failures)
+            self._raise_for(failures)
 
     def leave_out(self, suspects: Sequence[str]) -> bool:
-        """On gloo a closed connection ends nobody else's; a missed deadline, or anything on NCCL, ends the group."""
+        """A closed connection ends nobody else's. A missed deadline does on gloo, and the silent one may yet write
+        into the arena; on NCCL any failure ends the group."""
         self._left_out.update(suspects)
-        return not self._is_ended and self.group.device.type == "cpu" and set(self.shard_ids) > self._left_out
+        for suspect in suspects:
+            self._near.drop(self.shard_ids.index(suspect))
+        return not self._is_ended and self.group.device.type == "cpu" and bool(self._present())
+
+    def _present(self) -> list[int]:
+        return [i for i, shard_id in enumerate(self.shard_ids) if shard_id not in self._left_out]
+
+    def _send_far(self, shard_idx: int, header: Header) -> list[Work]:
+        message = self._arena.message(header)
+        alone, own = header.alone(), self._far[shard_idx]
+        own.reserve(alone.arena_bytes)
+        _copy(message, own.message(alone))
+        header_sent = self._post(shard_idx, torch.tensor(alone), HEADER_TAG)
+        message_sent = self._post(shard_idx, own.buffer[: alone.message_bytes], MESSAGE_TAG)
+        received = shard_idx, self.group.data.recv([message.sums_NH], shard_idx + 1, REPLY_TAG)
+        return [received, header_sent, message_sent]
 
 
-class AllToAllRouter(_RouterBase):
-    def send(self, headers: Sequence[Header], messages: Sequence[Message | None]) -> Flight:
-        flight = Flight([], [], [], [], [])
-        for shard_idx, header in enumerate(headers):
-            tensor = header.to_tensor()
-            flight.buffers.append(tensor)
-            flight.headers.append(header)
-            flight.sends.append((shard_idx, self._post(shard_idx, tensor, HEADER_TAG)))
-        parts = [m.buffer for m in messages if m is not None]
-        outgoing = torch.cat(parts) if parts else _no_bytes(self.group.device)
-        splits = [0] + [0 if m is None else m.buffer.numel() for m in messages]
-        flight.buffers.append(outgoing)
-        flight.receives.append((-1, self._all_to_all(_no_bytes(self.group.device), outgoing, None, splits, flight)))
-        dtype = reply_dtype(self.group.device)
-        rows = [h.num_rows for h in headers]
-        incoming = torch.empty(sum(rows), headers[0].hidden_size, dtype=dtype, device=self.group.device)
-        row_bytes = headers[0].hidden_size * dtype.itemsize
-        reply_splits = [0] + [n * row_bytes for n in rows]
-        as_bytes = incoming.view(-1).view(torch.uint8)
-        work = self._all_to_all(as_bytes, _no_bytes(self.group.device), reply_splits, None, flight)
-        flight.receives.append((-1, work))
-        flight.replies = [part if len(part) else None for part in torch.split(incoming, rows)]
-        return flight
+class AllToAllRouter(_Router):
+    """Every shard's message apart in one outgoing buffer; the sums come back into the arena as they lie there."""
 
-    def receive(self, flight: Flight, deadline_s: float) -> list[Tensor | None]:
-        self._wait_all(flight.sends, deadline_s)
-        end = time.monotonic() + deadline_s
+    def __init__(self, group: MeshGroup, shard_ids: Sequence[str]) -> None:
+        super().__init__(group, shard_ids)
+        self._arena = Arena(group.device)
+        self._works: list[Work] = []
+        self._sums_NH = _no_bytes(group.device)
+
+    def announce(self, header: Header) -> None:
+        tensor, works = torch.tensor(header), list[Work]()
+        with self._failures_raised():
+            works += [self._post(i, tensor, HEADER_TAG) for i in range(len(self.shard_ids))]
+        self._raise_for(self._wait_all(works, time.monotonic() + 1.0))
+
+    def prepare(self, whole: Header) -> Message:
+        self._arena.reserve(whole.arena_bytes)
+        message = self._arena.message(whole)
+        self._sums_NH = message.sums_NH
+        return message
+
+    def send(self, headers: Sequence[Header]) -> None:
+        device = self.group.device
+        parts = [_packed(self._arena.message(header), header.alone(), device) for header in headers]
+        row_bytes = self._sums_NH.shape[1] * self._sums_NH.itemsize
+        incoming = self._sums_NH.view(-1).view(torch.uint8)
+        incoming_splits = [0, *(header.num_rows * row_bytes for header in headers)]
+        none, no_splits = _no_bytes(device), [0] * self.group.world_size
+        data = self.group.data
+        with self._failures_raised():
+            self._works = [self._post(i, torch.tensor(h.alone()), HEADER_TAG) for i, h in enumerate(headers)]
+            self._works.append((None, data.alltoall_base(none, torch.cat(parts), no_splits, [0, *map(len, parts)])))
+            self._works.append((None, data.alltoall_base(incoming, none, incoming_splits, no_splits)))
+
+    def receive(self, deadline_s: float) -> None:
+        self._raise_for(self._wait_all(self._works, time.monotonic() + deadline_s))
+
+    @contextlib.contextmanager
+    def _failures_raised(self) -> Iterator[None]:
         try:
-            for _, work in flight.receives:
-                work.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))
+            yield
         except RuntimeError as error:
-            raise self._failure(error, ()) from None
-        return flight.replies
-
-    def _all_to_all(
-        self,
-        output: Tensor,
-        source: Tensor,
-        output_splits: list[int] | None,
-        input_splits: list[int] | None,
-        flight: Flight,
-    ) -> dist.Work:
-        none = [0] * self.group.world_size
-        flight.buffers.append(output)
-        try:
-            return self.group.data.alltoall_base(output, source, output_splits or none, input_splits or none)
-        except RuntimeError as error:
-            raise self._failure(error, ()) from None
+            self._raise_for([(None, error)])
 
 
 class StarShard:
     def __init__(self, group: MeshGroup) -> None:
         self.group = group
         self._header = torch.empty(HEADER_LENGTH, dtype=torch.int64)
+        self._arena = Arena(group.device)
 
     def next_header(self) -> Header:
         with _peer_errors(self.group):
             self.group.control.recv([self._header], ROUTER_RANK, HEADER_TAG).wait(self.group.operation_timeout)
-        return Header.from_tensor(self._header)
+        return Header(*self._header.tolist())
 
     def receive(self, header: Header) -> Message:
-        buffer = torch.empty(header.message_bytes, dtype=torch.uint8, device=self.group.device)
+        self._arena.reserve(header.arena_bytes)
         with _peer_errors(self.group):
-            self.group.data.recv([buffer], ROUTER_RANK, MESSAGE_TAG).wait(self.group.operation_timeout)
-        return message_views(buffer, header.num_rows, header.num_pairs, header.hidden_size)
+            self._receive(self._arena.buffer[: header.message_bytes])
+        return self._arena.message(header)
 
-    def reply(self, header: Header, partial_NH: Tensor) -> None:
+    def reply(self, header: Header, message: Message) -> None:
         with _peer_errors(self.group):
-            self.group.data.send([partial_NH], ROUTER_RANK, REPLY_TAG).wait(self.group.operation_timeout)
+            self._reply(message.sums_NH)
+
+    def _receive(self, buffer: Tensor) -> None:
+        self.group.data.recv([buffer], ROUTER_RANK, MESSAGE_TAG).wait(self.group.operation_timeout)
+
+    def _reply(self, sums_NH: Tensor) -> None:
+        self.group.data.send([sums_NH], ROUTER_RANK, REPLY_TAG).wait(self.group.operation_timeout)
 
 
 class AllToAllShard(StarShard):
-    def receive(self, header: Header) -> Message:
-        buffer = torch.empty(header.message_bytes, dtype=torch.uint8, device=self.group.device)
-        splits = [header.message_bytes] + [0] * (self.group.world_size - 1)
-        self._all_to_all(buffer, _no_bytes(self.group.device), splits, [0] * self.group.world_size)
-        return message_views(buffer, header.num_rows, header.num_pairs, header.hidden_size)
+    def _receive(self, buffer: Tensor) -> None:
+        self._all_to_all(buffer, _no_bytes(self.group.device), [buffer.numel()], [0])
 
-    def reply(self, header: Header, partial_NH: Tensor) -> None:
-        source = partial_NH.reshape(-1).view(torch.uint8)
-        splits = [source.numel()] + [0] * (self.group.world_size - 1)
-        self._all_to_all(_no_bytes(self.group.device), source, [0] * self.group.world_size, splits)
+    def _reply(self, sums_NH: Tensor) -> None:
+        source = sums_NH.view(-1).view(torch.uint8)
+        self._all_to_all(_no_bytes(self.group.device), source, [0], [source.numel()])
 
-    def _all_to_all(self, output: Tensor, source: Tensor, output_splits: list[int], input_splits: list[int]) -> None:
-        with _peer_errors(self.group):
-            self.group.data.alltoall_base(output, source, output_splits, input_splits).wait(
-                self.group.operation_timeout
-            )
-
-
-TRANSPORTS: dict[str, tuple[type[StarRouter | AllToAllRouter], type[StarShard]]] = {
-    "star": (StarRouter, StarShard),
-    "all_to_all": (AllToAllRouter, AllToAllShard),
-}
-
-
-def choose_transport(name: str, device: torch.device, num_routers: int) -> str:
-    """Resolve `auto`. Raises ValueError for an unknown name."""
-    if name == "auto":
-        return "all_to_all" if device.type == "cuda" and num_routers == 1 else "star"
-    if name not in TRANSPORTS:
-        raise ValueError(f"transport={name!r} is unknown; choose one of auto, {', '.join(TRANSPORTS)}")
-    return name
+    def _all_to_all(self, output: Tensor, source: Tensor, from_router: list[int], to_router: list[int]) -> None:
+        others = [0] * (self.group.world_size - 1)
+        work = self.group.data.alltoall_base(output, source, from_router + others, to_router + others)
+        work.wait(self.group.operation_timeout)
 
 
 class _peer_errors:
@@ -296,7 +327,21 @@ class _peer_errors:
             raise cause(f"router of group {self.group.name}: {first_line(error)}") from None
 
 
-def _timed_out(error: RuntimeError) -> bool:
+def _copy(source: Message, target: Message) -> None:
+    target.pair_rows_P.copy_(source.pair_rows_P)
+    target.pair_experts_P.copy_(source.pair_experts_P)
+    target.pair_weights_P.copy_(source.pair_weights_P)
+    target.rows_NH.copy_(source.rows_NH)
+
+
+def _packed(message: Message, alone: Header, device: torch.device) -> Tensor:
+    arena = Arena(device)
+    arena.reserve(alone.arena_bytes)
+    _copy(message, arena.message(alone))
+    return arena.buffer[: alone.message_bytes]
+
+
+def _timed_out(error: Exception) -> bool:
     text = str(error).lower()
     return "timed out" in text or "timeout" in text
 

@@ -1,25 +1,28 @@
-"""The bytes between router and shard.
+"""The bytes between a router and its shards.
 
-    header   int64 x 8: opcode, epoch, step, layer, num_rows, num_pairs, hidden_size, 0
-    message  float32 [num_rows, hidden]   one row per token
-             int32   [num_pairs]          row of each (token, expert) pair
-             int32   [num_pairs]          expert of each pair
-             float32 [num_pairs]          weight of each pair
-    reply    [num_rows, hidden]           weighted sum over the pairs of each row; float64 on CPU, float32 on CUDA
+    header   int64 x 11: see Header
+    message  int64   [pairs]          row of each (token, expert) pair, counted from the shard's first row
+             int64   [pairs]          expert of each pair
+             float32 [pairs]          weight of each pair, then zero to 60 bytes of padding
+             float32 [rows, hidden]   one row per token
+    sums     [rows, hidden]           weighted sum over the pairs of each row; float64 on CPU, float32 on CUDA
 
-The reply is float64 on CPU so that the router can add the shards' partial sums and round once: the result then
+The sums are float64 on CPU so that the router can add the shards' partial sums and round once: the result then
 does not depend on how the experts are split over shards.
+
+A router keeps the messages of one exchange for all shards in one arena: first every shard's pairs, one shard after
+the other, then every shard's rows, then every shard's sums. A shard on the same host works on its part of that very
+memory; for others their part is copied into a message of its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-HEADER_LENGTH = 8
 
 
 class Opcode(IntEnum):
@@ -28,66 +31,97 @@ class Opcode(IntEnum):
     CLOSE = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
-    opcode: Opcode
+class Header(NamedTuple):
+    """What a message is about, and which part of the exchange's arena is this shard's. total_*: of all shards."""
+
+    opcode: int
     epoch: int
     step: int = 0
     layer: int = 0
-    num_rows: int = 0
-    num_pairs: int = 0
     hidden_size: int = 0
+    first_row: int = 0
+    num_rows: int = 0
+    first_pair: int = 0
+    num_pairs: int = 0
+    total_rows: int = 0
+    total_pairs: int = 0
 
-    def to_tensor(self) -> Tensor:
-        fields = [self.opcode, self.epoch, self.step, self.layer, self.num_rows, self.num_pairs, self.hidden_size, 0]
-        return torch.tensor(fields, dtype=torch.int64)
+    @property
+    def rows_offset(self) -> int:
+        """Where the rows begin in the arena, in bytes."""
+        return _aligned(20 * self.total_pairs)
 
-    @staticmethod
-    def from_tensor(tensor: Tensor) -> Header:
-        opcode, epoch, step, layer, num_rows, num_pairs, hidden_size, _ = tensor.tolist()
-        return Header(
-            opcode=Opcode(opcode),
-            epoch=epoch,
-            step=step,
-            layer=layer,
-            num_rows=num_rows,
-            num_pairs=num_pairs,
-            hidden_size=hidden_size,
-        )
+    @property
+    def sums_offset(self) -> int:
+        return _aligned(self.rows_offset + 4 * self.total_rows * self.hidden_size)
+
+    @property
+    def arena_bytes(self) -> int:
+        return self.sums_offset + 8 * self.total_rows * self.hidden_size
 
     @property
     def message_bytes(self) -> int:
-        return 4 * (self.num_rows * self.hidden_size + 3 * self.num_pairs)
+        """Of this shard's message when it travels alone."""
+        return _aligned(20 * self.num_pairs) + 4 * self.num_rows * self.hidden_size
+
+    def alone(self) -> Header:
+        """The same part as the only one of an arena."""
+        return self._replace(first_row=0, first_pair=0, total_rows=self.num_rows, total_pairs=self.num_pairs)
+
+
+HEADER_LENGTH = len(Header._fields)
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Rows for one shard and what to do with them; views of one buffer."""
+    """Rows for one shard (or all), what to do with them, and where the sums go; views of one arena."""
 
-    buffer: Tensor
-    rows_NH: Tensor
     pair_rows_P: Tensor
     pair_experts_P: Tensor
     pair_weights_P: Tensor
+    rows_NH: Tensor
+    sums_NH: Tensor
 
 
-def message_views(buffer: Tensor, num_rows: int, num_pairs: int, hidden_size: int) -> Message:
-    """Name the parts of a message buffer (uint8, length Header.message_bytes)."""
-    end_rows = 4 * num_rows * hidden_size
-    pairs = buffer[end_rows:]
-    return Message(
-        buffer=buffer,
-        rows_NH=buffer[:end_rows].view(torch.float32).view(num_rows, hidden_size),
-        pair_rows_P=pairs[: 4 * num_pairs].view(torch.int32),
-        pair_experts_P=pairs[4 * num_pairs : 8 * num_pairs].view(torch.int32),
-        pair_weights_P=pairs[8 * num_pairs :].view(torch.float32),
-    )
+class Arena:
+    """Memory for one exchange at a time: the next one overwrites it. Grows and never shrinks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._adopt(torch.empty(0, dtype=torch.uint8, device=device))
+
+    def reserve(self, num_bytes: int) -> None:
+        if self.buffer.numel() < num_bytes:
+            self._adopt(torch.empty(roomy(num_bytes), dtype=torch.uint8, device=self.device))
+
+    def message(self, header: Header) -> Message:
+        """The header's part of the arena, which must be large enough. (as_strided: one call for each part.)"""
+        hidden_size, total_pairs, first_pair = header.hidden_size, header.total_pairs, header.first_pair
+        pairs, rows = (header.num_pairs,), (header.num_rows, hidden_size)
+        strides = (hidden_size, 1)
+        first = header.first_row * hidden_size
+        return Message(
+            self._integers.as_strided(pairs, (1,), first_pair),
+            self._integers.as_strided(pairs, (1,), total_pairs + first_pair),
+            self._floats.as_strided(pairs, (1,), 4 * total_pairs + first_pair),
+            self._floats.as_strided(rows, strides, header.rows_offset // 4 + first),
+            self._sums.as_strided(rows, strides, header.sums_offset // self._sums.itemsize + first),
+        )
+
+    def _adopt(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self._integers, self._floats = buffer.view(torch.int64), buffer.view(torch.float32)
+        self._sums = buffer.view(sums_dtype(self.device))
 
 
-def new_message(num_rows: int, num_pairs: int, hidden_size: int, device: torch.device) -> Message:
-    num_bytes = 4 * (num_rows * hidden_size + 3 * num_pairs)
-    return message_views(torch.empty(num_bytes, dtype=torch.uint8, device=device), num_rows, num_pairs, hidden_size)
+def roomy(num_bytes: int) -> int:
+    """The next power of two, at least 64 KiB."""
+    return 1 << max(16, (num_bytes - 1).bit_length())
 
 
-def reply_dtype(device: torch.device) -> torch.dtype:
+def sums_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cuda" else torch.float64
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // 64) * 64

@@ -108,7 +108,7 @@ class MeshSettings(Section):
     shards: int = Field(default=2, ge=1)
     routers: int = Field(default=1, ge=1)
     replicas: int = Field(default=1, ge=1)  # copies of each expert
-    transport: Literal["auto", "star", "all_to_all"] = "auto"
+    transport: Literal["auto", "star", "all_to_all", "host"] = "auto"
     name: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")  # part of the actors' names
     local: bool = False  # no shards: each router holds all experts itself
     spares: int = Field(default=0, ge=0)  # further shards that run empty, ready to take over

@@ -32,12 +32,14 @@ def run_experts(
     pair_experts_P: Tensor,
     pair_weights_P: Tensor,
     experts: Mapping[int, ExpertWeights],
+    out_NH: Tensor | None = None,
 ) -> Tensor:
     """For each pair, `y[row] += weight * expert(x[row])`. -> y_NH float64, zero where a row has no pair.
 
-    x_NH and pair_weights_P are float32, pair_rows_P and pair_experts_P int64, pairs in any order. The sum is in float64
-    so that after the one rounding at the combine neither the order of the pairs nor their split over shards shows.
-    Raises KeyError when a pair names an expert that isn't in `experts`.
+    x_NH and pair_weights_P are float32, pair_rows_P and pair_experts_P int64, pairs in any order; out_NH: where y_NH
+    goes, if not into memory of its own. The products are float32 and their sum float64: 24 bits in 53 add up exactly
+    unless they lie 2^26 apart, so after the one rounding at the combine neither the order of the pairs nor their split
+    over shards shows. Raises KeyError when a pair names an expert that isn't in `experts`.
 
     Plain torch, one pass for each expert that has pairs: the reference for the native kernel, and the path on CUDA,
     where the loop costs one device-to-host sync for the counts.
@@ -45,7 +47,7 @@ def run_experts(
     y_NH = torch.zeros(x_NH.shape, dtype=torch.float64, device=x_NH.device)
     order_P = pair_experts_P.argsort(stable=True)
     rows_P = pair_rows_P[order_P]
-    weights_P1 = pair_weights_P[order_P].double()[:, None]
+    weights_P1 = pair_weights_P[order_P, None]
     start = 0
     for expert_id, count in enumerate(pair_experts_P.bincount().tolist()):
         if not count:
@@ -54,6 +56,6 @@ def run_experts(
         expert = experts[expert_id]
         rows_n = rows_P[start:stop]
         out_nH = linear(swiglu(linear(x_NH[rows_n], expert.gate_up)), expert.down)
-        y_NH.index_add_(0, rows_n, out_nH.double().mul_(weights_P1[start:stop]))
+        y_NH.index_add_(0, rows_n, out_nH.mul_(weights_P1[start:stop]).double())
         start = stop
-    return y_NH
+    return y_NH if out_NH is None else out_NH.copy_(y_NH)

@@ -20,7 +20,7 @@ log = logging.getLogger("expertmesh.model")
 
 PagedAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int | None, float], Tensor]
 """`paged_attention_reference` or its equal."""
-RunExperts = Callable[[Tensor, Tensor, Tensor, Tensor, Mapping[int, ExpertWeights]], Tensor]
+RunExperts = Callable[[Tensor, Tensor, Tensor, Tensor, Mapping[int, ExpertWeights], Tensor | None], Tensor]
 """`run_experts` or its equal."""
 
 

@@ -46,7 +46,7 @@ class LocalExchange:
         num_tokens, num_picks = topk_ids_TK.shape
         rows_P = torch.arange(num_tokens, device=x_TH.device).repeat_interleave(num_picks)
         return self._run_experts(
-            x_TH, rows_P, topk_ids_TK.flatten(), topk_weights_TK.flatten(), self._layers[layer_idx]
+            x_TH, rows_P, topk_ids_TK.flatten(), topk_weights_TK.flatten(), self._layers[layer_idx], None
         ).float()
 
     def combine(self, receipt: Receipt) -> Tensor:

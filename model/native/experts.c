@@ -56,15 +56,16 @@ static void run_expert(void *context, int i) {
 
 enum { SUM_COLUMNS = 512 };
 
-/* y[row] += weight * output in float64, pair by pair in the order given, for SUM_COLUMNS columns. */
+/* y[row] += weight * output, pair by pair in the order given, for SUM_COLUMNS columns: the product in float32, the sum
+ * in float64, which is then exact in all but freak cases and so the same in any order. */
 static void sum_columns(void *context, int i) {
     const struct routing *routing = context;
     int first = i * SUM_COLUMNS, n = at_most(SUM_COLUMNS, routing->hidden - first);
     for (int p = 0; p < routing->num_pairs; p++) {
         double *y = routing->y + routing->pair_rows[p] * routing->hidden + first;
         const float *output = routing->outputs + (long)routing->places[p] * routing->hidden + first;
-        double weight = routing->pair_weights[p];
-        for (int c = 0; c < n; c++) y[c] += weight * (double)output[c];
+        float weight = routing->pair_weights[p];
+        for (int c = 0; c < n; c++) y[c] += (double)(weight * output[c]);
     }
 }
 

@@ -63,6 +63,7 @@ class NativeKernels:
         pair_experts_P: Tensor,
         pair_weights_P: Tensor,
         experts: Mapping[int, ExpertWeights],
+        out_NH: Tensor | None = None,
     ) -> Tensor:
         """See `model.experts.run_experts`; a row's bits don't depend on the other rows."""
         used = set(pair_experts_P.tolist())
@@ -71,13 +72,13 @@ class NativeKernels:
         for expert_id in used:
             expert = experts[expert_id]
             if not isinstance(expert.gate_up, PackedWeight) or not isinstance(expert.down, PackedWeight):
-                return run_experts(x_NH, pair_rows_P, pair_experts_P, pair_weights_P, experts)
+                return run_experts(x_NH, pair_rows_P, pair_experts_P, pair_weights_P, experts, out_NH)
             matrices[2 * expert_id] = expert.gate_up.address
             matrices[2 * expert_id + 1] = expert.down.address
         x_NH = x_NH.contiguous()
         pair_rows_P, pair_experts_P = pair_rows_P.contiguous(), pair_experts_P.contiguous()
         pair_weights_P = pair_weights_P.contiguous()
-        y_NH = torch.empty(x_NH.shape, dtype=torch.float64)
+        y_NH = torch.empty(x_NH.shape, dtype=torch.float64) if out_NH is None else out_NH
         self.shared_object.run_experts(
             matrices,
             num_experts,

@@ -29,7 +29,7 @@ def ask_all(router):
         ask(router.engine, f"r{i}", prompt_of(i, 5 + 9 * i), 24, temperature=0.7 * (i % 2), seed=i)
 
 
-@pytest.mark.parametrize("transport", ["star", "all_to_all"])
+@pytest.mark.parametrize("transport", ["host", "star", "all_to_all"])
 @pytest.mark.parametrize(("num_shards", "replicas"), [(1, 1), (2, 1), (3, 2), (4, 1)])
 def test_the_mesh_gives_the_same_tokens_as_local_experts(
     start_router, tiny_model, expected, transport, num_shards, replicas
@@ -43,7 +43,7 @@ def test_the_mesh_gives_the_same_tokens_as_local_experts(
     assert all(count > 0 for count in rows)
 
 
-@pytest.mark.parametrize("transport", ["star", "all_to_all"])
+@pytest.mark.parametrize("transport", ["host", "star", "all_to_all"])
 def test_one_exchange_agrees_with_the_local_one_bit_by_bit(start_router, tiny_model, transport):
     mesh = ThreadMesh(tiny_model)
     mesh.publish(placed(mesh, 3))
@@ -103,10 +103,11 @@ def test_a_lost_shard_costs_a_pause_and_no_token(start_router, tiny_model, expec
     assert router.exchange.epoch == 2 and router.exchange.num_recoveries == 1
 
 
-def test_where_replicas_hold_what_is_lost_nobody_is_waited_for(start_router, tiny_model, expected):
+@pytest.mark.parametrize("transport", ["host", "star"])
+def test_where_replicas_hold_what_is_lost_nobody_is_waited_for(start_router, tiny_model, expected, transport):
     mesh = ThreadMesh(tiny_model)  # nobody heals it
     mesh.publish(placed(mesh, 3, replicas=2))
-    router, outputs = start_router(mesh, transport="star")
+    router, outputs = start_router(mesh, transport=transport)
     ask_all(router)
     wait_until(lambda: len(outputs.chunks["r5"]) > 2)
     mesh.shards["shard-1"].keep_only([])

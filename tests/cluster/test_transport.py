@@ -1,11 +1,15 @@
-"""Both transports over real gloo groups; ranks are threads of this process."""
+"""Every transport over real gloo groups and sockets; ranks are threads of this process, or processes to be killed."""
 
 from __future__ import annotations
 
 import gc
-import threading
+import multiprocessing
+import os
+import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,107 +18,200 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.dispatch import plan_dispatch, plan_dispatch_reference, routing_tables
-from cluster.errors import ExchangeError, FormationError, PeerLost
+from cluster.errors import ExchangeError, FormationError, PeerLost, PeerSilent
+from cluster.host_transport import Channels
 from cluster.placement import spread_evenly
-from cluster.process_group import connect_store, form_group, host_store
-from cluster.transport import TRANSPORTS, choose_transport
-from cluster.wire import Header, Opcode, new_message
+from cluster.process_group import host_store
+from cluster.transport import TRANSPORTS, choose_transport, router_transport
+from cluster.wire import Header, Opcode
+from tests.cluster.shard_process import form, serve
 
 CPU = torch.device("cpu")
+HIDDEN = 8
 
 
-def form(store, name, rank, world_size, formation_s=5.0):
-    return form_group(
-        store,
-        name,
-        rank=rank,
-        world_size=world_size,
-        host="127.0.0.1",
-        device=CPU,
-        formation_s=formation_s,
-        operation_s=20,
+def exchange(router, rows, deadline_s=5.0, hidden_size=HIDDEN):
+    """One exchange with rows[i] rows for shard i; checks what came back."""
+    starts = np.cumsum([0, *rows]).tolist()
+    whole = Header(Opcode.STEP, 1, 0, 0, hidden_size, 0, starts[-1], 0, starts[-1], starts[-1], starts[-1])
+    message = router.prepare(whole)
+    message.rows_NH.copy_(torch.arange(message.rows_NH.numel()).view(message.rows_NH.shape))
+    message.pair_weights_P.fill_(0.5)
+    for i, n in enumerate(rows):
+        message.pair_rows_P[starts[i] : starts[i + 1]] = torch.arange(n)
+        message.pair_experts_P[starts[i] : starts[i + 1]] = 10 * i + torch.arange(n)
+    router.send(
+        [whole._replace(first_row=starts[i], num_rows=n, first_pair=starts[i], num_pairs=n) for i, n in enumerate(rows)]
     )
+    router.receive(deadline_s)
+    for i, n in enumerate(rows):
+        part = slice(starts[i], starts[i + 1])
+        expected = message.rows_NH[part].double() * 2 + 0.5 * n + 10 * i + torch.arange(n)[:, None]
+        assert torch.equal(message.sums_NH[part], expected)
 
 
-def serve(transport_cls, store_port, name, rank, world_size, work):
-    """One shard: answers every STEP with `work(message)` until CLOSE or until the router is gone."""
-    shard = transport_cls(form(connect_store("127.0.0.1", store_port, timeout_s=5), name, rank, world_size))
-    served = 0
-    while True:
-        header = shard.next_header()
-        if header.opcode == Opcode.CLOSE:
-            return served
-        if header.opcode == Opcode.STEP:
-            shard.reply(header, work(shard.receive(header)))
-            served += 1
-
-
-def double(message):
-    return message.rows_NH.double() * 2
-
-
-@pytest.mark.parametrize("name", sorted(TRANSPORTS))
-@pytest.mark.parametrize("num_shards", [1, 2, 3])
-def test_rows_come_back_from_every_shard_whatever_the_split(name, num_shards):
-    router_cls, shard_cls = TRANSPORTS[name]
-    store = host_store("127.0.0.1", timeout_s=5)
+@contextmanager
+def threads(transport, num_shards, far=(), operation_s=20.0):
+    """A router whose shards are threads; `far` ones pretend to be on another host."""
+    store = host_store("127.0.0.1", timeout_s=10)
     world_size = num_shards + 1
     with ThreadPoolExecutor(num_shards) as pool:
         shards = [
-            pool.submit(serve, shard_cls, store.port, "g", rank, world_size, double) for rank in range(1, world_size)
+            pool.submit(
+                serve, transport, store.port, "g", rank, world_size, is_far=rank - 1 in far, operation_s=operation_s
+            )
+            for rank in range(1, world_size)
         ]
-        router = router_cls(form(store, "g", 0, world_size), [f"shard-{i}" for i in range(num_shards)])
+        group = form(store, "g", 0, world_size)
+        router = router_transport(transport, group, [f"shard-{i}" for i in range(num_shards)])
+        del group
+        yield router
+        router.announce(Header(Opcode.IDLE, 1))
+        router.announce(Header(Opcode.CLOSE, 1))
+        assert all(shard.result(timeout=10) >= 1 for shard in shards)
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.cluster.shard_process"])
+
+
+@contextmanager
+def processes(transport, num_shards, **options):
+    store = host_store("127.0.0.1", timeout_s=10)
+    world_size = num_shards + 1
+    children = [
+        PROCESSES.Process(target=serve, args=(transport, store.port, "g", rank, world_size), kwargs=options)
+        for rank in range(1, world_size)
+    ]
+    try:
+        for child in children:
+            child.start()
+        group = form(store, "g", 0, world_size, formation_s=30.0)
+        router = [router_transport(transport, group, [f"shard-{i}" for i in range(num_shards)])]
+        del group
+        yield router, children  # in a list, so that the test can drop it
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+def test_rows_come_back_from_every_shard_whatever_the_split(transport, num_shards):
+    with threads(transport, num_shards) as router:
         for step in range(5):
-            rows = [(step + i) % 3 for i in range(num_shards)]  # some shards get nothing
-            messages, headers = [], []
-            for i, n in enumerate(rows):
-                headers.append(Header(opcode=Opcode.STEP, epoch=1, num_rows=n, num_pairs=n, hidden_size=8))
-                if n == 0:
-                    messages.append(None)
-                    continue
-                message = new_message(n, n, 8, CPU)
-                message.rows_NH.copy_(torch.arange(n * 8).view(n, 8) + 100 * i)
-                messages.append(message)
-            replies = router.receive(router.send(headers, messages), deadline_s=5)
-            for message, reply in zip(messages, replies, strict=True):
-                if message is None:
-                    assert reply is None
-                else:
-                    assert torch.equal(reply, message.rows_NH.double() * 2)
-        router.announce(Header(opcode=Opcode.IDLE, epoch=1))
-        router.announce(Header(opcode=Opcode.CLOSE, epoch=1))
-        assert all(shard.result(timeout=5) >= 1 for shard in shards)
+            exchange(router, [(step + i) % 3 for i in range(num_shards - 1)] + [step + 1])  # some shards get nothing
+        exchange(router, [3] * num_shards, hidden_size=40_000)  # more than the arena had room for
+        exchange(router, [1] * num_shards)
 
 
-def test_a_shard_that_goes_away_is_named_and_found_at_once():
-    router_cls, shard_cls = TRANSPORTS["star"]
-    store = host_store("127.0.0.1", timeout_s=5)
-    gone = threading.Event()
+def test_near_and_far_shards_serve_one_router_together():
+    with threads("mixed", 3, far={1}) as router:
+        for step in range(5):
+            exchange(router, [(step + i) % 3 for i in range(3)])
+        exchange(router, [2, 3, 1], hidden_size=40_000)
 
-    def leave(message):
-        gone.set()
-        raise EOFError  # the thread ends and drops its group: its sockets close
 
-    def run(rank, work):
-        try:
-            return serve(shard_cls, store.port, "g", rank, 3, work)
-        except (EOFError, ExchangeError) as error:
-            return type(error)
+def test_a_forced_host_transport_names_the_shards_it_cannot_reach():
+    with (
+        pytest.raises(FormationError, match=r"shard-1 can't be reached .* set transport to auto"),
+        threads("host", 2, far={1}, operation_s=1.0),
+    ):
+        pass
 
-    with ThreadPoolExecutor(2) as pool:
-        shards = [pool.submit(run, 1, double), pool.submit(run, 2, leave)]
-        router = router_cls(form(store, "g", 0, 3), ["shard-a", "shard-b"])
-        header = Header(opcode=Opcode.STEP, epoch=1, num_rows=1, num_pairs=1, hidden_size=4)
-        messages = [new_message(1, 1, 4, CPU) for _ in range(2)]
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_killed_shard_is_found_at_once_and_named(transport):
+    with processes(transport, 2) as (router, children):
+        exchange(router[0], [1, 1])
+        os.kill(children[1].pid, signal.SIGKILL)
         started = time.monotonic()
         with pytest.raises(PeerLost) as caught:
-            router.receive(router.send([header, header], messages), deadline_s=15)
-        assert caught.value.suspects == ("shard-b",)
-        assert gone.is_set() and time.monotonic() - started < 10
-        caught = None
+            exchange(router[0], [1, 1], deadline_s=15)
+        assert time.monotonic() - started < 10
+        assert caught.value.suspects == ("shard-1",) or transport == "all_to_all"  # where all wait for all
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_stopped_shard_is_found_at_the_deadline_and_its_partner_is_not_blamed(transport):
+    with processes(transport, 2) as (router, children):
+        exchange(router[0], [1, 1])
+        os.kill(children[1].pid, signal.SIGSTOP)
+        with pytest.raises(PeerSilent) as caught:
+            exchange(router[0], [1, 1], deadline_s=2.0)
+        assert caught.value.suspects == ("shard-1",) or transport == "all_to_all"  # where all wait for all
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_shard_ends_when_its_router_is_gone(transport):
+    store = host_store("127.0.0.1", timeout_s=10)
+    with ThreadPoolExecutor(1) as pool:
+        shard = pool.submit(serve, transport, store.port, "g", 1, 2)
+        router = router_transport(transport, form(store, "g", 0, 2), ["shard-0"])
+        exchange(router, [2])
         del router
-        gc.collect()  # the survivor sees the router's sockets close and ends too
-        assert shards[0].result(timeout=10) is PeerLost
+        gc.collect()
+        with pytest.raises(PeerLost):
+            shard.result(timeout=10)
+
+
+def test_killed_groups_leave_neither_descriptors_nor_memory_behind():
+    def traces():
+        gc.collect()
+        with open("/proc/self/maps") as maps:
+            return len(os.listdir("/proc/self/fd")), sum("memfd:expertmesh" in line for line in maps)
+
+    before = None
+    for _ in range(4):
+        with processes("host", 2) as (router, children):
+            exchange(router[0], [1, 2])
+            assert traces()[1] > 0
+            children[0].kill()
+            with pytest.raises(PeerLost):
+                exchange(router[0], [1, 2])
+            router.clear()
+        children.clear()
+        before = before or traces()
+    assert traces() == before and before[1] == 0
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_others_go_on_in_the_same_group_without_a_killed_shard(transport):
+    with processes(transport, 3) as (router, children):
+        exchange(router[0], [1, 2, 3])
+        children[1].kill()
+        with pytest.raises(PeerLost):
+            exchange(router[0], [1, 2, 3])
+        goes_on = router[0].leave_out(["shard-1"])
+        assert goes_on == (transport != "all_to_all")
+        if goes_on:
+            router[0].announce(Header(Opcode.IDLE, 1))
+            exchange(router[0], [3, 0, 1])
+            assert not router[0].leave_out(["shard-0", "shard-2"])
+
+
+def test_a_header_beyond_the_shared_memory_ends_the_group():
+    store = host_store("127.0.0.1", timeout_s=10)
+    with ThreadPoolExecutor(1) as pool:
+        shard = pool.submit(serve, "host", store.port, "g", 1, 2)
+        router = router_transport("host", form(store, "g", 0, 2), ["shard-0"])
+        router.send([Header(Opcode.STEP, 1, 0, 0, HIDDEN, 0, 10**9, 0, 10**9, 10**9, 10**9)])
+        with pytest.raises(PeerLost):
+            router.receive(10)
+        with pytest.raises(ExchangeError, match="bytes of an arena"):
+            shard.result(timeout=10)
+
+
+def test_an_answer_out_of_turn_ends_the_channel():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channels = Channels({0: ours})
+    sent = Header(Opcode.STEP, 7, 3, 2)
+    channels.send(0, sent)
+    theirs.send(theirs.recv(1000)[:-8] + b"old step")
+    [(shard_idx, error)] = channels.wait({0: sent}, time.monotonic() + 5)
+    assert shard_idx == 0 and "out of turn" in str(error) and not channels.sockets
+    theirs.close()
 
 
 def test_a_member_that_never_comes_fails_the_formation_in_time():
@@ -124,11 +221,13 @@ def test_a_member_that_never_comes_fails_the_formation_in_time():
 
 
 def test_unknown_transports_are_refused_and_auto_follows_the_hardware():
-    assert choose_transport("auto", CPU, 1) == "star"
+    assert choose_transport("auto", CPU, 1) == "mixed"
     assert choose_transport("auto", torch.device("cuda", 0), 1) == "all_to_all"
     assert choose_transport("auto", torch.device("cuda", 0), 2) == "star"
     with pytest.raises(ValueError, match="carrier-pigeon"):
         choose_transport("carrier-pigeon", CPU, 1)
+    with pytest.raises(ValueError, match="choose auto"):
+        choose_transport("host", torch.device("cuda", 0), 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -140,14 +239,13 @@ def test_the_plan_equals_the_plain_reference(data, num_tokens, top_k, num_shards
         moe_layers=[0], num_experts=num_experts, nodes={f"shard-{i}": f"node-{i}" for i in range(num_shards)}
     )
     table = routing_tables(placement, [f"shard-{i}" for i in range(num_shards)])[0]
-    plans = plan_dispatch(np.array(ids, dtype=np.int64), table, num_shards)
+    plan = plan_dispatch(np.array(ids, dtype=np.int64), table, num_shards)
     reference = plan_dispatch_reference(ids, table.holders_ER[:, 0].tolist(), num_shards)
-    for plan, expected in zip(plans, reference, strict=True):
-        if plan is None:
-            assert not expected["pairs"]
-            continue
-        assert plan.token_of_row_N.tolist() == expected["tokens"]
-        assert list(zip(plan.pair_rows_P.tolist(), plan.pair_experts_P.tolist(), strict=True)) == expected["pairs"]
+    pairs = list(zip(plan.pair_rows_P.tolist(), plan.pair_experts_P.tolist(), strict=True))
+    for i, expected in enumerate(reference):
+        assert plan.token_of_row_N[plan.row_starts[i] : plan.row_starts[i + 1]].tolist() == expected["tokens"]
+        assert pairs[plan.pair_starts[i] : plan.pair_starts[i + 1]] == expected["pairs"]
+    assert plan.is_on_one_shard == (sum(bool(part["pairs"]) for part in reference) == 1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -157,13 +255,12 @@ def test_with_replicas_no_pair_is_lost_and_none_doubled(num_tokens, replicas, tu
     ids = np.stack([generator.permutation(6)[:3] for _ in range(num_tokens)]).astype(np.int64)
     nodes = {f"shard-{i}": f"node-{i}" for i in range(3)}
     placement = spread_evenly(moe_layers=[0], num_experts=6, nodes=nodes, replicas=replicas)
-    plans = plan_dispatch(ids, routing_tables(placement, sorted(nodes))[0], 3, turn)
-    seen = sorted(i for plan in plans if plan is not None for i in plan.pair_index_P.tolist())
-    assert seen == list(range(num_tokens * 3))
-    for shard_idx, plan in enumerate(plans):
-        if plan is not None:
-            held = placement.held_by(f"shard-{shard_idx}")
-            assert all((0, e) in held for e in plan.pair_experts_P.tolist())
-            flat = ids.reshape(-1)[plan.pair_index_P]
-            assert np.array_equal(flat, plan.pair_experts_P)
-            assert np.array_equal(plan.token_of_row_N[plan.pair_rows_P], plan.pair_index_P // 3)
+    plan = plan_dispatch(ids, routing_tables(placement, sorted(nodes))[0], 3, turn)
+    assert sorted(plan.pair_index_P.tolist()) == list(range(num_tokens * 3))
+    assert np.array_equal(ids.reshape(-1)[plan.pair_index_P], plan.pair_experts_P)
+    for i in range(3):
+        pairs = slice(plan.pair_starts[i], plan.pair_starts[i + 1])
+        held = placement.held_by(f"shard-{i}")
+        assert all((0, e) in held for e in plan.pair_experts_P[pairs].tolist())
+        tokens = plan.token_of_row_N[plan.row_starts[i] :][plan.pair_rows_P[pairs]]
+        assert np.array_equal(tokens, plan.pair_index_P[pairs] // 3)

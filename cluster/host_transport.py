@@ -1,0 +1,247 @@
+"""Exchanges between processes of one host: rows in shared memory, wake-ups through unix sockets.
+
+    router                                        shard
+    fills the arena
+    header ──────────── socket ─────────────────> wakes, computes from the arena, writes its sums there
+    wakes, adds the sums up <──── socket ──────── the same header
+
+Nothing is copied and nothing spins. A process that dies closes its sockets, so its peer wakes at once; a stopped one
+is found at the deadline. The memory is a memfd without a name, handed over through the socket: it ends with the last
+process that maps it, however that ends, and can't be shrunk under anybody.
+
+The router listens in Linux' abstract namespace (no file to leave behind) only while a group forms. Either side
+hears the other's user id from the kernel and refuses another user's process. Whether a shard is near is found by
+trying: in another container or host that socket can't be reached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import secrets
+import select
+import socket
+import struct
+import time
+from datetime import timedelta
+
+import torch
+
+from cluster.errors import ExchangeError, FormationError, PeerLost, PeerSilent
+from cluster.process_group import MeshGroup, first_line
+from cluster.wire import HEADER_LENGTH, Arena, Header, Message, roomy
+
+HEADER = struct.Struct(f"={HEADER_LENGTH}q")
+HELLO = struct.Struct("=q")
+NAME_BYTES = 16
+NAME_TAG, ANSWER_TAG = 4, 5
+Failure = tuple[int | None, Exception]
+"""Index of the shard, if one is to blame, and what happened."""
+
+
+def is_supported() -> bool:
+    """Linux: memfd and the abstract socket namespace."""
+    return hasattr(os, "memfd_create") and hasattr(socket, "SO_PEERCRED")
+
+
+class SharedArena(Arena):
+    """An arena in a memfd. The router's has no fd yet and makes one; a shard maps the router's."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        self._is_owner = fd is None
+        if fd is None:
+            fd = os.memfd_create("expertmesh", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+            os.ftruncate(fd, roomy(0))
+        self.fd = fd
+        super().__init__(torch.device("cpu"))
+        self._map()
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+    def reserve(self, num_bytes: int) -> None:
+        if self.buffer.numel() < num_bytes:
+            if self._is_owner:
+                os.ftruncate(self.fd, roomy(num_bytes))
+            self._map()
+            if self.buffer.numel() < num_bytes:
+                raise ExchangeError(f"a header names {num_bytes} bytes of an arena of {self.buffer.numel()}")
+
+    def _map(self) -> None:
+        """The same pages again and those that came since; views of the former mapping stay valid."""
+        self._adopt(torch.frombuffer(mmap.mmap(self.fd, os.fstat(self.fd).st_size), dtype=torch.uint8))
+
+
+class Channels:
+    """A router's sockets to the shards on its host, by shard index, and the memory it shares with them."""
+
+    def __init__(self, sockets: dict[int, socket.socket], arena: SharedArena | None = None) -> None:
+        self.sockets = sockets
+        self.arena = arena
+        self._poll = select.poll()
+        self._shard_of_fd = {peer.fileno(): shard_idx for shard_idx, peer in sockets.items()}
+        for fd in self._shard_of_fd:
+            self._poll.register(fd, select.POLLIN)
+
+    def __del__(self) -> None:
+        for peer in self.sockets.values():
+            peer.close()
+
+    def send(self, shard_idx: int, header: Header) -> None:
+        """Raises OSError."""
+        try:
+            self.sockets[shard_idx].send(HEADER.pack(*header))
+        except BlockingIOError:
+            raise TimeoutError("timed out: it reads nothing") from None
+
+    def wait(self, headers: dict[int, Header], end: float) -> list[Failure]:
+        """Wait until each shard has sent its header back or closed, at most until `end` (monotonic); empties `headers`.
+
+        Shards that nothing is expected from are noticed too when they close.
+        """
+        failures: list[Failure] = []
+        while headers:
+            events = self._poll.poll(max(end - time.monotonic(), 0.0) * 1e3)
+            if not events:
+                return failures + [(shard_idx, TimeoutError("timed out")) for shard_idx in headers]
+            for fd, _ in events:
+                shard_idx = self._shard_of_fd[fd]
+                expected = headers.pop(shard_idx, None)
+                try:
+                    answer = self.sockets[shard_idx].recv(HEADER.size)
+                except OSError:
+                    answer = b""
+                if expected is None or answer != HEADER.pack(*expected):
+                    failures.append((shard_idx, ConnectionResetError("connection closed, or an answer out of turn")))
+                    self.drop(shard_idx)
+        return failures
+
+    def drop(self, shard_idx: int) -> None:
+        """Close the socket to a shard, if it is open."""
+        peer = self.sockets.pop(shard_idx, None)
+        if peer is not None:
+            self._poll.unregister(peer.fileno())
+            peer.close()
+
+
+class HostShard:
+    """A shard's side of one router's channel. The group is kept: it ends with this."""
+
+    def __init__(self, group: MeshGroup, router: socket.socket, arena: SharedArena) -> None:
+        self.group = group
+        self._socket = router
+        self._arena = arena
+        self._socket.settimeout(None)
+        limit = struct.pack("=qq", int(group.operation_s), int(group.operation_s % 1 * 1e6))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            router.setsockopt(socket.SOL_SOCKET, option, limit)
+
+    def __del__(self) -> None:
+        self._socket.close()
+
+    def next_header(self) -> Header:
+        try:
+            data = self._socket.recv(HEADER.size)
+        except BlockingIOError:
+            raise PeerSilent(f"router of group {self.group.name}: timed out") from None
+        except OSError as error:
+            raise PeerLost(f"router of group {self.group.name}: {error}") from None
+        if len(data) != HEADER.size:
+            raise PeerLost(f"router of group {self.group.name}: connection closed by peer")
+        return Header._make(HEADER.unpack(data))
+
+    def receive(self, header: Header) -> Message:
+        self._arena.reserve(header.arena_bytes)
+        return self._arena.message(header)
+
+    def reply(self, header: Header, message: Message) -> None:
+        try:
+            self._socket.send(HEADER.pack(*header))
+        except OSError as error:
+            raise PeerLost(f"router of group {self.group.name}: {error}") from None
+
+
+def meet_shards(group: MeshGroup) -> Channels:
+    """The router's side of forming channels, after the group has formed; shards call meet_router.
+
+    Raises FormationError when one does neither come nor decline within the group's formation time.
+    """
+    name = secrets.token_bytes(NAME_BYTES)
+    end = time.monotonic() + group.formation_s
+    arena, peers = SharedArena(), dict[int, socket.socket]()
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(_address(name))
+            listener.listen(group.world_size)
+            num_near = _ask(group, name)
+            while len(peers) < num_near:
+                listener.settimeout(max(end - time.monotonic(), 0.001))
+                peer, _ = listener.accept()
+                peer.settimeout(max(end - time.monotonic(), 0.001))
+                if not _is_same_user(peer):
+                    peer.close()
+                    continue
+                (rank,) = HELLO.unpack(peer.recv(HELLO.size))
+                peers[rank - 1] = peer
+                socket.send_fds(peer, [b"m"], [arena.fd])
+                peer.setblocking(False)
+    except (RuntimeError, OSError, struct.error) as error:
+        for peer in peers.values():
+            peer.close()
+        raise FormationError(f"group {group.name}, channels of this host: {first_line(error)}") from None
+    return Channels(peers, arena if peers else None)
+
+
+def _ask(group: MeshGroup, name: bytes) -> int:
+    """Tell every shard where the router listens -> how many could connect there, and have."""
+    ranks, timeout = range(1, group.world_size), timedelta(seconds=group.formation_s)
+    where = torch.tensor(list(name), dtype=torch.uint8)
+    answers = torch.zeros(group.world_size, dtype=torch.int64)
+    works = [group.control.send([where], rank, NAME_TAG) for rank in ranks]
+    works += [group.control.recv([answers[rank : rank + 1]], rank, ANSWER_TAG) for rank in ranks]
+    for work in works:
+        work.wait(timeout)
+    return int(answers.sum())
+
+
+def meet_router(group: MeshGroup) -> HostShard | None:
+    """A shard's side: None when the router isn't on this host. Raises FormationError."""
+    timeout = timedelta(seconds=group.formation_s)
+    name = torch.zeros(NAME_BYTES, dtype=torch.uint8)
+    try:
+        group.control.recv([name], 0, NAME_TAG).wait(timeout)
+        router = _connect(bytes(name.tolist()), group)
+        group.control.send([torch.tensor([int(router is not None)])], 0, ANSWER_TAG).wait(timeout)
+        if router is None:
+            return None
+        _, fds, _, _ = socket.recv_fds(router, 1, 1)
+        if not fds:
+            raise OSError("the router sent no memory")
+        return HostShard(group, router, SharedArena(fds[0]))
+    except (RuntimeError, OSError) as error:
+        raise FormationError(f"group {group.name}, channel to the router: {first_line(error)}") from None
+
+
+def _connect(name: bytes, group: MeshGroup) -> socket.socket | None:
+    router = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    router.settimeout(group.formation_s)
+    with contextlib.suppress(OSError):
+        router.connect(_address(name))
+        if _is_same_user(router):
+            router.send(HELLO.pack(group.rank))
+            return router
+    router.close()
+    return None
+
+
+def _address(name: bytes) -> bytes:
+    return b"\0expertmesh-" + name.hex().encode()
+
+
+def _is_same_user(peer: socket.socket) -> bool:
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("=3i"))
+    _, user_id, _ = struct.unpack("=3i", credentials)
+    return bool(user_id == os.geteuid())

@@ -1,0 +1,55 @@
+"""The shard's side of a transport under test: it doubles the rows it gets. Run in a thread or in a process."""
+
+from __future__ import annotations
+
+import torch
+
+from cluster.errors import ExchangeError
+from cluster.host_transport import ANSWER_TAG, NAME_BYTES, NAME_TAG
+from cluster.process_group import MeshGroup, connect_store, form_group
+from cluster.transport import ShardTransport, StarShard, shard_transport
+from cluster.wire import Opcode
+
+
+def form(store, name, rank, world_size, formation_s=10.0, operation_s=20.0) -> MeshGroup:
+    return form_group(
+        store,
+        name,
+        rank=rank,
+        world_size=world_size,
+        host="127.0.0.1",
+        device=torch.device("cpu"),
+        formation_s=formation_s,
+        operation_s=operation_s,
+    )
+
+
+def decline(group: MeshGroup) -> StarShard:
+    """What a shard on another host does with the router's offer of a channel."""
+    group.control.recv([torch.zeros(NAME_BYTES, dtype=torch.uint8)], 0, NAME_TAG).wait()
+    group.control.send([torch.zeros(1, dtype=torch.int64)], 0, ANSWER_TAG).wait()
+    return StarShard(group)
+
+
+def serve(transport, store_port, name, rank, world_size, *, is_far=False, operation_s=20.0) -> int:
+    """Answer every STEP until CLOSE or until the router is gone; returns how many."""
+    try:
+        group = form(connect_store("127.0.0.1", store_port, timeout_s=10), name, rank, world_size, 10.0, operation_s)
+        return _answer(decline(group) if is_far else shard_transport(transport, group))
+    except ExchangeError as error:
+        failure = type(error)(str(error))
+    raise failure  # without the frames that would keep the group, and its sockets, open
+
+
+def _answer(shard: ShardTransport) -> int:
+    served = 0
+    while True:
+        header = shard.next_header()
+        if header.opcode == Opcode.CLOSE:
+            return served
+        if header.opcode == Opcode.STEP:
+            message = shard.receive(header)
+            message.sums_NH.copy_(message.rows_NH.double() * 2 + message.pair_weights_P.sum())
+            message.sums_NH[message.pair_rows_P] += message.pair_experts_P[:, None]
+            shard.reply(header, message)
+            served += 1
