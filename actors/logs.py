@@ -13,16 +13,16 @@ import logging
 import time
 import traceback
 from contextvars import ContextVar
-from typing import Literal
+from typing import Literal, TextIO
 
 LogFormat = Literal["text", "json"]
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")  # of the request that is being served
 OURS = ("expertmesh", "deploy")
 
 
-def start_logging(part: str, log_format: LogFormat) -> None:
+def start_logging(part: str, log_format: LogFormat, stream: TextIO | None = None) -> None:
     """Call once in each process, first of all. Lines go to stderr, which Ray keeps in the node's log directory."""
-    handler = logging.StreamHandler()
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(_Json(part) if log_format == "json" else _Text(part))
     logging.getLogger().handlers[:] = [handler]
     for name in OURS:

@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -80,7 +81,7 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
             namespace="expertmesh",
         )
         if settings.server.log_format == "json":
-            stack.enter_context(followed(Path(context.address_info["session_dir"], "logs")))
+            stack.enter_context(followed(Path(context.address_info["session_dir"], "logs"), sys.stderr))
         say(f"Ray is up after {time.monotonic() - began:.1f} s; loading {models[0].names[0]}")
         supervisors = [application.ensure_mesh(mesh) for mesh in meshes]
         with contextlib.ExitStack() as progress:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 EVERY_S = 0.25
 
 
 @contextlib.contextmanager
-def followed(directory: Path) -> Iterator[None]:
-    """Copies whole lines to our stderr while the body runs. directory: the session's logs."""
+def followed(directory: Path, stream: TextIO) -> Iterator[None]:
+    """Copies whole lines to the stream while the body runs. directory: the session's logs."""
     stop = threading.Event()
     seen: dict[Path, int] = defaultdict(int)
 
@@ -31,8 +31,8 @@ def followed(directory: Path) -> Iterator[None]:
             seen[path] += len(whole)
             for line in whole.splitlines():
                 if line.startswith(b'{"time"'):
-                    sys.stderr.write(line.decode(errors="replace") + "\n")
-        sys.stderr.flush()
+                    stream.write(line.decode(errors="replace") + "\n")
+        stream.flush()
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
