@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,9 @@ from deploy.openai_requests import ChatCompletionRequest
 from deploy.router_pool import GenerateRequest
 from deploy.served_model import ServedModel
 from deploy.service import Service
-from deploy.sse import DONE, event
 from deploy.tool_parser import CallArguments, CallStart, Content, Parser, Piece, parser_for
 from deploy.tools import ToolUse, read_tool_use
-from deploy.usage import Usage
+from deploy.usage import Usage, events_with_usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,28 +119,22 @@ async def chat(service: Service, plan: ChatPlan) -> dict[str, Any]:
 
 async def chat_stream(service: Service, plan: ChatPlan) -> AsyncGenerator[bytes]:
     """The answer as server-sent events."""
-    options = plan.body.stream_options
-    include_usage = options is not None and options.include_usage
-    usage = Usage.of_prompts(plan.requests, len(plan.requests))
     choices = [_Choice(plan, index) for index in range(len(plan.requests))]
-    head = plan.head("chat.completion.chunk")
+    usage = Usage.of_prompts(plan.requests, len(plan.requests))
+
+    def show(delta: Delta) -> Iterator[dict[str, Any]]:
+        for choice in choices[delta.index].chunks(delta):
+            shown: dict[str, Any] = {"choices": [choice]}
+            if plan.body.return_token_ids and "role" in choice["delta"]:
+                shown["prompt_token_ids"] = plan.requests[0].prompt_ids
+            yield shown
+
     async with contextlib.aclosing(
         stream_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
     ) as deltas:
-        async for delta in deltas:
-            usage.count(delta)
-            for choice in choices[delta.index].chunks(delta):
-                chunk = {**head, "choices": [choice]}
-                if plan.body.return_token_ids and "role" in choice["delta"]:
-                    chunk["prompt_token_ids"] = plan.requests[0].prompt_ids
-                if options is not None and options.continuous_usage_stats:
-                    chunk["usage"] = usage.to_dict()
-                elif include_usage:
-                    chunk["usage"] = None
-                yield event(chunk)
-    if include_usage:
-        yield event({**head, "choices": [], "usage": usage.to_dict()})
-    yield DONE
+        head = plan.head("chat.completion.chunk")
+        async for one in events_with_usage(deltas, show, head, usage, plan.body.stream_options):
+            yield one
 
 
 class _Choice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +20,11 @@ from deploy.generation_plan import (
 )
 from deploy.logprobs import completion_logprobs, prompt_logprobs, prompt_tokens
 from deploy.openai_requests import CompletionRequest
+from deploy.pooling import one_or_many
 from deploy.router_pool import GenerateRequest
 from deploy.served_model import ServedModel
 from deploy.service import Service
-from deploy.sse import DONE, event
-from deploy.usage import Usage
+from deploy.usage import Usage, events_with_usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ async def plan_completion(service: Service, body: CompletionRequest, answer_id: 
     model = service.models.find_generator(body.model)
     if body.stream and body.prompt_logprobs is not None:
         raise InvalidRequest("prompt_logprobs: not available with stream; set stream to false", param="prompt_logprobs")
-    sent = _prompts(body.prompt)
+    sent = one_or_many(body.prompt, "prompt")
     prompts, texts = await service.run(lambda: _read_prompts(body, model, sent), sum(len(prompt) for prompt in sent))
     asked_prompt_logprobs = body.prompt_logprobs
     if body.echo and body.logprobs is not None:
@@ -64,7 +64,7 @@ async def plan_completion(service: Service, body: CompletionRequest, answer_id: 
         body=body,
         model=model,
         requests=plan_requests(body, model, prompts, asked, service.settings.limits, service.deadline()),
-        options=text_options(body, model),
+        options=replace(text_options(body, model), hides_output=body.max_tokens == 0),
         texts=texts,
         head={
             "id": answer_id,
@@ -82,7 +82,6 @@ async def complete(service: Service, plan: CompletionPlan) -> dict[str, Any]:
     usage = Usage.of_prompts(plan.requests, plan.n)
     choices = []
     for index, delta in enumerate(deltas):
-        delta = _without_output(delta) if plan.body.max_tokens == 0 else delta
         usage.count(delta)
         choices.append(_Choice(plan, index).render(delta, streaming=False))
     return {**plan.head, "choices": choices, "usage": usage.to_dict()}
@@ -90,28 +89,19 @@ async def complete(service: Service, plan: CompletionPlan) -> dict[str, Any]:
 
 async def complete_stream(service: Service, plan: CompletionPlan) -> AsyncGenerator[bytes]:
     """The answer as server-sent events."""
-    options = plan.body.stream_options
-    include_usage = options is not None and options.include_usage
-    usage = Usage.of_prompts(plan.requests, plan.n)
     choices = [_Choice(plan, index) for index in range(len(plan.requests))]
+    usage = Usage.of_prompts(plan.requests, plan.n)
+
+    def show(delta: Delta) -> Iterator[dict[str, Any]]:
+        choice = choices[delta.index]
+        if choice.has_news(delta):
+            yield {"choices": [choice.render(delta, streaming=True)]}
+
     async with contextlib.aclosing(
         stream_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
     ) as deltas:
-        async for delta in deltas:
-            delta = _without_output(delta) if plan.body.max_tokens == 0 else delta
-            usage.count(delta)
-            choice = choices[delta.index]
-            if not choice.has_news(delta):
-                continue
-            chunk = {**plan.head, "choices": [choice.render(delta, streaming=True)]}
-            if options is not None and options.continuous_usage_stats:
-                chunk["usage"] = usage.to_dict()
-            elif include_usage:
-                chunk["usage"] = None
-            yield event(chunk)
-    if include_usage:
-        yield event({**plan.head, "choices": [], "usage": usage.to_dict()})
-    yield DONE
+        async for one in events_with_usage(deltas, show, plan.head, usage, plan.body.stream_options):
+            yield one
 
 
 class _Choice:
@@ -178,30 +168,5 @@ def _read_prompts(
     return prompts, texts
 
 
-def _without_output(delta: Delta) -> Delta:
-    """max_tokens = 0 asks for the prompt alone; the one token that was drawn is not shown."""
-    reason = "length" if delta.finish_reason else None
-    return replace(delta, text="", tokens=[], num_tokens=0, finish_reason=reason, stop_reason=None)
-
-
 def _shifted(token: Token, offset: int) -> Token:
     return replace(token, text_offset=token.text_offset + offset)
-
-
-def _prompts(prompt: Any) -> Sequence[str | list[int]]:
-    """The prompts in any of the four shapes. Raises InvalidRequest."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if isinstance(prompt, list) and prompt:
-        if all(isinstance(one, str) for one in prompt):
-            return prompt
-        if all(type(one) is int for one in prompt):
-            return [prompt]
-        if all(isinstance(one, list) and all(type(token) is int for token in one) for one in prompt):
-            return prompt
-    if prompt is None:
-        raise InvalidRequest("prompt: this field is required", param="prompt", code="missing_required_parameter")
-    raise InvalidRequest(
-        "prompt: expected a string, a list of strings, a list of token ids, or a list of lists of token ids",
-        param="prompt",
-    )

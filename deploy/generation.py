@@ -18,7 +18,7 @@ SEQUENCES_AT_ONCE = 256  # of one request: a batch neither fills a router's queu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextOptions:
-    """How tokens become text, and where text ends."""
+    """How tokens become text, and where text ends. hides_output: only the prompt is asked for; what is drawn is not."""
 
     stops: tuple[str, ...] = ()
     include_stop: bool = False
@@ -26,6 +26,7 @@ class TextOptions:
     skip_special_tokens: bool = True
     stop_token_ids: frozenset[int] = frozenset()
     eos_token_ids: frozenset[int] = frozenset()
+    hides_output: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,9 @@ class TextStream:
             end = match.end if options.include_stop else match.start
             self._held_text = self._held_text[: end - self._num_shown]
         text, tokens = self._release(everything=finish_reason is not None)
+        if options.hides_output:
+            text, tokens, self._num_tokens, stop_reason = "", [], 0, None
+            finish_reason = "length" if finish_reason else None
         return Delta(
             index=index,
             text=text,

@@ -13,7 +13,7 @@ LOWEST = -9999.0  # stands for minus infinity, which JSON hasn't got
 
 
 def completion_logprobs(
-    tokens: Sequence[Token], tokenizer: Tokenizer, *, num_top: int, as_ids: bool = False, first_offset: int = 0
+    tokens: Sequence[Token], tokenizer: Tokenizer, *, num_top: int, as_ids: bool = False
 ) -> dict[str, Any] | None:
     """Parallel lists over the tokens. `top_logprobs` also has the token itself."""
     if not tokens:
@@ -27,7 +27,7 @@ def completion_logprobs(
             top.append({_name(tokenizer, one[0], as_ids): _finite(one[1]) for one in reversed(shown)})
             top[-1] = dict(sorted(top[-1].items(), key=lambda item: -item[1]))  # type: ignore[union-attr]
     return {
-        "text_offset": [first_offset + token.text_offset for token in tokens],
+        "text_offset": [token.text_offset for token in tokens],
         "token_logprobs": [
             None if token.alternatives is None else _finite(token.alternatives[0][1]) for token in tokens
         ],

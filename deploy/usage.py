@@ -1,12 +1,14 @@
-"""The `usage` object."""
+"""The `usage` object, and OpenAI's streams, which may carry it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from deploy.generation import Delta
+from deploy.openai_requests import StreamOptions
 from deploy.router_pool import GenerateRequest
+from deploy.sse import DONE, event
 
 
 class Usage:
@@ -42,3 +44,26 @@ class Usage:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+
+
+async def events_with_usage(
+    deltas: AsyncIterator[Delta],
+    show: Callable[[Delta], Iterable[Mapping[str, Any]]],
+    head: Mapping[str, Any],
+    usage: Usage,
+    options: StreamOptions | None,
+) -> AsyncIterator[bytes]:
+    """A stream's chunks: the head and what `show` makes of each delta, with usage where the options want it."""
+    options = options or StreamOptions()
+    async for delta in deltas:
+        usage.count(delta)
+        for shown in show(delta):
+            chunk = {**head, **shown}
+            if options.continuous_usage_stats:
+                chunk["usage"] = usage.to_dict()
+            elif options.include_usage:
+                chunk["usage"] = None
+            yield event(chunk)
+    if options.include_usage:
+        yield event({**head, "choices": [], "usage": usage.to_dict()})
+    yield DONE
