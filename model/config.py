@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from model.config_fields import ConfigFields
 from model.rope_config import RopeConfig, resolve_rope
 
 HeadKind = Literal["causal_lm", "sequence_classification", "token_classification", "question_answering", "base"]
@@ -65,7 +66,6 @@ class ModelConfig:
     tie_word_embeddings: bool
     dtype: str | None
     """float32 | bfloat16 | float16, or None when the config doesn't say."""
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     id2label: Mapping[int, str]
@@ -94,29 +94,27 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """Resolve the content of a `config.json`. Raises ValueError with the name, the value and the rule."""
-        read = _Reader(values)
+        read = ConfigFields(values)
         head_kind = _resolve_head_kind(values)
         _refuse_unsupported(values)
-        num_layers = read.count("num_hidden_layers", 24)
-        hidden_size = read.count("hidden_size", 2048)
-        num_heads = read.count("num_attention_heads", 16)
+        num_layers, num_heads = read.count("num_hidden_layers", 24), read.count("num_attention_heads", 16)
         num_kv_heads = read.count("num_key_value_heads", num_heads if "num_key_value_heads" in values else 16)
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}: "
                 "each key-value head serves an equal group of query heads; correct config.json"
             )
+        hidden_size = read.count("hidden_size", 2048)
         head_dim = read.count("head_dim", hidden_size // num_heads)
         if head_dim % 2:
             raise ValueError(f"head_dim {head_dim} is odd: RoPE rotates pairs; correct config.json")
         max_positions = read.count("max_position_embeddings", 32768)
         layer_types = _resolve_layer_types(values, read, num_layers)
-        num_experts = read.count("num_experts", 60, least=0)
+        num_experts, num_per_tok = read.count("num_experts", 60, least=0), read.count("num_experts_per_tok", 4)
         moe_layers = _resolve_moe_layers(values, read, num_layers, num_experts)
-        experts_per_token = read.count("num_experts_per_tok", 4)
-        if moe_layers and experts_per_token > num_experts:
+        if moe_layers and num_per_tok > num_experts:
             raise ValueError(
-                f"num_experts_per_tok {experts_per_token} exceeds num_experts {num_experts}: "
+                f"num_experts_per_tok {num_per_tok} exceeds num_experts {num_experts}: "
                 "a token cannot use more experts than there are; correct config.json"
             )
         return cls(
@@ -131,20 +129,19 @@ class ModelConfig:
             num_key_value_heads=num_kv_heads,
             head_dim=head_dim,
             qkv_bias=read.flag("qkv_bias", True),
-            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            rms_norm_eps=read.positive("rms_norm_eps", 1e-6),
             max_position_embeddings=max_positions,
             rope=resolve_rope(values, head_dim=head_dim, max_position_embeddings=max_positions),
             layer_types=layer_types,
             sliding_window=_resolve_sliding_window(values, read, layer_types),
             num_experts=num_experts,
-            num_experts_per_tok=experts_per_token,
+            num_experts_per_tok=num_per_tok,
             norm_topk_prob=read.flag("norm_topk_prob", False),
             moe_layers=moe_layers,
             tie_word_embeddings=read.flag("tie_word_embeddings", False),
             dtype=_resolve_dtype(values),
-            bos_token_id=read.optional_id("bos_token_id"),
             eos_token_ids=_resolve_eos(values),
-            pad_token_id=read.optional_id("pad_token_id"),
+            pad_token_id=read.optional_count("pad_token_id"),
             id2label=_resolve_labels(values, read),
             problem_type=_resolve_problem_type(values),
             token_classification_bias=read.flag("token_classification_bias", True),
@@ -166,38 +163,6 @@ class ModelConfig:
     def layer_kv_group(self, layer_idx: int) -> int:
         """Index into `kv_groups` of the group that holds the keys and values of a layer."""
         return self.kv_groups.index(_LAYER_TYPES[self.layer_types[layer_idx]])
-
-
-class _Reader:
-    """Typed reads of single fields, with the default of `Qwen2MoeConfig` where one is absent or null."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
-    def count(self, name: str, default: int, least: int = 1) -> int:
-        value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} {value!r} must be an integer of at least {least}; correct config.json")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-            raise ValueError(f"{name} {value!r} must be a number of at least 0; correct config.json")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self._value(name, default)
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} {value!r} must be true or false; correct config.json")
-        return value
-
-    def optional_id(self, name: str) -> int | None:
-        return None if self._values.get(name) is None else self.count(name, 0, least=0)
-
-    def _value(self, name: str, default: Any) -> Any:
-        value = self._values.get(name)
-        return default if value is None else value
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
@@ -236,7 +201,7 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} {values[name]!r} is not implemented: remove it or choose another checkpoint")
 
 
-def _resolve_layer_types(values: Mapping[str, Any], read: _Reader, num_layers: int) -> tuple[str, ...]:
+def _resolve_layer_types(values: Mapping[str, Any], read: ConfigFields, num_layers: int) -> tuple[str, ...]:
     layer_types = values.get("layer_types")
     if layer_types is None:
         slides = read.flag("use_sliding_window", False)
@@ -258,7 +223,7 @@ def _resolve_layer_types(values: Mapping[str, Any], read: _Reader, num_layers: i
     return tuple(layer_types)
 
 
-def _resolve_sliding_window(values: Mapping[str, Any], read: _Reader, layer_types: tuple[str, ...]) -> int | None:
+def _resolve_sliding_window(values: Mapping[str, Any], read: ConfigFields, layer_types: tuple[str, ...]) -> int | None:
     if "sliding_attention" not in layer_types:
         return None
     if not read.flag("use_sliding_window", False) or ("sliding_window" in values and not values["sliding_window"]):
@@ -270,7 +235,9 @@ def _resolve_sliding_window(values: Mapping[str, Any], read: _Reader, layer_type
     return read.count("sliding_window", 4096)
 
 
-def _resolve_moe_layers(values: Mapping[str, Any], read: _Reader, num_layers: int, num_experts: int) -> tuple[int, ...]:
+def _resolve_moe_layers(
+    values: Mapping[str, Any], read: ConfigFields, num_layers: int, num_experts: int
+) -> tuple[int, ...]:
     mlp_only = values.get("mlp_only_layers") or []
     if not isinstance(mlp_only, list) or not all(isinstance(i, int) for i in mlp_only):
         raise ValueError(f"mlp_only_layers {mlp_only!r} must be a list of layer numbers; correct config.json")
@@ -298,7 +265,7 @@ def _resolve_eos(values: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _resolve_labels(values: Mapping[str, Any], read: _Reader) -> Mapping[int, str]:
+def _resolve_labels(values: Mapping[str, Any], read: ConfigFields) -> Mapping[int, str]:
     labels = values.get("id2label")
     if labels is None:
         return {i: f"LABEL_{i}" for i in range(read.count("num_labels", 2))}

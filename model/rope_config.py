@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from model.config_fields import ConfigFields
+
 RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
 _KEYS: Mapping[str, frozenset[str]] = {
     "default": frozenset(),
@@ -21,9 +23,18 @@ _KEYS: Mapping[str, frozenset[str]] = {
     ),
     "llama3": frozenset({"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}),
 }  # fmt: skip
-_ALWAYS_ALLOWED = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-# transformers writes or tolerates these beside any type, and reads them only for the types above.
-_HARMLESS = frozenset({"original_max_position_embeddings", "factor", "finetuned"})
+# The last three are written or tolerated beside any type by transformers, which reads them only for the types above.
+_ALWAYS_ALLOWED = frozenset(
+    {
+        "rope_type",
+        "type",
+        "rope_theta",
+        "partial_rotary_factor",
+        "original_max_position_embeddings",
+        "factor",
+        "finetuned",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,115 +83,57 @@ def resolve_rope(values: Mapping[str, Any], *, head_dim: int, max_position_embed
         raise ValueError(
             f"{spelling}.rope_type {rope_type!r} is not implemented: expected one of {', '.join(get_args(RopeType))}"
         )
-    unknown = sorted(set(params) - _KEYS[rope_type] - _ALWAYS_ALLOWED - _HARMLESS)
-    if unknown:
+    if unknown := sorted(set(params) - _KEYS[rope_type] - _ALWAYS_ALLOWED):
         raise ValueError(f"{spelling} of type {rope_type!r} has {unknown[0]!r}, which it doesn't know: remove it")
     for partial in (params.get("partial_rotary_factor"), values.get("partial_rotary_factor")):
-        if partial not in (None, 1, 1.0):
-            raise ValueError(
-                f"partial_rotary_factor {partial!r} is not implemented: Qwen2-MoE rotates whole heads (1.0)"
-            )
-    read = _Params(spelling, params)
-    theta = params.get("rope_theta")
-    theta = theta if theta is not None else values.get("rope_theta")
-    theta = 10000.0 if theta is None else theta
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
-        raise ValueError(f"rope_theta {theta!r} must be a number above 0; correct config.json")
-    original = values.get("original_max_position_embeddings") or params.get("original_max_position_embeddings")
-    original = max_position_embeddings if original is None else original
-    if isinstance(original, bool) or not isinstance(original, int) or original < 1:
-        raise ValueError(
-            f"original_max_position_embeddings {original!r} must be a positive integer; correct config.json"
-        )
-    theta = float(theta)
+        if partial not in (None, 1):
+            raise ValueError(f"partial_rotary_factor {partial!r} is not implemented: Qwen2-MoE rotates whole heads (1)")
+    outer, read = ConfigFields(values), ConfigFields(params, where=f"{spelling}.")
+    theta = read.positive("rope_theta", outer.positive("rope_theta", 10000.0))
+    original = read.count("original_max_position_embeddings", max_position_embeddings)
+    original = outer.count("original_max_position_embeddings", original)
+    fields: dict[str, Any] = {}
     match rope_type:
-        case "default":
-            return RopeConfig(type="default", theta=theta, original_max_position_embeddings=max_position_embeddings)
         case "linear" | "dynamic":
             if rope_type == "dynamic" and head_dim <= 2:
                 raise ValueError(f"head_dim {head_dim} is too small for dynamic RoPE, which divides by head_dim - 2")
-            return RopeConfig(
-                type=rope_type,
-                theta=theta,
-                factor=read.number("factor"),
-                original_max_position_embeddings=max_position_embeddings,
-            )
+            original = max_position_embeddings
+            fields = {"factor": read.positive("factor")}
         case "yarn":
-            factor = read.number("factor", max_position_embeddings / original)
-            return RopeConfig(
-                type="yarn",
-                theta=theta,
-                factor=factor,
-                original_max_position_embeddings=original,
-                attention_factor=read.number("attention_factor", _yarn_attention_factor(read, factor)),
-                beta_fast=read.number("beta_fast", 0) or 32.0,
-                beta_slow=read.number("beta_slow", 0) or 1.0,
-                truncate=bool(params.get("truncate", True)),
-            )
+            factor = read.positive("factor", max_position_embeddings / original)
+            fields = {
+                "factor": factor,
+                "attention_factor": read.positive("attention_factor", _yarn_attention_factor(params, factor)),
+                "beta_fast": read.positive("beta_fast", 32.0),
+                "beta_slow": read.positive("beta_slow", 1.0),
+                "truncate": read.flag("truncate", True),
+            }
         case "longrope":
-            factor = read.number("factor", max_position_embeddings / original)
+            factor = read.positive("factor", max_position_embeddings / original)
             scale = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
-            return RopeConfig(
-                type="longrope",
-                theta=theta,
-                factor=factor,
-                original_max_position_embeddings=original,
-                attention_factor=read.number("attention_factor", scale),
-                short_factor=read.numbers("short_factor", head_dim // 2),
-                long_factor=read.numbers("long_factor", head_dim // 2),
-            )
-        case _:
-            low, high = read.number("low_freq_factor"), read.number("high_freq_factor")
-            if not 0 < low < high:
+            fields = {
+                "factor": factor,
+                "attention_factor": read.positive("attention_factor", scale),
+                "short_factor": read.positives("short_factor", head_dim // 2),
+                "long_factor": read.positives("long_factor", head_dim // 2),
+            }
+        case "llama3":
+            low, high = read.positive("low_freq_factor"), read.positive("high_freq_factor")
+            if low >= high:
                 raise ValueError(
-                    f"{spelling}.low_freq_factor {low} must be above 0 and below high_freq_factor {high}; "
-                    "correct config.json"
+                    f"{spelling}.low_freq_factor {low} must be below high_freq_factor {high}; correct config.json"
                 )
-            return RopeConfig(
-                type="llama3",
-                theta=theta,
-                factor=read.number("factor"),
-                original_max_position_embeddings=original,
-                low_freq_factor=low,
-                high_freq_factor=high,
-            )
+            fields = {"factor": read.positive("factor"), "low_freq_factor": low, "high_freq_factor": high}
+    return RopeConfig(type=rope_type, theta=theta, original_max_position_embeddings=original, **fields)
 
 
-def _yarn_attention_factor(read: _Params, factor: float) -> float:
+def _yarn_attention_factor(params: Mapping[str, Any], factor: float) -> float:
     """Equation 22 of YaRN (arXiv 2309.00071), with the two DeepSeek scales where both are given."""
-    mscale, mscale_all_dim = read.number("mscale", 0), read.number("mscale_all_dim", 0)
 
     def scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
-
-
-class _Params:
-    """Typed reads from one RoPE object."""
-
-    def __init__(self, spelling: str, params: Mapping[str, Any]) -> None:
-        self._spelling = spelling
-        self._params = params
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """A positive number; `default` (None: there is none) where it is absent or null."""
-        value = self._params.get(name)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"{self._spelling}.{name} {value!r} must be a number above 0; correct config.json")
-        return float(value)
-
-    def numbers(self, name: str, length: int) -> tuple[float, ...]:
-        value = self._params.get(name)
-        if (
-            not isinstance(value, list)
-            or len(value) != length
-            or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0 for v in value)
-        ):
-            raise ValueError(
-                f"{self._spelling}.{name} {value!r} must be a list of {length} positive numbers (head_dim / 2); "
-                "correct config.json"
-            )
-        return tuple(float(v) for v in value)
+    if not (params.get("mscale") and params.get("mscale_all_dim")):
+        return scale(1.0)
+    read = ConfigFields(params, where="yarn's ")
+    return scale(read.positive("mscale")) / scale(read.positive("mscale_all_dim"))

@@ -18,7 +18,7 @@ from model.chat_template import ChatTemplate, find_templates
 class Tokenizer:
     """A checkpoint's tokenizer. Safe to use from several threads.
 
-    `eos_token` and friends come from tokenizer_config.json; `chat_template` is None when the checkpoint has none."""
+    `config` is tokenizer_config.json; `chat_template` is None when the checkpoint has none."""
 
     def __init__(self, backend: Backend, config: dict[str, Any], chat_template: ChatTemplate | None = None) -> None:
         backend.no_padding()
@@ -31,9 +31,6 @@ class Tokenizer:
         vocab = backend.get_vocab(with_added_tokens=True)
         self.max_token_id = max(vocab.values(), default=-1)
         self._longest_token_chars = max(map(len, vocab), default=1)
-        self.bos_token_id = self._id_of("bos_token")
-        self.eos_token_id = self._id_of("eos_token")
-        self.pad_token_id = self._id_of("pad_token")
 
     @classmethod
     def from_directory(
@@ -112,11 +109,6 @@ class Tokenizer:
         """Whether tokens are bytes in GPT-2's alphabet, as in all Qwen models."""
         decoder = json.loads(self.backend.to_str())["decoder"]
         return decoder is not None and decoder["type"] == "ByteLevel"
-
-    def _id_of(self, name: str) -> int | None:
-        token = _content(self.config.get(name))
-        token_id: int | None = self.backend.token_to_id(token) if token else None
-        return token_id
 
 
 class IncrementalDetokenizer:

@@ -38,7 +38,6 @@ def test_defaults_are_those_of_transformers() -> None:
 # A value of each field that is neither its default nor neutral: it changes what we resolve, or is refused by name.
 CHANGES: dict[str, Any] = {
     "architectures": ["Qwen2MoeForTokenClassification"],
-    "bos_token_id": 3,
     "decoder_sparse_step": 2,
     "dtype": "float16",
     "eos_token_id": [3, 4],
@@ -78,7 +77,7 @@ CHANGES: dict[str, Any] = {
 WITHOUT_EFFECT = {
     *("attention_dropout", "classifier_dropout", "hidden_dropout", "initializer_range", "router_aux_loss_coef"),
     *("output_hidden_states", "output_router_logits", "return_dict", "transformers_version", "use_cache"),
-    *("chunk_size_feed_forward", "label2id"),
+    *("chunk_size_feed_forward", "label2id", "bos_token_id"),
 }
 OF_OTHER_MODELS = {"chain_hidden_post_norm", "logits_mup_width_multiplier", "mtp_hidden_states_first"}
 OF_OTHER_MODELS |= {"unpadded_vocab_size", "attention_chunk_size"}
