@@ -12,12 +12,10 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from cluster.planner import Device, Layout, ModelShape, Targets, step_times
-from deploy.cli_plan import model_shape
-from tests.bench.checkpoints import checkpoint
+from tests.bench.checkpoints import SHAPES, checkpoint
 from tests.bench.mesh import Arrangement, Mesh
 
 NUM_OUTPUTS, NUM_INPUTS, NUM_MATRICES = 2816, 2048, 16
@@ -26,9 +24,27 @@ PROMPT, NEW = 32, 48
 LAYERS = (2, 8)
 
 
-def shape_of(path: Path, quantization: str | None) -> ModelShape:
-    """As served on CPU: float32 KV; rows go as float32 and come back as float64."""
-    return replace(model_shape(str(path), quantization), kv_bytes=4.0, row_bytes=6.0)
+def shape_of(name: str, precision: str, num_layers: int | None = None) -> ModelShape:
+    """A model of SHAPES as served on CPU: float32 KV; rows go as float32 and come back as float64."""
+    values = SHAPES[name]
+    layers = num_layers or values["num_hidden_layers"]
+    return ModelShape(
+        hidden_size=values["hidden_size"],
+        num_layers=layers,
+        num_moe_layers=layers,
+        num_heads=values["num_attention_heads"],
+        num_kv_heads=values["num_key_value_heads"],
+        head_dim=values["hidden_size"] // values["num_attention_heads"],
+        num_experts=values["num_experts"],
+        top_k=values["num_experts_per_tok"],
+        expert_size=values["moe_intermediate_size"],
+        shared_size=values["shared_expert_intermediate_size"],
+        dense_size=values["intermediate_size"],
+        vocab_size=values["vocab_size"],
+        weight_bytes={"bf16": 2.0, "int8": 1.0, "int4": 0.55}[precision],
+        kv_bytes=4.0,
+        row_bytes=6.0,
+    )
 
 
 def kernel_times(quantization: str | None) -> dict[str, Any]:
@@ -134,7 +150,7 @@ def with_overheads(device: Device, steps: dict[str, dict[str, float]]) -> Device
     """The device with what the thin steps take beyond its kernels' times. `device` is that of bf16."""
 
     def explained(layers: int, shards: int, batch: int, device: Device) -> float:
-        shape = shape_of(checkpoint("thin-8", {"num_hidden_layers": layers}), None)
+        shape = shape_of("thin-8", "bf16", layers)
         targets = Targets(users=batch, context=PROMPT + NEW // 2, tpot_s=1.0)
         return step_times(shape, device, Layout(routers=1, shards=shards), targets).step_s
 
@@ -170,8 +186,8 @@ def device_for(measured: dict[str, Any], precision: str) -> Device:
 
     def kernels(name: str) -> Device:
         times = measured["kernels"][name]
-        shape = shape_of(checkpoint("thin-8"), None if name == "bf16" else name)
-        return kernel_device({**times, "rows": {int(r): s for r, s in times["rows"].items()}}, shape.weight_bytes)
+        weight_bytes = shape_of("thin-8", name).weight_bytes
+        return kernel_device({**times, "rows": {int(r): s for r, s in times["rows"].items()}}, weight_bytes)
 
     whole = with_overheads(kernels("bf16"), measured["steps"])
     own = kernels(precision)

@@ -103,6 +103,7 @@ class Mesh:
                 transport=arrangement.transport,
                 num_threads=arrangement.threads,
                 local=not shard_ids,
+                num_routers=arrangement.routers,
             )
             self._routers.append(self._spawn(context, _router_main, f"router-{number}", router, view))
         for connection in [*ready, *self._routers]:

@@ -13,7 +13,6 @@ from typing import Any
 
 from cluster.planner import Layout, Targets, step_times
 from tests.bench.calibration import device_for, shape_of
-from tests.bench.checkpoints import checkpoint
 
 WITHIN = 0.2
 PROMPT = 128
@@ -40,7 +39,7 @@ def compare(results: dict[str, Any]) -> list[Compared]:
         if one["threads"] > 1 or one["routers"] > 1:
             continue
         device = device_for(results["calibration"], one["precision"])
-        shape = shape_of(checkpoint(one["shape"]), None if one["precision"] == "bf16" else one["precision"])
+        shape = shape_of(one["shape"], one["precision"])
         for batch, step in one["steps"].items():
             targets = Targets(users=int(batch), context=PROMPT + step["num_steps"] // 2, tpot_s=1.0)
             predicted_s = step_times(shape, device, Layout(routers=1, shards=one["shards"]), targets).step_s

@@ -11,7 +11,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from tests.bench.calibration import shape_of
-from tests.bench.checkpoints import checkpoint
 from tests.bench.limits import decode_limit
 from tests.bench.step_parts import PARTS
 
@@ -41,7 +40,7 @@ def _throughput(results: dict[str, Any], path: Path) -> None:
         for precision, colour in COLOURS.items():
             ways = [one for one in results["http"] if one["shape"] == name and one["precision"] == precision]
             best = [max(one[f"b{batch}"] for one in ways) for batch in BATCHES]
-            shape = shape_of(checkpoint(name), None if precision == "bf16" else precision)
+            shape = shape_of(name, precision)
             axes.plot(BATCHES, best, "o-", color=colour, label=precision)
             axes.plot(BATCHES, [decode_limit(shape, b, read) for b in BATCHES], ":", color=colour)
         axes.set(title=f"{name}, over HTTP", xlabel="streams", ylabel="tokens/s", xscale="log", yscale="log")

@@ -8,7 +8,6 @@ from typing import Any
 
 from tests.bench import plan_accuracy
 from tests.bench.calibration import shape_of
-from tests.bench.checkpoints import checkpoint
 from tests.bench.limits import decode_limit, prefill_limit
 from tests.bench.step_parts import PARTS
 
@@ -67,7 +66,7 @@ def _http(results: dict[str, Any]) -> Iterator[str]:
     yield ""
     rows = []
     for one in results["http"]:
-        shape = shape_of(checkpoint(one["shape"]), None if one["precision"] == "bf16" else one["precision"])
+        shape = shape_of(one["shape"], one["precision"])
         cells = [f"{one['shape']} {one['precision']}, {one['way']}"]
         for batch in (1, 8, 32):
             rate = one[f"b{batch}"]
@@ -78,7 +77,7 @@ def _http(results: dict[str, Any]) -> Iterator[str]:
     yield ""
     peak = results["limits"][-1]["float32_gflop_s"] * 1e9
     for name in ("small", "mid"):
-        limit = prefill_limit(shape_of(checkpoint(name), None), peak)
+        limit = prefill_limit(shape_of(name, "bf16"), peak)
         yield f"Prefill of `{name}` by float32 computing alone: {limit:.0f} tokens a second at most."
     yield ""
     rows = []
