@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 import traceback
 from contextvars import ContextVar
@@ -22,7 +23,7 @@ OURS = ("expertmesh", "deploy")
 
 def start_logging(part: str, log_format: LogFormat, stream: TextIO | None = None) -> None:
     """Call once in each process, first of all. Lines go to stderr, which Ray keeps in the node's log directory."""
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(stream or sys.__stderr__)  # Serve puts its own log in the place of sys.stderr
     handler.setFormatter(_Json(part) if log_format == "json" else _Text(part))
     logging.getLogger().handlers[:] = [handler]
     for name in OURS:

@@ -237,6 +237,20 @@ def test_keys_are_checked_everywhere_but_for_probes(served: ServedModel) -> None
         assert "key-1" not in httpx.get(api.url + "/server_info", headers={"x-api-key": "key-1"}).text
 
 
+def test_browsers_of_other_origins_are_let_in_only_where_named(served: ServedModel) -> None:
+    def asked(url: str, origin: str) -> list[str | None]:
+        preflight = {"origin": origin, "access-control-request-method": "POST"}
+        answers = httpx.get(url + "/ping", headers={"origin": origin}), httpx.options(url + "/ping", headers=preflight)
+        return [answer.headers.get("access-control-allow-origin") for answer in answers]
+
+    with running_api(served) as api:
+        assert asked(api.url, "https://a.example") == [None, None]
+    named = Settings.model_validate({"server": {"allowed_origins": ["https://a.example"]}})
+    with running_api(served, named) as api:
+        assert asked(api.url, "https://a.example") == ["https://a.example"] * 2
+        assert asked(api.url, "https://b.example") == [None, None]
+
+
 def test_request_ids_are_echoed_and_name_the_answer(api: RunningApi) -> None:
     response = send(api, {"prompt": "x", "max_tokens": 1}, "/v1/completions", **{"x-request-id": "abc-1"})
     assert response.headers["x-request-id"] == "abc-1" and response.json()["id"] == "cmpl-abc-1"

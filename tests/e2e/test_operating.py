@@ -13,6 +13,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,32 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.auth import OPEN_PATHS
 from deploy.processes import descendants
-from tests.e2e.conftest import ROOT, Service, start_service
+from tests.deploy.otlp import Receiver, attributes, receiver
+from tests.e2e.conftest import ROOT, Service, start_service, wait_until
 from tests.tiny import write_tiny_model
 
 KEY = "sk-operator"
+SECRET = "zebra"
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def collector() -> Iterator[Receiver]:
+    with pytest.MonkeyPatch.context() as patch, receiver() as received:
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")  # a standard setting: send soon
+        yield received
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, collector: Receiver) -> Iterator[Service]:
     directory = tmp_path_factory.mktemp("operating")
     model = write_tiny_model(directory / "tiny")
     keys = directory / "keys"
     keys.write_text(f"# ours\n{KEY}\n")
-    running = start_service([str(model), "--shards", "2", "--api-key-file", str(keys)], directory / "serve.log")
+    watched = ["--log-format", "json", "--otlp-traces-endpoint", collector.url]
+    arguments = [str(model), "--shards", "2", "--api-key-file", str(keys), *watched]
+    running = start_service(arguments, directory / "serve.log")
     yield running
     if running.process.poll() is None:
         running.stop()
@@ -104,29 +117,35 @@ def test_metrics_count_what_was_asked(service: Service) -> None:
     assert total("rejected_requests_total", code="invalid_api_key") == refused + 1
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/metrics", None),
-        ("/mesh", None),
-        ("/server_info", None),
-        ("/v1/models", None),
-        ("/openapi.json", None),
-        ("/docs", None),
-        ("/load", None),
-        ("/v1/completions", {"prompt": "x"}),
-        ("/v1/chat/completions", {"messages": []}),
-        ("/v1/messages", {"messages": []}),
-        ("/tokenize", {"prompt": "x"}),
-        ("/reset_prefix_cache", {}),
-        ("/nothing", None),
-    ],
-)
-def test_no_door_of_the_api_opens_without_a_key(service: Service, path: str, body: dict[str, Any] | None) -> None:
-    for key in (None, "", "sk-operatof", KEY + "x", KEY[:-1]):
-        status, text = ask(service, path, body, key)
-        assert status == 401, f"{path} with key {key!r}: {status}"
-        assert KEY not in text
+def test_rays_own_agent_tells_the_same_metrics(service: Service) -> None:
+    families = text_string_to_metric_families(ask(service, "/metrics")[1])
+    names = {sample.name for family in families for sample in family.samples}
+    agent = next(p.pid for p in descendants(service.process.pid) if b"DashboardAgent" in command_line(p.pid))
+
+    def told() -> set[str]:
+        texts = [http_get(port, "/metrics") for port in ports_of(agent)]
+        return {
+            f"expertmesh_{name}" for text in texts for name in re.findall(r"^ray_expertmesh_(\w+)", text, re.MULTILINE)
+        }
+
+    wait_until(lambda: told() >= names, 60)
+    assert told() == names
+
+
+def test_every_route_is_closed_without_a_key(service: Service) -> None:
+    document = json.loads(ask(service, "/openapi.json")[1])
+    doors = [(path, method) for path, methods in document["paths"].items() for method in methods]
+    doors += [(path, "get") for path in ("/openapi.json", "/docs", "/redoc", "/nothing", "/v1")]
+    assert len(doors) > 30
+    for path, method in doors:
+        path = path.replace("{name}", "tiny").replace("{model}", "tiny")
+        status, text = ask(service, path, {} if method == "post" else None, None)
+        if path in OPEN_PATHS:
+            assert status == 200, path
+        else:
+            assert status == 401 and KEY not in text, f"{method} {path}: {status}"
+    for key in ("", "sk-operatof", KEY + "x", KEY[:-1]):
+        assert ask(service, "/v1/completions", {"prompt": "x"}, key)[0] == 401
 
 
 def test_health_and_readiness_and_the_page_need_no_key_and_tell_nothing(service: Service) -> None:
@@ -147,23 +166,32 @@ def test_the_link_port_refuses_whoever_lacks_the_mesh_token(service: Service) ->
         assert json.loads(answer)["op"] == "refused"
 
 
-def test_ray_refuses_whoever_lacks_its_token(service: Service) -> None:
-    processes = descendants(service.process.pid)
-    arguments = [part for p in processes for part in Path(f"/proc/{p.pid}/cmdline").read_bytes().split(b"\0")]
-    gcs = next(a.partition(b"=")[2].decode() for a in arguments if a.startswith(b"--gcs-address="))
-    environment = Path(f"/proc/{processes[0].pid}/environ").read_bytes().split(b"\0")
+def test_every_port_of_ray_refuses_whoever_lacks_its_token(service: Service) -> None:
+    environment = Path(f"/proc/{descendants(service.process.pid)[0].pid}/environ").read_bytes().split(b"\0")
     token = next(v.partition(b"=")[2].decode() for v in environment if v.startswith(b"RAY_AUTH_TOKEN="))
     assert len(token) >= 32
-    path = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
-    assert call(gcs, path, token) is None
-    for wrong in (None, "", "0" * 64, token[:-1]):
-        assert call(gcs, path, wrong) == grpc.StatusCode.UNAUTHENTICATED
-    for address in open_ports(service):  # between Serve's replicas: pickles travel here
-        if not is_loopback(address):
-            port = int(address.rpartition(":")[2], 16)
-            for wrong in (None, "0" * 64):
-                code = call(f"127.0.0.1:{port}", "/ray.serve.ASGIService/HandleRequestWithRejection", wrong)
-                assert code == grpc.StatusCode.UNAUTHENTICATED
+    refused = set()
+    for port in {int(address.rpartition(":")[2], 16) for address in open_ports(service)}:
+        greeting = first_bytes(port)
+        if greeting.startswith(b"HTTP/"):  # our API, Ray's agents, and metrics, which are for whoever is on this host
+            assert port == int(service.url.rpartition(":")[2]) or b" 401 " in greeting or http_get(port, "/metrics")
+        elif greeting[3:4] == b"\x04":  # gRPC begins with its settings
+            for method in RPCS:
+                codes = {call(f"127.0.0.1:{port}", method, wrong) for wrong in (None, "0" * 64, token[:-1])}
+                assert len(codes) == 1 and codes <= {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}
+                if grpc.StatusCode.UNAUTHENTICATED in codes:
+                    refused.add(method)
+                    assert call(f"127.0.0.1:{port}", method, token) != grpc.StatusCode.UNAUTHENTICATED
+    assert refused == set(RPCS)
+
+
+# What the head, a node, a worker and (between replicas) Serve answer.
+RPCS = (
+    "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    "/ray.rpc.NodeManagerService/GetNodeStats",
+    "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",
+    "/ray.serve.ASGIService/HandleRequestWithRejection",
+)
 
 
 def call(address: str, path: str, token: str | None) -> grpc.StatusCode | None:
@@ -177,12 +205,42 @@ def call(address: str, path: str, token: str | None) -> grpc.StatusCode | None:
     return None
 
 
+def first_bytes(port: int) -> bytes:
+    """What a listener says to a request of HTTP/1; nothing where it waits for something else."""
+    with socket.create_connection(("127.0.0.1", port), timeout=1) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        try:
+            return stranger.recv(64)
+        except OSError:
+            return b""
+
+
+def http_get(port: int, path: str) -> str:
+    """The body, or nothing."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return str(answer.read().decode())
+    except (OSError, ValueError, HTTPException):
+        return ""
+
+
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 def open_ports(service: Service) -> list[str]:
-    """The service's listening sockets as /proc/net/tcp writes them, address:port in hexadecimal."""
-    ours = {process.pid for process in descendants(service.process.pid)} | {service.process.pid}
+    return listening({process.pid for process in descendants(service.process.pid)} | {service.process.pid})
+
+
+def ports_of(pid: int) -> list[int]:
+    return [int(address.rpartition(":")[2], 16) for address in listening({pid})]
+
+
+def listening(pids: set[int]) -> list[str]:
+    """The processes' listening sockets as /proc/net/tcp writes them, address:port in hexadecimal."""
     inodes = {
         link.split("[")[1].rstrip("]")
-        for pid in ours
+        for pid in pids
         for entry in Path(f"/proc/{pid}/fd").iterdir()
         if (link := _readlink(entry)).startswith("socket:")
     }
@@ -198,7 +256,7 @@ def test_everything_listens_on_loopback_but_serves_token_guarded_port_between_re
     ports = open_ports(service)
     elsewhere = [port for port in ports if not is_loopback(port)]
     ours = descendants(service.process.pid)
-    replicas = sum(b"ServeReplica" in Path(f"/proc/{p.pid}/cmdline").read_bytes() for p in ours)
+    replicas = sum(b"ServeReplica" in command_line(p.pid) for p in ours)
     assert replicas == 2 and len(ports) > 10
     assert len(elsewhere) <= replicas, elsewhere
 
@@ -218,6 +276,46 @@ def test_the_commands_work_on_a_live_service(service: Service) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:  # a low port is not refused to root everywhere
         done = command(service, "check", "--port", str(taken.getsockname()[1]))
     assert done.returncode == 1 and "fail" in done.stdout, done.stdout
+
+
+def test_a_recovery_is_in_the_trace_of_the_request_that_it_held_up(service: Service, collector: Receiver) -> None:
+    body = json.dumps({"prompt": SECRET, "max_tokens": 400, "ignore_eos": True, "stream": True}).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}", "X-Request-Id": "held-up"}
+    victim = json.loads(ask(service, "/mesh")[1])["shards"][0]["pid"]
+    request = urllib.request.Request(service.url + "/v1/completions", body, headers)
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        assert answer.headers["x-request-id"] == "held-up"
+        answer.readline()
+        os.kill(victim, signal.SIGKILL)
+        assert [line for line in answer if line.strip()][-1] == b"data: [DONE]\n"
+
+    def roots(spans: list[Any]) -> list[Any]:
+        return [s for s in spans if attributes(s).get("expertmesh.request_id") == "held-up"]
+
+    (root,) = roots(collector.wait_for(lambda spans: bool(roots(spans))))
+    children = {span.name: span for span in collector.spans if span.parent_span_id == root.span_id}
+    assert {"queue", "prefill", "decode", "recovery"} <= set(children)
+    recovery, decode = children["recovery"], children["decode"]
+    assert decode.start_time_unix_nano <= recovery.start_time_unix_nano < recovery.end_time_unix_nano
+    assert recovery.end_time_unix_nano <= decode.end_time_unix_nano
+    wait_until(lambda: bool(json.loads(ask(service, "/mesh")[1])["settled"]), 90)
+
+
+def test_every_part_logs_json_and_nobody_logs_a_prompt(service: Service) -> None:
+    lines = [json.loads(line) for line in service.log.read_text().splitlines()]
+    parts = {line["part"].partition("-")[0] for line in lines}
+    assert {"serve", "ingress", "router", "supervisor"} <= parts
+    (access,) = [one for one in lines if one.get("request_id") == "held-up" and one["logger"] == "expertmesh.access"]
+    assert access["status"] == 200 and access["output_tokens"] == 400
+    session = next(
+        Path(part.decode().partition("session_dir=")[2])
+        for process in descendants(service.process.pid)
+        for part in command_line(process.pid).split(b"\0")
+        if b"session_dir=" in part
+    )
+    files = [path for path in (session / "logs").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path for path in [*files, service.log] if SECRET.encode() in path.read_bytes()] == []
 
 
 @pytest.fixture(scope="module")
