@@ -8,6 +8,7 @@ The model must take the long prompt. Every figure is of one run on this machine,
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -64,23 +65,25 @@ def prefix_cache(url: str, rounds: int, rng: random.Random) -> None:
 
 @dataclass
 class Listener:
-    """A running stream and the moments of its tokens."""
+    """Asks for one stream after another; keeps the moments of each one's tokens."""
 
-    moments: list[float] = field(default_factory=list)
+    streams: list[list[float]] = field(default_factory=list)
     stopping: bool = False
 
     def listen(self, url: str, prompt: list[int]) -> None:
         with httpx.Client(timeout=300) as client:
             while not self.stopping:
+                moments: list[float] = []
+                self.streams.append(moments)
                 for new in stream(client, url, prompt=prompt, max_tokens=2000):
                     if new:
-                        self.moments.append(time.perf_counter())
+                        moments.append(time.perf_counter())
                     if self.stopping:
                         return
 
     def gaps(self, begin: float, end: float) -> list[float]:
-        """Gaps that touch the interval."""
-        pairs = zip(self.moments, self.moments[1:], strict=False)
+        """Gaps between a stream's tokens that touch the interval."""
+        pairs = [pair for moments in self.streams for pair in itertools.pairwise(moments)]
         return [after - before for before, after in pairs if after > begin and before < end]
 
 

@@ -13,6 +13,7 @@ cold = {"temperature": 0.0}  # the SDK has no argument for it any more
 hello = [{"role": "user", "content": "the whale"}]
 message = client.messages.create(model=model, max_tokens=12, messages=hello, system="Be brief.")
 assert message.type == "message" and message.role == "assistant" and message.usage.input_tokens > 0
+assert message._request_id
 assert 0 < message.usage.output_tokens <= 12 and message.stop_reason in ("max_tokens", "end_turn")
 
 with client.messages.stream(model=model, max_tokens=12, messages=hello, extra_body=cold) as stream:
