@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from model.forward_batch import BlockTable, ForwardBatch
+from model.forward_batch import ForwardBatch
 from model.kv_cache import KVCache
 from model.layers import rotate
 from model.linear import Weight, linear
@@ -17,30 +17,15 @@ if TYPE_CHECKING:
     from model.kernels import PagedAttention
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class AttentionInputs:
     """What all layers of one KV group share in a step."""
 
-    cos_T1D: Tensor
-    sin_T1D: Tensor
-    query_starts: Tensor
-    context_lens_S: Tensor
+    batch: ForwardBatch
+    cos_sin_T1D: tuple[Tensor, Tensor]
     block_ids_SB: Tensor
     write_rows_TG: Tensor
     """`KVCache.rows` of the slots."""
-
-    @classmethod
-    def of_group(
-        cls, batch: ForwardBatch, table: BlockTable, kv_cache: KVCache, cos_sin: tuple[Tensor, Tensor]
-    ) -> AttentionInputs:
-        return cls(
-            cos_T1D=cos_sin[0],
-            sin_T1D=cos_sin[1],
-            query_starts=batch.query_starts,
-            context_lens_S=batch.context_lens_S,
-            block_ids_SB=table.block_ids_SB,
-            write_rows_TG=kv_cache.rows(table.slots_T),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +50,7 @@ class Attention:
         """Writes this step's keys and values into the cache, then attends. -> [T, H]."""
         num_rotated = self.num_heads + self.num_kv_heads
         qkv_THD = linear(x_TH, self.qkv, self.qkv_bias).view(-1, num_rotated + self.num_kv_heads, self.head_dim)
-        qk_THD = rotate(qkv_THD[:, :num_rotated], inputs.cos_T1D, inputs.sin_T1D)
+        qk_THD = rotate(qkv_THD[:, :num_rotated], *inputs.cos_sin_T1D)
         q_TAD, k_TGD = qk_THD[:, : self.num_heads], qk_THD[:, self.num_heads :]
         kv_cache.write(self.layer_idx, inputs.write_rows_TG, k_TGD, qkv_THD[:, num_rotated:])
         out_TAD = paged_attention(
@@ -73,8 +58,8 @@ class Attention:
             kv_cache.keys[self.layer_idx],
             kv_cache.values[self.layer_idx],
             inputs.block_ids_SB,
-            inputs.query_starts,
-            inputs.context_lens_S,
+            inputs.batch.query_starts,
+            inputs.batch.context_lens_S,
             self.window,
             self.head_dim**-0.5,
         )

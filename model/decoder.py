@@ -44,7 +44,9 @@ class Decoder:
         """
         eps = self.config.rms_norm_eps
         cos_sin = self.rope.cos_sin(batch.positions_T, batch.rope_lens_T)
-        groups = [AttentionInputs.of_group(batch, table, kv_cache, cos_sin) for table in batch.tables]
+        groups = [
+            AttentionInputs(batch, cos_sin, table.block_ids_SB, kv_cache.rows(table.slots_T)) for table in batch.tables
+        ]
         x_TH = self.embedding.rows(batch.token_ids_T)
         for layer in self.layers:
             normed_TH = rms_norm(x_TH, layer.input_norm_H, eps)

@@ -1,29 +1,16 @@
-"""One expert's weights, and running many experts over the rows routed to them."""
+"""Running many experts over the rows routed to them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from model.layers import swiglu
-from model.linear import Weight, linear
+from model.layers import MLP
 
-
-@dataclass(frozen=True, slots=True)
-class ExpertWeights:
-    """One SwiGLU expert."""
-
-    gate_up: Weight
-    """[2I, H], gate first."""
-    down: Weight
-    """[H, I]."""
-
-    @property
-    def num_bytes(self) -> int:
-        return self.gate_up.num_bytes + self.down.num_bytes
+ExpertWeights = MLP
+"""One expert: a SwiGLU like that of a dense layer."""
 
 
 def run_experts(
@@ -53,9 +40,8 @@ def run_experts(
         if not count:
             continue
         stop = start + count
-        expert = experts[expert_id]
         rows_n = rows_P[start:stop]
-        out_nH = linear(swiglu(linear(x_NH[rows_n], expert.gate_up)), expert.down)
+        out_nH = experts[expert_id].forward(x_NH[rows_n])
         y_NH.index_add_(0, rows_n, out_nH.mul_(weights_P1[start:stop]).double())
         start = stop
     return y_NH if out_NH is None else out_NH.copy_(y_NH)

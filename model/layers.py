@@ -27,12 +27,16 @@ def swiglu(gate_up_T2I: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class MLP:
-    """A SwiGLU MLP: the dense layers and the shared expert."""
+    """A SwiGLU MLP: a dense layer's, the shared expert or a routed one."""
 
     gate_up: Weight
     """[2I, H], gate first."""
     down: Weight
     """[H, I]."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.gate_up.num_bytes + self.down.num_bytes
 
     def forward(self, x_TH: Tensor) -> Tensor:
         return linear(swiglu(linear(x_TH, self.gate_up)), self.down)
@@ -51,11 +55,9 @@ class Rope:
         self._max_position_embeddings = config.max_position_embeddings
         self._inv_freq_F = inverse_frequencies(config.rope, config.head_dim).to(device)
         """float32 [D / 2]; of the short factors for longrope."""
-        self._long_inv_freq_F = self._inv_freq_F
         if config.rope.type == "longrope":
-            self._long_inv_freq_F = _longrope_frequencies(config.rope, config.head_dim, config.rope.long_factor).to(
-                device
-            )
+            long = _longrope_frequencies(config.rope, config.head_dim, config.rope.long_factor)
+            self._long_inv_freq_F = long.to(device)
         self._table_PD: Tensor | None = None
         """float32 [max_context_len, D]: cos of each pair, then sin."""
         if not config.rope.depends_on_length:

@@ -69,8 +69,7 @@ def load_expert(
         gate_up = _Matrix(f"{experts}.gate_up_proj", (config.num_experts, 2 * inner, hidden), expert_id)
         down = _Matrix(f"{experts}.down_proj", (config.num_experts, hidden, inner), expert_id)
         return ExpertWeights(read.weight([gate_up], quantization), read.weight([down], quantization))
-    mlp = _load_mlp(read, f"{experts}.{expert_id}", inner)
-    return ExpertWeights(mlp.gate_up, mlp.down)
+    return _load_mlp(read, f"{experts}.{expert_id}", inner)
 
 
 def load_head(
