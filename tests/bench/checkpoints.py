@@ -119,13 +119,14 @@ def write(path: Path, values: dict[str, Any]) -> None:
 
 
 def drawn(pool: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Numbers of the pool from a place that the name gives, in a circle: drawing 2.4 billion takes a minute."""
+    """Numbers of the pool from a place that the name gives: drawing 2.4 billion anew would take a minute."""
     count = 1
     for size in shape:
         count *= size
-    offset = zlib.crc32(name.encode()) % len(pool)
-    repeats = -(-(offset + count) // len(pool))
-    return pool.repeat(repeats)[offset : offset + count].view(shape).clone()
+    offset = zlib.crc32(name.encode()) % max(len(pool) - count, 1)
+    if offset + count > len(pool):
+        pool = pool.repeat(-(-(offset + count) // len(pool)))
+    return pool[offset : offset + count].view(shape).clone()
 
 
 def _save(path: Path, file: str, tensors: dict[str, Tensor], weight_map: dict[str, str]) -> None:
