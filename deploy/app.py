@@ -32,7 +32,7 @@ from deploy.ingress import create_api
 from deploy.ray_metrics import RayMetrics
 from deploy.router_pool import PoolOptions, RouterPool
 from deploy.served_model import ServedModel
-from deploy.settings import Settings, load, take_models
+from deploy.settings import Settings, load
 from deploy.supervisors import Supervisors
 
 if TYPE_CHECKING:
@@ -127,9 +127,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
 
     EXPERTMESH_* variables fill in what is not given. Raises ValueError with one line.
     """
-    args = dict(args)
-    further_models = take_models(args, "arguments")
-    return bind(load(environ=os.environ, flags=_dotted(args), further_models=further_models).settings)
+    return bind(load(environ=os.environ, flags=args).settings)
 
 
 def bind(settings: Settings) -> serve.Application:
@@ -213,13 +211,3 @@ def ensure_mesh(settings: Settings) -> Any:
         specs.shard_resources(settings),
         specs.timeouts(settings),
     )
-
-
-def _dotted(args: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in args.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}.{field}": inner for field, inner in value.items()}
-        else:
-            flat[name] = value
-    return flat

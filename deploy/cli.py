@@ -21,6 +21,14 @@ cli = typer.Typer(
 )
 
 
+# Flags whose setting has another name than theirs; all others are called as the last part of a setting's name.
+_NAMED_OTHERWISE = {
+    "model": "model.path",
+    "served_model_name": "model.served_names",
+    "api_key": "server.api_keys",
+}
+
+
 @cli.callback()
 def root() -> None:
     """Commands below."""
@@ -28,6 +36,7 @@ def root() -> None:
 
 @cli.command()
 def serve(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="Directory, Hugging Face hub id, or nothing for the demo.")
     ] = None,
@@ -59,35 +68,14 @@ def serve(
     print_config: Annotated[bool, typer.Option("--print-config", help="Show every setting and its source.")] = False,
 ) -> None:
     """Start the service on this machine and run until Ctrl-C."""
-    flags: dict[str, Any] = {
-        "model.path": model,
-        "server.host": host,
-        "server.port": port,
-        "mesh.shards": shards,
-        "mesh.routers": routers,
-        "mesh.replicas": replicas,
-        "mesh.spares": spares,
-        "mesh.transport": transport,
-        "mesh.local": local,
-        "model.served_names": tuple(served_model_name) if served_model_name else None,
-        "server.api_keys": tuple(api_key) if api_key else None,
-        "server.api_key_file": api_key_file,
-        "engine.dtype": dtype,
-        "engine.quantization": quantization,
-        "model.max_model_len": max_model_len,
-        "engine.max_num_seqs": max_num_seqs,
-        "engine.max_num_batched_tokens": max_num_batched_tokens,
-        "engine.block_size": block_size,
-        "engine.num_kv_blocks": num_kv_blocks,
-        "engine.seed": seed,
-        "model.chat_template": chat_template,
-        "model.revision": revision,
-        "model.download_dir": download_dir,
-        "server.log_format": log_format,
-        "server.otlp_traces_endpoint": otlp_traces_endpoint,
-    }
-    from deploy.settings import load
+    from deploy.settings import field_names, load
 
+    by_field = {name.partition(".")[2]: name for name in field_names()}
+    flags = {
+        _NAMED_OTHERWISE.get(name) or by_field[name]: value
+        for name, value in context.params.items()
+        if name not in ("config", "print_config") and value != []
+    }
     try:
         loaded = load(file=config, environ=os.environ, flags=flags)
     except ValueError as error:

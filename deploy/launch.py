@@ -26,8 +26,6 @@ from deploy.tracing import exporter_to
 log = logging.getLogger("expertmesh.launch")
 
 START_S = 600.0
-READY_S = 60.0
-LOGS = "see the logs under /tmp/ray/session_latest/logs"
 
 
 class StartError(RuntimeError):
@@ -92,13 +90,15 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
                 http_options={"host": settings.server.host, "port": settings.server.port},
                 logging_config={"log_level": "ERROR", "enable_access_log": False},
             )
-            app = application.bind(settings)
-            threading.Thread(target=_run_app, args=(app, application.APP_NAME), daemon=True).start()
+            serve.run_many(
+                [serve.RunTarget(application.bind(settings), name=application.APP_NAME, route_prefix="/")],
+                wait_for_ingress_deployment_creation=False,
+                wait_for_applications_running=False,
+            )
             for supervisor in supervisors:
                 _wait_for_mesh(supervisor)
-            _wait_for_app(application.APP_NAME)
             url = f"http://{settings.server.host}:{settings.server.port}"
-            _wait_ready(url)
+            _wait_until_ready(url, application.APP_NAME)
         yield Running(url, models[0].names[0], time.monotonic() - began)
 
 
@@ -183,13 +183,6 @@ def _progress(supervisor: Any, say: Callable[[str], None]) -> Iterator[None]:
         thread.join(timeout=3)
 
 
-def _run_app(app: Any, name: str) -> None:
-    from ray import serve
-
-    with contextlib.suppress(Exception):  # its state is read from serve.status()
-        serve.run(app, name=name, route_prefix="/", blocking=False)
-
-
 def _wait_for_mesh(supervisor: Any) -> None:
     import ray
 
@@ -199,33 +192,21 @@ def _wait_for_mesh(supervisor: Any) -> None:
         raise StartError(root_cause(str(error))) from None
 
 
-def _wait_for_app(name: str) -> None:
+def _wait_until_ready(url: str, app: str) -> None:
+    """The ingress is up and has found its routers."""
     from ray import serve
 
-    end = time.monotonic() + START_S
+    client, end = Client(url=url, timeout_s=2.0), time.monotonic() + START_S
     while time.monotonic() < end:
-        status = serve.status().applications.get(name)
-        if status is not None and status.status == "RUNNING":
-            return
-        if status is not None:
-            messages = [d.message for d in status.deployments.values() if "Error" in d.message]
-            if messages or status.status == "DEPLOY_FAILED":
-                raise StartError(root_cause((messages or [status.message])[0]))
-        time.sleep(0.1)
-    raise StartError(f"the service was not up within {START_S:.0f} s; {LOGS}")
-
-
-def _wait_ready(url: str) -> None:
-    """The ingress has found its routers."""
-    client, end = Client(url=url, timeout_s=2.0), time.monotonic() + READY_S
-    while True:
-        try:
+        status = serve.status().applications[app]
+        errors = [one.message for one in status.deployments.values() if "Error" in one.message]
+        if errors or status.status == "DEPLOY_FAILED":
+            raise StartError(root_cause((errors or [status.message])[0]))
+        with contextlib.suppress(CallError):
             client.get("/ready")
             return
-        except CallError:
-            if time.monotonic() > end:
-                raise StartError(f"the ingress found no router within {READY_S:.0f} s; {LOGS}") from None
-            time.sleep(0.05)
+        time.sleep(0.1)
+    raise StartError(f"the service was not up within {START_S:.0f} s; see /tmp/ray/session_latest/logs")
 
 
 def _end() -> None:

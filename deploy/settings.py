@@ -11,7 +11,7 @@ Environment names are the dotted path in capitals with two underscores between t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -185,15 +185,16 @@ class LoadedSettings:
     settings: Settings
     origins: Mapping[str, str]
 
-    def explain(self, *, reveal_secrets: bool = False) -> list[tuple[str, Any, str]]:
+    def explain(self) -> list[tuple[str, Any, str]]:
         """(name, value, source) of every setting, for `--print-config`. Keys are masked."""
         rows = []
         for name in field_names():
             section, field = name.split(".")
             value = getattr(getattr(self.settings, section), field)
-            if name in SECRETS and value and not reveal_secrets:
-                value = "********"
-            rows.append((name, value, self.origins.get(name, "default")))
+            shown = "********" if name in SECRETS and value else value
+            rows.append((name, shown, self.origins.get(name, "default")))
+        for number, further in enumerate(self.settings.further_models, 1):
+            rows.append((f"models[{number}]", further.model_dump(exclude_unset=True), self.origins["models"]))
         return rows
 
 
@@ -207,12 +208,11 @@ def load(
     file: str | Path | None = None,
     environ: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
-    further_models: Sequence[Any] = (),
 ) -> LoadedSettings:
-    """Merges the three sources and validates. Flags are dotted names; a flag of None is unset.
+    """Merges the three sources and validates. Flags are dotted names, or sections as in a file; None is unset.
 
     Raises ValueError with one line: name, value, rule, source."""
-    values: dict[str, dict[str, Any]] = {section: {} for section in _sections()}
+    values: dict[str, Any] = {section: {} for section in _sections()}
     origins: dict[str, str] = {}
 
     def put(name: str, value: Any, source: str) -> None:
@@ -220,21 +220,23 @@ def load(
         values[section][field] = value
         origins[name] = source
 
-    data = _read_yaml(file) if file is not None else {}
-    further_models = [*take_models(data, f"file {file}"), *further_models]
-    for name, value in _flatten(data, f"file {file}"):
-        put(name, value, f"file {file}")
+    def put_all(data: dict[str, Any], source: str) -> None:
+        if (further := _take_models(data, source)) is not None:
+            values["further_models"], origins["models"] = further, source
+        for name, value in _flatten(data, source):
+            if value is not None or source != "flag":
+                put(name, value, source)
+
+    if file is not None:
+        put_all(_read_yaml(file), f"file {file}")
     for variable, text in (environ or {}).items():
         if variable.startswith(ENV_PREFIX) and "__" in variable:
             name = variable[len(ENV_PREFIX) :].lower().replace("__", ".", 1)
             _check_name(name, f"environment {variable}")
             put(name, _from_text(name, text), f"environment {variable}")
-    for name, value in (flags or {}).items():
-        if value is not None:
-            _check_name(name, "flag")
-            put(name, value, "flag")
+    put_all(dict(flags or {}), "flag")
     try:
-        settings = Settings.model_validate({**values, "further_models": further_models})
+        settings = Settings.model_validate(values)
         settings.each_mesh()
     except ValidationError as error:
         first = error.errors()[0]
@@ -242,12 +244,6 @@ def load(
         shown = "********" if name in SECRETS else repr(first.get("input"))
         raise ValueError(f"setting {name} = {shown} ({origins.get(name, 'default')}): {first['msg']}") from None
     return LoadedSettings(settings=settings, origins=origins)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _sections() -> dict[str, type[Section]]:
@@ -258,6 +254,12 @@ def _sections() -> dict[str, type[Section]]:
     }
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def _check_name(name: str, source: str) -> None:
     if name not in (known := field_names()):
         raise ValueError(f"unknown setting {name!r} ({source}){nearest(name, known)}")
@@ -265,21 +267,20 @@ def _check_name(name: str, source: str) -> None:
 
 def _read_yaml(file: str | Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        data = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"settings file {file}: {' '.join(str(error).split())}") from None
-    if data is not None and not isinstance(data, dict):
-        raise ValueError(
-            f"settings file {file}: expected sections ({', '.join(_sections())}), found {type(data).__name__}"
-        )
-    return data or {}
+    if not isinstance(data, dict):
+        known = ", ".join(_sections())
+        raise ValueError(f"settings file {file}: expected sections ({known}), found {type(data).__name__}")
+    return data
 
 
-def take_models(data: dict[str, Any], source: str) -> list[Any]:
-    """Takes the list `models` out of the file: its first entry becomes the section `model`, the others are returned."""
+def _take_models(data: dict[str, Any], source: str) -> list[Any] | None:
+    """Takes the list `models` out: its first entry becomes the section `model`, the others are returned."""
     models = data.pop("models", None)
     if models is None:
-        return []
+        return None
     if not isinstance(models, list) or not models or not all(isinstance(one, dict) for one in models):
         raise ValueError(f"models ({source}): expected a list of models, each with its path")
     if "model" in data:
@@ -291,15 +292,18 @@ def take_models(data: dict[str, Any], source: str) -> list[Any]:
 
 
 def _flatten(data: Mapping[str, Any], source: str) -> Iterable[tuple[str, Any]]:
+    """Dotted names of all that is there, each a known one."""
     sections = _sections()
     for section, fields in data.items():
+        if "." in str(section):
+            _check_name(section, source)
+            yield section, fields
+            continue
         if section not in sections:
             raise ValueError(f"unknown section {section!r} ({source}){nearest(str(section), sections)}")
-        if not isinstance(fields, dict):
+        if not isinstance(fields, Mapping):
             raise ValueError(f"section {section!r} ({source}): expected settings, found {type(fields).__name__}")
-        for field, value in fields.items():
-            _check_name(f"{section}.{field}", source)
-            yield f"{section}.{field}", value
+        yield from _flatten({f"{section}.{field}": value for field, value in fields.items()}, source)
 
 
 def _from_text(name: str, text: str) -> Any:

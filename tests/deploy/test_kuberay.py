@@ -106,7 +106,7 @@ def test_the_manifests_agree_with_the_code(overlay: str, api: RunningApi) -> Non
     module, _, name = application_["import_path"].partition(":")
     assert module == app.__name__ and callable(getattr(app, name))
     assert application_["name"] == app.APP_NAME
-    settings = load(flags=app._dotted(application_["args"])).settings  # unknown names would be refused
+    settings = load(flags=application_["args"]).settings  # unknown names would be refused
     specs.router_spec(settings)
     assert {d["name"] for d in application_["deployments"]} <= {"ingress", "router"}
 
