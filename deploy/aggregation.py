@@ -9,27 +9,27 @@ average  ... the best of the tokens' mean scores
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deploy.placed_tokens import PlacedToken, trim
 
+T = TypeVar("T")
 Scores = NDArray[np.float64]
 Strategy = Literal["none", "simple", "first", "average", "max"]
 
 
 @dataclass(frozen=True, slots=True)
-class Tagged:
-    """A token, or a whole word, with the scores of all labels; `score` and `label` are those of the best."""
+class Piece:
+    """A token, a character of several tokens, or a word, with the scores of all labels."""
 
     start: int
     end: int
-    label: str
-    score: float
+    scores_L: Scores
 
 
 def entities(
@@ -43,33 +43,38 @@ def entities(
     """The pipeline's answer for one window of the text; `outputs_TL` are the head's raw outputs, T tokens x L labels.
 
     Entities of several tokens still begin with the space before a word; see `trimmed`."""
-    scores_TL = _softmax(np.asarray(outputs_TL, dtype=np.float64))
+    outputs = np.asarray(outputs_TL, dtype=np.float64)
+    powers = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
+    scores_TL = powers / powers.sum(axis=-1, keepdims=True)
     mine = [(i, token) for i, token in enumerate(tokens) if token.text_idx is not None]
-    found: list[dict[str, Any]]
+
+    def best(scores_L: Scores) -> tuple[str, float]:
+        return id2label[int(scores_L.argmax())], float(scores_L.max())
+
     if strategy == "none":
         found = []
         for i, token in mine:
-            best = int(scores_TL[i].argmax())
-            found.append(
-                {
-                    "entity": id2label[best],
-                    "score": float(scores_TL[i, best]),
-                    "index": i,
-                    "word": token.piece,
-                    "start": token.start,
-                    "end": token.end,
-                }
-            )
+            label, score = best(scores_TL[i])
+            place = {"word": token.piece, "start": token.start, "end": token.end}
+            found.append({"entity": label, "score": score, "index": i, **place})
         return [entity for entity in found if entity["entity"] not in ignore_labels]
-    mine, scores_TL = _whole_characters(mine, scores_TL)
-    if strategy == "simple":
-        tagged = [_tagged([token], scores_TL[i], id2label) for i, token in mine]
-    else:
-        tagged = [
-            _tagged([token for _, token in word], _word_scores(scores_TL[[i for i, _ in word]], strategy), id2label)
-            for word in _words(text, mine)
-        ]
-    found = [_entity(text, group) for group in _groups(tagged)]
+
+    # Tokens that share a character, as the bytes of an emoji do, count as one with their mean scores: the pipeline lets
+    # entities begin and end in the middle of a character; then two of them claim it.
+    pieces = [Piece(token.start, token.end, scores_TL[i]) for i, token in mine]
+    pieces = [_merged(group, "average") for group in _runs(pieces, lambda one, next_: next_.start < one.end)]
+    if strategy != "simple":
+        # A piece goes on with a word unless a space stands before it or it begins with one.
+        words = _runs(pieces, lambda _, next_: " " not in text[next_.start - 1 : next_.start + 1])
+        pieces = [_merged(word, strategy) for word in words]
+
+    labels = [(piece, *best(piece.scores_L)) for piece in pieces]
+    found = []
+    for group in _runs(labels, lambda one, next_: not next_[1].startswith("B-") and _kind(next_[1]) == _kind(one[1])):
+        start, end = group[0][0].start, group[-1][0].end
+        score = float(np.mean([score for _, _, score in group]))
+        name = group[0][1].split("-", 1)[-1]
+        found.append({"entity_group": name, "score": score, "word": text[start:end], "start": start, "end": end})
     return [entity for entity in found if entity["entity_group"] not in ignore_labels]
 
 
@@ -79,8 +84,8 @@ def longest_of_overlapping(found: Sequence[dict[str, Any]]) -> list[dict[str, An
     for entity in sorted(found, key=lambda one: int(one["start"])):
         if not kept or not kept[-1]["start"] <= entity["start"] < kept[-1]["end"]:
             kept.append(entity)
-        elif _rank(entity) > _rank(kept[-1]):
-            kept[-1] = entity
+        else:
+            kept[-1] = max(kept[-1], entity, key=lambda one: (one["end"] - one["start"], one["score"]))
     return kept
 
 
@@ -90,83 +95,28 @@ def trimmed(text: str, entity: Mapping[str, Any]) -> dict[str, Any]:
     return {**entity, "word": text[start:end], "start": start, "end": end}
 
 
-def _rank(entity: Mapping[str, Any]) -> tuple[int, float]:
-    return entity["end"] - entity["start"], entity["score"]
-
-
-def _whole_characters(
-    tokens: Sequence[tuple[int, PlacedToken]], scores_TL: Scores
-) -> tuple[list[tuple[int, PlacedToken]], Scores]:
-    """Tokens that share a character, as the bytes of an emoji do, as one with their mean scores.
-
-    The pipeline lets entities begin and end in the middle of a character; then two of them claim it."""
-    groups: list[list[tuple[int, PlacedToken]]] = []
-    for i, token in tokens:
-        if groups and token.start < groups[-1][-1][1].end:
-            groups[-1].append((i, token))
+def _runs(items: Sequence[T], goes_on: Callable[[T, T], bool]) -> list[list[T]]:
+    """The items in runs: one goes on with the run of the item before it, or begins another."""
+    runs: list[list[T]] = []
+    for item in items:
+        if runs and goes_on(runs[-1][-1], item):
+            runs[-1].append(item)
         else:
-            groups.append([(i, token)])
-    whole = [(i, replace(group[0][1], end=group[-1][1].end)) for i, group in enumerate(groups)]
-    return whole, np.array([scores_TL[[i for i, _ in group]].mean(axis=0) for group in groups])
+            runs.append([item])
+    return runs
 
 
-def _words(text: str, tokens: Sequence[tuple[int, PlacedToken]]) -> list[list[tuple[int, PlacedToken]]]:
-    """Tokens in words: a token goes on with a word unless a space stands before it or it begins with one."""
-    words: list[list[tuple[int, PlacedToken]]] = []
-    for i, token in tokens:
-        goes_on = token.start > 0 and " " not in text[token.start - 1 : token.start + 1]
-        if words and goes_on:
-            words[-1].append((i, token))
-        else:
-            words.append([(i, token)])
-    return words
-
-
-def _word_scores(scores_TL: Scores, strategy: Strategy) -> Scores:
-    """One row of scores for a word."""
+def _merged(pieces: Sequence[Piece], strategy: Strategy) -> Piece:
+    scores_PL = np.array([piece.scores_L for piece in pieces])
     if strategy == "first":
-        first: Scores = scores_TL[0]
-        return first
-    if strategy == "max":
-        surest: Scores = scores_TL[int(scores_TL.max(axis=1).argmax())]
-        return surest
-    mean: Scores = scores_TL.mean(axis=0)
-    return mean
+        scores_L = scores_PL[0]
+    elif strategy == "max":
+        scores_L = scores_PL[int(scores_PL.max(axis=1).argmax())]
+    else:
+        scores_L = scores_PL.mean(axis=0)
+    return Piece(pieces[0].start, pieces[-1].end, scores_L)
 
 
-def _tagged(tokens: Sequence[PlacedToken], scores_L: Scores, id2label: Mapping[int, str]) -> Tagged:
-    best = int(scores_L.argmax())
-    return Tagged(tokens[0].start, tokens[-1].end, id2label[best], float(scores_L[best]))
-
-
-def _groups(tagged: Sequence[Tagged]) -> list[list[Tagged]]:
-    groups: list[list[Tagged]] = []
-    for one in tagged:
-        begins, kind = _read_label(one.label)
-        if groups and not begins and kind == _read_label(groups[-1][-1].label)[1]:
-            groups[-1].append(one)
-        else:
-            groups.append([one])
-    return groups
-
-
-def _read_label(label: str) -> tuple[bool, str]:
-    """(begins an entity, its kind). A label without "B-" or "I-" goes on."""
-    return label.startswith("B-"), label[2:] if label.startswith(("B-", "I-")) else label
-
-
-def _entity(text: str, group: Sequence[Tagged]) -> dict[str, Any]:
-    start, end = group[0].start, group[-1].end
-    return {
-        "entity_group": group[0].label.split("-", 1)[-1],
-        "score": float(np.mean([one.score for one in group])),
-        "word": text[start:end],
-        "start": start,
-        "end": end,
-    }
-
-
-def _softmax(outputs_TL: Scores) -> Scores:
-    powers = np.exp(outputs_TL - outputs_TL.max(axis=-1, keepdims=True))
-    scores: Scores = powers / powers.sum(axis=-1, keepdims=True)
-    return scores
+def _kind(label: str) -> str:
+    """A label without "B-" or "I-" is its own."""
+    return label[2:] if label.startswith(("B-", "I-")) else label

@@ -7,14 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from deploy.label_likelihood import label_log_likelihoods
-from deploy.pooling import (
-    PoolingBody,
-    activate,
-    activation_of,
-    list_answer,
-    read_inputs,
-    run_head,
-)
+from deploy.pooling import PoolingBody, activate, activation_of, list_answer, read_inputs, run_head
 from deploy.service import Service
 
 
@@ -33,8 +26,7 @@ async def classify(service: Service, body: ClassifyRequest, answer_id: str) -> d
     if body.labels is None and body.label_template is None:
         model = service.models.find_for(("sequence_classification",), body.model, "classification without `labels`")
         prompts = await read_inputs(service, model, body, body.input, "input")
-        batch = await run_head(service, model, prompts, body, head=model.names[0], tokens="last")
-        rows = [rows[0] for rows in batch]
+        rows = [rows[0] for rows in await run_head(service, model, prompts, body)]
         labels = [model.id2label[i] for i in sorted(model.id2label)]
         function = activation_of(model)
     else:
@@ -47,4 +39,4 @@ async def classify(service: Service, body: ClassifyRequest, answer_id: str) -> d
         probs = activate(row, "none" if body.use_activation is False else function)
         best = max(range(len(row)), key=row.__getitem__)
         data.append({"index": index, "label": labels[best], "probs": probs, "num_classes": len(labels)})
-    return list_answer(service, answer_id, body.model or model.names[0], data, prompts)
+    return list_answer(service, answer_id, body, model, data, prompts)

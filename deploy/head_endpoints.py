@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from deploy.body import read_json
 from deploy.classify import ClassifyRequest, classify
-from deploy.embeddings import EmbeddingRequest, embed
 from deploy.errors import ApiError
 from deploy.huggingface import (
     HuggingFaceBody,
@@ -22,7 +21,7 @@ from deploy.huggingface import (
 )
 from deploy.huggingface_generation import TextGenerationRequest, generate_text, plan_text_generation, stream_text
 from deploy.openai_requests import RequestBody, parse
-from deploy.pooling import PoolingBody, PoolingRequest, pool
+from deploy.pooling import EmbeddingRequest, PoolingBody, PoolingRequest, embed, pool
 from deploy.score import ScoreRequest, score
 from deploy.service import Service
 from deploy.sse import JsonAnswer, client_left, event, start_stream, until_disconnect

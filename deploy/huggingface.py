@@ -17,11 +17,12 @@ from deploy.errors import ContextTooLong, InvalidRequest
 from deploy.label_likelihood import label_log_likelihoods
 from deploy.openai_requests import RequestBody, parse
 from deploy.placed_tokens import PlacedToken, num_windows, place_tokens, split, windows
-from deploy.pooling import Rows, activate, activation_of, check_ids, encode, run_head
+from deploy.pooling import Rows, activate, activation_of, check_ids, check_length, check_number, encode, run_head
 from deploy.served_model import ServedModel
 from deploy.service import Service
 
 Parameters = TypeVar("Parameters", bound=RequestBody)
+Window = tuple[list[PlacedToken], Rows]
 
 
 class HuggingFaceBody(RequestBody):
@@ -70,37 +71,29 @@ async def text_classification(service: Service, body: HuggingFaceBody, name: str
     function = parameters.function_to_apply
     if function in (None, "default"):
         function = activation_of(model)
-    texts = body.inputs if isinstance(body.inputs, list) else [body.inputs]
-    prompts = await _read(service, [_text_or_pair(one) for one in texts], model)
-    batch = await run_head(service, model, [_ids(tokens) for tokens in prompts], head=model.names[0], tokens="last")
-    return [
-        [
-            {"label": model.id2label[i], "score": score}
-            for i, score in sorted(enumerate(activate(rows[0], function or "none")), key=lambda item: -item[1])
-        ][: parameters.top_k]
-        for rows in batch
-    ]
+    prompts = await _read(service, [_text_or_pair(one) for one in _inputs(body)], model)
+    batch = await run_head(service, model, [_ids(tokens) for tokens in prompts])
+    labels = [model.id2label[i] for i in sorted(model.id2label)]
+    return [_best_first(labels, activate(rows[0], function or "none"))[: parameters.top_k] for rows in batch]
 
 
 async def token_classification(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
     """The entities of each text. As the Hub's API and unlike the pipeline, neighbours are grouped by default."""
     model = service.models.find_for(("token_classification",), name, "token classification")
     parameters = _parameters(body, model, TokenClassificationParameters)
-    strategy = parameters.aggregation_strategy or "simple"
-    size = _window_size(model)
-    if parameters.stride is not None and strategy == "none":
-        raise InvalidRequest("stride: it needs an aggregation_strategy other than none", param="stride")
-    texts = _texts(body.inputs)
-    prompts = await _read(service, [(text, None) for text in texts], model, check=parameters.stride is None)
-
+    strategy, stride = parameters.aggregation_strategy or "simple", parameters.stride
     ignored = parameters.ignore_labels if parameters.ignore_labels is not None else ["O"]
-    if parameters.stride is None:
-        parts = [[tokens] for tokens in prompts]
-    else:
-        parts = [_parts(service, tokens, 0, size, parameters.stride, "stride") for tokens in prompts]
+    if stride is not None and strategy == "none":
+        raise InvalidRequest("stride: it needs an aggregation_strategy other than none", param="stride")
+    texts = _texts(body)
+    prompts = await _read(service, [(text, None) for text in texts], model, check=stride is None)
+    parts = [
+        [tokens] if stride is None else _parts(service, tokens, 0, _window_size(model), stride, "stride")
+        for tokens in prompts
+    ]
     batch = await _run_parts(service, model, parts)
 
-    def aggregate(text: str, windows: Sequence[tuple[list[PlacedToken], Rows]]) -> list[dict[str, Any]]:
+    def aggregate(text: str, windows: Sequence[Window]) -> list[dict[str, Any]]:
         found = [
             aggregation.entities(text, tokens, rows, model.id2label, strategy, ignored) for tokens, rows in windows
         ]
@@ -112,22 +105,18 @@ async def token_classification(service: Service, body: HuggingFaceBody, name: st
     answers = await service.run(
         lambda: [aggregate(*one) for one in zip(texts, batch, strict=True)], sum(len(text) for text in texts)
     )
-    return answers if isinstance(body.inputs, list) else answers[0]
+    return _one_or_many(body, answers)
 
 
 async def question_answering(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
     """The best answer, or a list of `top_k`."""
     model = service.models.find_for(("question_answering",), name, "question answering")
     parameters = _parameters(body, model, QuestionAnsweringParameters)
-    pairs = [_question(one) for one in (body.inputs if isinstance(body.inputs, list) else [body.inputs])]
-    if not pairs:
-        raise InvalidRequest("inputs: send at least one question with its context", param="inputs")
-    prompts = await _read(service, list(pairs), model, check=False)
-    parts = [_question_parts(service, model, parameters, tokens) for tokens in prompts]
-    batch = await _run_parts(service, model, parts)
-    top_k = parameters.top_k or 1
+    pairs = [_question(one) for one in _inputs(body)]
+    prompts = await _read(service, [*pairs], model, check=False)
+    batch = await _run_parts(service, model, [_question_parts(service, model, parameters, one) for one in prompts])
     options = spans.SpanOptions(
-        top_k=top_k,
+        top_k=parameters.top_k or 1,
         max_answer_len=parameters.max_answer_len or 15,
         align_to_words=parameters.align_to_words is not False,
         handle_impossible_answer=bool(parameters.handle_impossible_answer),
@@ -136,8 +125,7 @@ async def question_answering(service: Service, body: HuggingFaceBody, name: str 
         lambda: [spans.answers(context, windows, options) for (_, context), windows in zip(pairs, batch, strict=True)],
         sum(len(context) for _, context in pairs),
     )
-    shown = [one if top_k > 1 else one[0] for one in found]
-    return shown if isinstance(body.inputs, list) else shown[0]
+    return _one_or_many(body, [one if options.top_k > 1 else one[0] for one in found])
 
 
 async def zero_shot_classification(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
@@ -148,23 +136,16 @@ async def zero_shot_classification(service: Service, body: HuggingFaceBody, name
     parameters = _parameters(body, model, ZeroShotParameters)
     labels = parameters.candidate_labels
     template = "\n" + (parameters.hypothesis_template or "This example is {}.")
-    texts = _texts(body.inputs)
-    prompts = [_ids(tokens) for tokens in await _read(service, [(text, None) for text in texts], model)]
+    prompts = [_ids(tokens) for tokens in await _read(service, [(text, None) for text in _texts(body)], model)]
+    if parameters.multi_label:  # a line break is the shortest text that every tokenizer has tokens for
+        prompts.append(encode(model, "\n", True, "inputs"))
+    rows = await label_log_likelihoods(service, model, prompts, labels, template)
     if parameters.multi_label:
-        nothing = encode(model, "\n", True, "inputs")  # the shortest text that every tokenizer has tokens for
-        *rows, prior = await label_log_likelihoods(service, model, [*prompts, nothing], labels, template)
-        batch = [activate([x - p for x, p in zip(row, prior, strict=True)], "sigmoid") for row in rows]
+        *rows, prior = rows
+        scores = [activate([x - p for x, p in zip(row, prior, strict=True)], "sigmoid") for row in rows]
     else:
-        rows = await label_log_likelihoods(service, model, prompts, labels, template)
-        batch = [activate(row, "softmax") for row in rows]
-    answers = [
-        [
-            {"label": label, "score": score}
-            for label, score in sorted(zip(labels, scores, strict=True), key=lambda item: -item[1])
-        ]
-        for scores in batch
-    ]
-    return answers if isinstance(body.inputs, list) else answers[0]
+        scores = [activate(row, "softmax") for row in rows]
+    return _one_or_many(body, [_best_first(labels, row) for row in scores])
 
 
 def _question_parts(
@@ -189,12 +170,12 @@ def _question_parts(
 
 async def _run_parts(
     service: Service, model: ServedModel, parts: Sequence[Sequence[list[PlacedToken]]]
-) -> list[list[tuple[list[PlacedToken], Rows]]]:
+) -> list[list[Window]]:
     """Each text's windows with the head's outputs for their tokens. Raises InvalidRequest for too many."""
     if (num := sum(map(len, parts))) > (most := service.settings.limits.max_prompts):
         raise ContextTooLong(f"inputs: {num} windows are more than this server's {most} in one request", param="inputs")
     flat = [_ids(window) for windows in parts for window in windows]
-    batch = iter(await run_head(service, model, flat, head=model.names[0], tokens="all"))
+    batch = iter(await run_head(service, model, flat, tokens="all"))
     return [[(window, next(batch)) for window in windows] for windows in parts]
 
 
@@ -222,41 +203,32 @@ def _parts(
 def _window_size(model: ServedModel) -> int:
     """Tokens that the model reads at once: the tokenizer's model_max_length where it is a limit of its own."""
     limit = model.tokenizer.config.get("model_max_length")
-    is_limit = isinstance(limit, int) and not isinstance(limit, bool) and limit > 0
-    return min(model.max_model_len, int(limit)) if is_limit and limit is not None else model.max_model_len
+    return min(model.max_model_len, limit) if type(limit) is int and limit > 0 else model.max_model_len
 
 
 async def _read(
     service: Service, texts: list[tuple[str, str | None]], model: ServedModel, *, check: bool = True
 ) -> list[list[PlacedToken]]:
     """Tokens of texts and pairs. Raises InvalidRequest; with `check` also for a text that doesn't fit."""
-    if len(texts) > (most := service.settings.limits.max_prompts):
-        raise InvalidRequest(f"inputs: {len(texts)} texts are more than this server's {most}", param="inputs")
+    check_number(service, len(texts), "inputs")
+    has_stride = model.head_kind == "token_classification"
+    remedy = "set parameters.stride to read it in windows" if has_stride else "shorten it"
 
-    def read() -> list[list[PlacedToken]]:
-        found = []
-        for text, pair in texts:
-            if check and model.tokenizer.least_num_tokens(text + (pair or "")) > model.max_model_len:
-                raise _too_long(model)
-            found.append(place_tokens(model.tokenizer, text, pair))
-            if not check:
-                continue
-            if len(found[-1]) > model.max_model_len:
-                raise _too_long(model)
-            check_ids(model, _ids(found[-1]), "inputs")
-        return found
+    def read_one(text: str, pair: str | None) -> list[PlacedToken]:
+        if check:
+            check_length(model, model.tokenizer.least_num_tokens(text + (pair or "")), "inputs", remedy)
+        tokens = place_tokens(model.tokenizer, text, pair)
+        if check:
+            check_ids(model, _ids(tokens), "inputs", remedy)
+        return tokens
 
-    return await service.run(read, sum(len(text) + len(pair or "") for text, pair in texts))
+    num_chars = sum(len(text) + len(pair or "") for text, pair in texts)
+    return await service.run(lambda: [read_one(*one) for one in texts], num_chars)
 
 
-def _too_long(model: ServedModel) -> ContextTooLong:
-    remedy = (
-        "set parameters.stride to read it in windows" if model.head_kind == "token_classification" else "shorten it"
-    )
-    return ContextTooLong(
-        f"inputs: the text has more than the {model.max_model_len} tokens of this model's context; {remedy}",
-        param="inputs",
-    )
+def _best_first(labels: Sequence[str], scores: Sequence[float]) -> list[dict[str, Any]]:
+    ranked = sorted(zip(labels, scores, strict=True), key=lambda item: -item[1])
+    return [{"label": label, "score": score} for label, score in ranked]
 
 
 def _ids(tokens: list[PlacedToken]) -> list[int]:
@@ -269,11 +241,23 @@ def _parameters(body: HuggingFaceBody, model: ServedModel, kind: type[Parameters
     return parse({**(model.task_parameters if model.head_kind != "causal_lm" else {}), **given}, kind)
 
 
-def _texts(inputs: Any) -> list[str]:
-    texts = inputs if isinstance(inputs, list) else [inputs]
-    if not texts or not all(isinstance(text, str) for text in texts):
+def _inputs(body: HuggingFaceBody) -> list[Any]:
+    inputs = body.inputs if isinstance(body.inputs, list) else [body.inputs]
+    if not inputs:
+        raise InvalidRequest("inputs: the list is empty; send at least one", param="inputs")
+    return inputs
+
+
+def _one_or_many(body: HuggingFaceBody, answers: list[Any]) -> Any:
+    """A list of answers for a list of inputs."""
+    return answers if isinstance(body.inputs, list) else answers[0]
+
+
+def _texts(body: HuggingFaceBody) -> list[str]:
+    texts = _inputs(body)
+    if not all(isinstance(text, str) for text in texts):
         raise InvalidRequest("inputs: expected a string or a list of strings", param="inputs")
-    return list(texts)
+    return texts
 
 
 def _text_or_pair(value: Any) -> tuple[str, str | None]:

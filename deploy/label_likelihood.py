@@ -39,7 +39,7 @@ async def label_log_likelihoods(
         limit = service.settings.limits.max_prompts
         raise InvalidRequest(f"labels: {num_runs} texts times labels are more than this server's {limit}")
     endings = [encode(model, template.replace("{}", label), False, "labels") for label in labels]
-    deadline = service.deadline()
+    deadline, body = service.deadline(), body or PoolingBody()
     places = asyncio.Semaphore(MAX_AT_ONCE)
 
     async def likelihood(prompt_ids: list[int], ending: list[int]) -> float:
@@ -51,8 +51,8 @@ async def label_log_likelihoods(
             prompt_ids=whole,
             sampling=SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0).to_dict(),
             deadline=deadline,
-            priority=body.priority if body is not None else 0,
-            cache_salt=body.cache_salt if body is not None else None,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
         )
         async with places, contextlib.aclosing(service.pool.generate(request)) as chunks:
             async for chunk in chunks:

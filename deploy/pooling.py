@@ -1,4 +1,4 @@
-"""Texts through the backbone and a head, and /pooling: one row of values for each text, or for each of its tokens."""
+"""Texts through the backbone and a head: /pooling, /v1/embeddings, and what other endpoints share with them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ MAX_AT_ONCE = 64  # texts of one request that are with the routers at a time
 Rows = list[list[float]]
 EMBEDDING_KINDS = ("causal_lm", "base")
 Activation = Literal["softmax", "sigmoid", "none"]
+_REMEDY = "shorten it, or set truncate_prompt_tokens"
 
 
 class PoolingBody(RequestBody):
@@ -34,14 +35,19 @@ class PoolingBody(RequestBody):
     request_id: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[!-~]+$")
 
 
-class PoolingRequest(PoolingBody):
-    """vLLM's /pooling. `task` is by default what the model is for."""
+class EmbeddingRequest(PoolingBody):
+    """OpenAI's body, with vLLM's extensions."""
 
     input: Any = None
-    task: Literal["embed", "classify", "token_classify", "token_embed"] | None = None
     encoding_format: Literal["float", "base64"] = "float"
-    use_activation: bool | None = None  # false: raw values, neither probabilities nor normalized
     dimensions: int | None = None
+    use_activation: bool | None = None  # false: raw values, neither probabilities nor normalized
+
+
+class PoolingRequest(EmbeddingRequest):
+    """vLLM's /pooling. `task` is by default what the model is for."""
+
+    task: Literal["embed", "classify", "token_classify", "token_embed"] | None = None
 
 
 _KINDS = {
@@ -58,68 +64,71 @@ _DEFAULT_TASKS = {
 }
 
 
+async def embed(service: Service, body: EmbeddingRequest, answer_id: str) -> dict[str, Any]:
+    """The last token's hidden state, L2-normalized, as vLLM does it for causal models."""
+    model = service.models.find_for(EMBEDDING_KINDS, body.model, "embeddings")
+    prompts, values = await _pool(service, body, model, "embed")
+    data = [{"index": index, "object": "embedding", "embedding": rows[0]} for index, rows in enumerate(values)]
+    return list_answer(service, answer_id, body, model, data, prompts)
+
+
 async def pool(service: Service, body: PoolingRequest, answer_id: str) -> dict[str, Any]:
-    refuse_dimensions(body.dimensions)
+    """One row of values for each text, or for each of its tokens."""
     if body.task is None:
         model = service.models.find_for(tuple(_DEFAULT_TASKS), body.model, "pooling")
     else:
         model = service.models.find_for(_KINDS[body.task], body.model, f"the pooling task {body.task}")
     task = body.task or _DEFAULT_TASKS[model.head_kind]
-    prompts = await read_inputs(service, model, body, body.input, "input")
-    batch = await run_head(
-        service,
-        model,
-        prompts,
-        body,
-        head=model.names[0] if task.endswith("classify") else "",
-        tokens="all" if task.startswith("token_") else "last",
-    )
-    if body.use_activation is not False:
-        if task.endswith("embed"):
-            batch = [[normalized(row) for row in rows] for rows in batch]
-        else:
-            function = "softmax" if task == "token_classify" else activation_of(model)
-            batch = [[activate(row, function) for row in rows] for rows in batch]
+    prompts, values = await _pool(service, body, model, task)
     data = [
-        {
-            "index": index,
-            "object": "pooling",
-            "data": [encode_values(row, body.encoding_format) for row in rows]
-            if task.startswith("token_")
-            else encode_values(rows[0], body.encoding_format),
-        }
-        for index, rows in enumerate(batch)
+        {"index": index, "object": "pooling", "data": rows if task.startswith("token_") else rows[0]}
+        for index, rows in enumerate(values)
     ]
-    return list_answer(service, answer_id, body.model or model.names[0], data, prompts)
+    return list_answer(service, answer_id, body, model, data, prompts)
 
 
-def list_answer(
-    service: Service, answer_id: str, model: str, data: list[dict[str, Any]], prompts: Sequence[Sequence[int]]
-) -> dict[str, Any]:
-    """The frame that vLLM puts around every kind of pooling result."""
-    num_tokens = sum(len(ids) for ids in prompts)
-    return {
-        "id": answer_id,
-        "object": "list",
-        "created": int(service.now()),
-        "model": model,
-        "data": data,
-        "usage": {
-            "prompt_tokens": num_tokens,
-            "total_tokens": num_tokens,
-            "completion_tokens": 0,
-            "prompt_tokens_details": None,
-        },
-    }
-
-
-def refuse_dimensions(dimensions: int | None) -> None:
-    if dimensions is not None:
+async def _pool(
+    service: Service, body: EmbeddingRequest, model: ServedModel, task: str
+) -> tuple[list[list[int]], list[list[Any]]]:
+    """The prompts, and each one's rows as the body wants to see them."""
+    if body.dimensions is not None:
         raise InvalidRequest(
             "dimensions: not supported: these models are not trained for shorter embeddings; leave it out",
             param="dimensions",
             code="unsupported_parameter",
         )
+    prompts = await read_inputs(service, model, body, body.input, "input")
+    head = model.names[0] if task.endswith("classify") else ""
+    tokens: Literal["last", "all"] = "all" if task.startswith("token_") else "last"
+    batch = await run_head(service, model, prompts, body, head=head, tokens=tokens)
+    if body.use_activation is not False:
+        function = "softmax" if task == "token_classify" else activation_of(model)
+        batch = [[activate(row, function) if head else normalized(row) for row in rows] for rows in batch]
+    if body.encoding_format == "float":
+        return prompts, batch
+    # Little-endian float32.
+    return prompts, [[base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode() for row in rows] for rows in batch]
+
+
+def list_answer(
+    service: Service,
+    answer_id: str,
+    body: PoolingBody,
+    model: ServedModel,
+    data: list[dict[str, Any]],
+    prompts: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    """The frame that vLLM puts around every kind of pooling result."""
+    num_tokens = sum(len(ids) for ids in prompts)
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0}
+    return {
+        "id": answer_id,
+        "object": "list",
+        "created": int(service.now()),
+        "model": body.model or model.names[0],
+        "data": data,
+        "usage": {**usage, "prompt_tokens_details": None},
+    }
 
 
 async def read_inputs(
@@ -127,16 +136,23 @@ async def read_inputs(
 ) -> list[list[int]]:
     """Token ids of a text, several texts, a list of token ids, or several such lists. Raises InvalidRequest."""
     sent = one_or_many(value, param)
-    if len(sent) > service.settings.limits.max_prompts:
-        raise InvalidRequest(
-            f"{param}: {len(sent)} texts are more than this server's {service.settings.limits.max_prompts} per request",
-            param=param,
-        )
+    check_number(service, len(sent), param)
 
-    def read() -> list[list[int]]:
-        return [_read_one(model, body, one, param) for one in sent]
+    def read_one(text: str | list[int]) -> list[int]:
+        if isinstance(text, str):
+            if body.truncate_prompt_tokens is None:
+                check_length(model, model.tokenizer.least_num_tokens(text), param)
+            text = encode(model, text, body.add_special_tokens, param)
+        ids = truncated(model, body, text)
+        check_ids(model, ids, param)
+        return ids
 
-    return await service.run(read, sum(len(one) for one in sent))
+    return await service.run(lambda: [read_one(one) for one in sent], sum(len(one) for one in sent))
+
+
+def check_number(service: Service, num_texts: int, param: str) -> None:
+    if num_texts > (most := service.settings.limits.max_prompts):
+        raise InvalidRequest(f"{param}: {num_texts} texts are more than this server's {most} per request", param=param)
 
 
 def one_or_many(value: Any, param: str) -> Sequence[str | list[int]]:
@@ -157,18 +173,6 @@ def one_or_many(value: Any, param: str) -> Sequence[str | list[int]]:
     )
 
 
-def _read_one(model: ServedModel, body: PoolingBody, text: str | list[int], param: str) -> list[int]:
-    if isinstance(text, str):
-        if body.truncate_prompt_tokens is None and model.tokenizer.least_num_tokens(text) > model.max_model_len:
-            raise too_long(model, param)
-        ids = encode(model, text, body.add_special_tokens, param)
-    else:
-        ids = text
-    ids = truncated(model, body, ids)
-    check_ids(model, ids, param)
-    return ids
-
-
 def truncated(model: ServedModel, body: PoolingBody, ids: list[int]) -> list[int]:
     """The last tokens that `truncate_prompt_tokens` leaves."""
     keep = body.truncate_prompt_tokens
@@ -186,19 +190,18 @@ def encode(model: ServedModel, text: str, add_special_tokens: bool, param: str) 
         raise InvalidRequest(f"{param}: {error}", param=param) from None
 
 
-def check_ids(model: ServedModel, ids: Sequence[int], param: str) -> None:
+def check_ids(model: ServedModel, ids: Sequence[int], param: str, remedy: str = _REMEDY) -> None:
     """Raises InvalidRequest for no tokens, unknown tokens or too many."""
     check_prompt(ids, model, param)
-    if len(ids) > model.max_model_len:
-        raise too_long(model, param)
+    check_length(model, len(ids), param, remedy)
 
 
-def too_long(model: ServedModel, param: str) -> ContextTooLong:
-    return ContextTooLong(
-        f"This model's maximum context length is {model.max_model_len} tokens, and the text has more. "
-        "Shorten it, or set truncate_prompt_tokens.",
-        param=param,
-    )
+def check_length(model: ServedModel, num_tokens: int, param: str, remedy: str = _REMEDY) -> None:
+    if num_tokens > model.max_model_len:
+        raise ContextTooLong(
+            f"{param}: the text has more than the {model.max_model_len} tokens of this model's context; {remedy}",
+            param=param,
+        )
 
 
 async def run_head(
@@ -207,24 +210,24 @@ async def run_head(
     prompts: Sequence[list[int]],
     body: PoolingBody | None = None,
     *,
-    head: str,
-    tokens: Literal["last", "all"],
+    head: str | None = None,
+    tokens: Literal["last", "all"] = "last",
 ) -> list[Rows]:
-    """The head's rows for each prompt; `head` "" gives hidden states. Each prompt is a request of its own, so
-    a text's values don't depend on its neighbours. The first error ends them all."""
-    deadline = service.deadline()
+    """The rows of the model's head for each prompt; `head` "" gives hidden states. Each prompt is a request of its own,
+    so a text's values don't depend on its neighbours. The first error ends them all."""
+    deadline, body = service.deadline(), body or PoolingBody()
     places = asyncio.Semaphore(MAX_AT_ONCE)
 
     async def run_one(prompt_ids: list[int]) -> Rows:
         async with places:
             return await service.pool.pool(
                 model=model.names[0],
-                head=head,
+                head=model.names[0] if head is None else head,
                 tokens=tokens,
                 prompt_ids=prompt_ids,
                 deadline=deadline,
-                priority=body.priority if body is not None else 0,
-                cache_salt=body.cache_salt if body is not None else None,
+                priority=body.priority,
+                cache_salt=body.cache_salt,
             )
 
     return await all_of([run_one(prompt_ids) for prompt_ids in prompts])
@@ -266,10 +269,3 @@ def normalized(row: Sequence[float]) -> list[float]:
     """The row at length 1."""
     length = math.sqrt(math.fsum(x * x for x in row)) or 1.0
     return [x / length for x in row]
-
-
-def encode_values(row: Sequence[float], encoding_format: str) -> list[float] | str:
-    """Numbers as JSON has them, or little-endian float32 in base64."""
-    if encoding_format == "float":
-        return list(row)
-    return base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from deploy.embeddings import embeddings
 from deploy.errors import InvalidRequest
 from deploy.placed_tokens import place_tokens
 from deploy.pooling import (
@@ -15,6 +14,7 @@ from deploy.pooling import (
     activation_of,
     check_ids,
     list_answer,
+    normalized,
     one_or_many,
     read_inputs,
     run_head,
@@ -42,7 +42,7 @@ async def score(service: Service, body: ScoreRequest, answer_id: str) -> dict[st
         )
     if model.head_kind in EMBEDDING_KINDS:
         prompts = await read_inputs(service, model, body, [*first, *second], "text_1")
-        vectors = await embeddings(service, model, prompts, body)
+        vectors = [normalized(rows[0]) for rows in await run_head(service, model, prompts, body, head="")]
         ones, others = vectors[: len(first)], vectors[len(first) :]
         ones = ones * len(others) if len(ones) == 1 else ones
         scores = [math.fsum(a * b for a, b in zip(*pair, strict=True)) for pair in zip(ones, others, strict=True)]
@@ -50,10 +50,10 @@ async def score(service: Service, body: ScoreRequest, answer_id: str) -> dict[st
         firsts = first * len(second) if len(first) == 1 else first
         prompts = [await _pair(service, model, body, *pair) for pair in zip(firsts, second, strict=True)]
         function = "none" if body.use_activation is False else activation_of(model)
-        batch = await run_head(service, model, prompts, body, head=model.names[0], tokens="last")
+        batch = await run_head(service, model, prompts, body)
         scores = [activate(rows[0], function)[0] for rows in batch]
     data = [{"index": index, "object": "score", "score": value} for index, value in enumerate(scores)]
-    return list_answer(service, answer_id, body.model or model.names[0], data, prompts)
+    return list_answer(service, answer_id, body, model, data, prompts)
 
 
 def _find(service: Service, name: str | None) -> ServedModel:
