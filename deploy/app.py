@@ -131,7 +131,14 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
 
 
 def bind(settings: Settings) -> serve.Application:
-    """The deployments with their resources, bound to these settings: routers for each mesh, and one ingress."""
+    """The deployments with their resources, bound to these settings: routers for each mesh, and one ingress.
+
+    Raises ValueError where Ray would run anybody's code."""
+    if os.environ.get("RAY_AUTH_MODE") != "token" and not settings.server.allow_open_ray:
+        raise ValueError(
+            "Ray runs without token authentication, so whoever reaches its ports can run code: set RAY_AUTH_MODE=token "
+            "and RAY_AUTH_TOKEN for `ray start` and for this, or server.allow_open_ray where nobody else is"
+        )
     if settings.mesh.token is None:
         settings = settings.model_copy(
             update={"mesh": settings.mesh.model_copy(update={"token": secrets.token_hex(16)})}

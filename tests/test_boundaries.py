@@ -35,6 +35,14 @@ def test_packages_import_only_what_lies_below_them(package):
         assert ours <= MAY_IMPORT[package], f"{path.relative_to(ROOT)} imports {ours - MAY_IMPORT[package]}"
 
 
+def test_nothing_that_serves_runs_code_from_a_file_or_the_network():
+    for path in (path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py")):
+        if "recipe" not in path.parts:
+            unsafe = imported_packages(path) & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+            text = path.read_text(encoding="utf-8")
+            assert not unsafe and "torch.load" not in text and "trust_remote_code=" not in text, path
+
+
 def test_ray_and_torch_distributed_stay_in_a_few_files():
     ray_users, distributed_users = set(), set()
     for package in MAY_IMPORT:

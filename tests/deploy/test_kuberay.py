@@ -237,3 +237,10 @@ def test_the_image_is_on_the_same_ray_and_not_root() -> None:
     for source in re.findall(r"^COPY (?!--)(.+) \S+$", text, flags=re.MULTILINE):
         for name in source.split():
             assert (ROOT / name).exists() or name == "README.md", f"{name} is not in the repository"
+
+
+def test_nothing_is_deployed_where_ray_asks_nobody_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    with pytest.raises(ValueError, match="RAY_AUTH_MODE=token"):
+        app.build_app({"mesh": {"shards": 2}})
+    app.build_app({"server": {"allow_open_ray": True}, "mesh.shards": 2})
