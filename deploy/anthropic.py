@@ -142,7 +142,7 @@ def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise InvalidRequest(
             f"{where}.type: {str(tool['type'])[:80]!r} runs at Anthropic; define a custom tool", param=where
         )
-    function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
+    function = {"name": tool.get("name"), "parameters": tool.get("input_schema"), "strict": tool.get("strict")}
     if tool.get("description") is not None:
         function["description"] = tool["description"]
     return {"type": "function", "function": function}

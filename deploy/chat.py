@@ -25,7 +25,7 @@ from deploy.openai_requests import ChatCompletionRequest
 from deploy.router_pool import GenerateRequest
 from deploy.served_model import ServedModel
 from deploy.service import Service
-from deploy.tool_parser import CallArguments, CallStart, Content, Parser, Piece, parser_for
+from deploy.tool_parser import CallArguments, CallStart, Content, HermesCalls, Parser, Piece, parser_for
 from deploy.tools import ToolUse, read_tool_use
 from deploy.usage import Usage, events_with_usage
 
@@ -60,10 +60,11 @@ async def plan_chat(service: Service, body: ChatCompletionRequest, answer_id: st
     _check_fields(body)
     use = read_tool_use(body.tools, body.tool_choice, is_parallel=body.parallel_tool_calls is not False)
     structured = structured_spec(body)
-    if (demanded := use.structured()) is not None:
-        if structured is not None:
-            raise InvalidRequest("tool_choice: a demanded call excludes response_format", param="tool_choice")
-        structured = demanded
+    if structured is None:
+        tags_are_tokens = model.tokenizer.backend.token_to_id(HermesCalls.OPEN) is not None
+        structured = use.structured(tags_are_tokens=tags_are_tokens)
+    elif use.mode in ("required", "named"):
+        raise InvalidRequest("tool_choice: a demanded call excludes response_format", param="tool_choice")
     messages = read_messages(body.messages)
     prompt = await render(
         service,

@@ -14,6 +14,8 @@ PREAMBLE = """# Tools
 To call a function write <tool_call>{{"name": ..., "arguments": {{...}}}}</tool_call>. Functions:
 {signatures}"""
 
+WHITESPACE = r"[ \t\n\r]{1,40}"  # between JSON's parts: a small model may never stop writing it
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolUse:
@@ -24,15 +26,32 @@ class ToolUse:
     name: str | None = None
     is_parallel: bool = True
 
-    def structured(self) -> StructuredSpec | None:
-        """What the output must be: for a named function its arguments, for `required` a list of calls."""
+    def structured(self, *, tags_are_tokens: bool = False) -> StructuredSpec | None:
+        """What the output must be: for a named function its arguments, for `required` a list of calls, and where the
+        model may choose, any text, but calls of strict functions with arguments as their schemas say.
+
+        tags_are_tokens: the vocabulary has tokens of their own for <tool_call> and </tool_call>."""
         if self.mode == "named":
             schema: Any = next(_parameters(tool) for tool in self.tools if _name(tool) == self.name)
         elif self.mode == "required":
             schema = _calls_schema(self.tools, is_parallel=self.is_parallel)
+        elif any(tool["function"].get("strict") for tool in self.tools):
+            return StructuredSpec("grammar", self._text_with_calls('"' * (not tags_are_tokens)))
         else:
             return None
         return StructuredSpec("json_schema", json.dumps(schema, ensure_ascii=False))
+
+    def _text_with_calls(self, quote: str) -> str:
+        """A grammar for llguidance: text until a tag begins a call, the call, text again. Tokens stand unquoted."""
+        rules = []
+        for i, tool in enumerate(self.tools):
+            begin = json.dumps(f'\n{{"name": {json.dumps(_name(tool))}, "arguments": ')
+            parameters = _parameters(tool) if tool["function"].get("strict") else {"type": "object"}
+            schema = json.dumps({**parameters, "x-guidance": {"whitespace_pattern": WHITESPACE}}, ensure_ascii=False)
+            rules.append(f'call_{i}: open {begin} %json {schema} "}}\\n" {quote}</tool_call>{quote}')
+        calls = " | ".join(f"call_{i}" for i in range(len(self.tools)))
+        tag = f"open{'[lazy]' if quote else ''}: TEXT {quote}<tool_call>{quote}"
+        return "\n".join([f"start: ({calls})* text", "text: TEXT", "TEXT: /(.|\\n)*/", tag, *rules])
 
     def preamble(self) -> str:
         """The tools as text, for chat templates that don't show them; calls look as Hermes and Qwen write them."""
@@ -89,6 +108,8 @@ def _checked(tool: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         raise InvalidRequest(f"{where}.function: an object with a name is required", param=where)
     if not 1 <= len(function["name"]) <= 128:
         raise InvalidRequest(f"{where}.function.name: 1 to 128 characters are required", param=where)
+    if not isinstance(function.get("strict"), bool | None):
+        raise InvalidRequest(f"{where}.function.strict: true or false is required", param=where)
     if not isinstance(function.get("parameters") or {}, Mapping):
         raise InvalidRequest(f"{where}.function.parameters: a JSON schema object is required", param=where)
     return tool

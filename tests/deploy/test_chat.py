@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -11,8 +12,11 @@ from deploy.chat_messages import with_preamble
 from deploy.errors import InvalidRequest
 from deploy.served_model import ServedModel
 from deploy.tools import read_tool_use
-from tests.deploy.fakes import RunningApi
+from model.structured import GrammarCompiler
+from model.tokenizer import Tokenizer
+from tests.deploy.fakes import RunningApi, byte_level_tokenizer
 from tests.deploy.test_completions import events, post, scripts
+from tests.tiny import write_tokenizer
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -162,6 +166,7 @@ def test_parsed_models_work_with_the_client(client: openai.OpenAI, api: RunningA
         ),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"tools": [{"type": "custom"}]}, "tools[0]"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": "very"}}]}, "tools[0]"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
@@ -188,6 +193,30 @@ def test_templates_that_know_no_tools_get_them_as_text() -> None:
     first, second = with_preamble(HELLO, "P"), with_preamble([{"role": "system", "content": "S"}, *HELLO], "P")
     assert first == [{"role": "system", "content": "P"}, *HELLO]
     assert second == [{"role": "system", "content": "S\n\nP"}, *HELLO]
+
+
+@pytest.mark.parametrize("tags_are_tokens", [True, False])
+def test_strict_functions_are_called_as_their_schemas_say_or_not_at_all(tmp_path: Path, tags_are_tokens: bool) -> None:
+    if tags_are_tokens:
+        byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    else:
+        write_tokenizer(tmp_path, 320)
+    tokenizer = Tokenizer.from_directory(tmp_path, vocab_size=512)
+    strict = {"type": "function", "function": {**ADD["function"], "strict": True}}  # type: ignore[dict-item]
+    loose = {"type": "function", "function": {"name": "sub"}}
+    compiler = GrammarCompiler(tmp_path / "tokenizer.json", 512, [2])
+
+    def follows(text: str) -> bool:
+        use = read_tool_use([strict, loose], "auto", is_parallel=True)
+        spec = use.structured(tags_are_tokens=tags_are_tokens)
+        assert spec is not None
+        matcher = compiler.compile(spec)
+        return all(map(matcher.accept, [*tokenizer.encode(text), 2]))
+
+    call = '\n<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'
+    assert follows("No <tool needed.") and follows("So." + call % ("add", '{"a": 1}') + call % ("sub", '{"z": "y"}'))
+    assert not follows(call % ("add", '{"a": "one"}')) and not follows(call % ("mul", "{}"))
+    assert read_tool_use([ADD, loose], "auto", is_parallel=True).structured() is None
 
 
 def test_definitions_of_tools_move_to_where_references_look() -> None:
