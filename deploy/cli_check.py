@@ -63,19 +63,17 @@ def findings(settings: Any, address: str | None) -> Iterator[Finding]:
 
     yield requirements()
     yield listening(settings.server.host, settings.server.port)
-    directory: str | None = None
-    try:
-        directory = str(specs.model_directory(settings))
-        specs.router_spec(settings)
-        yield Finding(
-            "ok",
-            "settings",
-            f"model {settings.model.path}, {settings.mesh.routers} routers, {settings.mesh.shards} shards",
-        )
-    except ValueError as error:
-        yield Finding("fail", "settings", str(error))
+    directories = []
+    for one in settings.each_mesh():
+        try:
+            directories.append(str(specs.model_directory(one)))
+            specs.router_spec(one)
+            text = f"model {one.model.path}, {one.mesh.routers} routers, {one.mesh.shards} shards"
+            yield Finding("ok", "settings", text)
+        except ValueError as error:
+            yield Finding("fail", "settings", str(error))
     local = subprocess.run(
-        [sys.executable, "-m", "deploy.node_report", *([directory] if directory else [])],
+        [sys.executable, "-m", "deploy.node_report", *directories],
         check=False,
         capture_output=True,
         text=True,
@@ -88,7 +86,7 @@ def findings(settings: Any, address: str | None) -> Iterator[Finding]:
     here = json.loads(local.stdout.splitlines()[-1])
     yield from of_node("this node", here, here)
     if address is not None:
-        yield from of_cluster(address, directory, here)
+        yield from of_cluster(address, directories, here)
 
 
 def requirements() -> Finding:
@@ -132,17 +130,16 @@ def of_node(name: str, report: Mapping[str, Any], expected: Mapping[str, Any]) -
         yield Finding("fail", name, f"other versions: {', '.join(differing)}; install the same ones")
     if report["code"] != expected["code"]:
         yield Finding("fail", name, f"other code: {report['code']}, here {expected['code']}; install the same wheel")
-    if "checkpoint_error" in report:
-        yield Finding("fail", name, report["checkpoint_error"])
-    elif "checkpoint" in report:
-        found = report["checkpoint"]
+    for error in report["checkpoint_errors"]:
+        yield Finding("fail", name, error)
+    for found in report["checkpoints"]:
         size = found["bytes"] / GB
         text = f"{found['tensors']} tensors, {size:.3f} GB, {found['layers']} layers of {found['experts']} experts"
         room = report["memory_bytes"] > found["bytes"]
         yield Finding("ok" if room else "warn", name, text + ("" if room else "; more than this node's free memory"))
 
 
-def of_cluster(address: str, model: str | None, here: Mapping[str, Any]) -> Iterator[Finding]:
+def of_cluster(address: str, models: Sequence[str], here: Mapping[str, Any]) -> Iterator[Finding]:
     """A report from each node of a running Ray cluster, and whether each can be reached from here."""
     import ray
 
@@ -158,7 +155,7 @@ def of_cluster(address: str, model: str | None, here: Mapping[str, Any]) -> Iter
     yield Finding(
         "ok", "Ray", f"{len(nodes)} nodes, {total.get('CPU', 0):.0f} CPUs, {total.get('GPU', 0):.0f} GPUs at {address}"
     )
-    for name, outcome in run_on_each_node(nodes, model):
+    for name, outcome in run_on_each_node(nodes, models):
         if isinstance(outcome, str):
             yield Finding("fail", name, outcome)
             continue

@@ -32,7 +32,7 @@ def connect(address: str) -> None:
 
 
 def run_on_each_node(
-    nodes: Sequence[Mapping[str, Any]], model: str | None
+    nodes: Sequence[Mapping[str, Any]], models: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """(node, {"report", "unreachable"}) or (node, what went wrong)."""
     import ray
@@ -45,7 +45,7 @@ def run_on_each_node(
         calls = {
             str(node["NodeManagerAddress"]): probe.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(model, [*others, home])
+            ).remote(list(models), [*others, home])
             for node in nodes
         }
         for name, call in calls.items():
@@ -56,7 +56,7 @@ def run_on_each_node(
                 yield name, f"no report: {last[:300]}; is expertmesh installed there?"
 
 
-def _inspect(model: str | None, others: Sequence[tuple[str, int]]) -> dict[str, Any]:
+def _inspect(models: Sequence[str], others: Sequence[tuple[str, int]]) -> dict[str, Any]:
     """Runs on a node."""
     from deploy.node_report import node_report
 
@@ -66,7 +66,7 @@ def _inspect(model: str | None, others: Sequence[tuple[str, int]]) -> dict[str, 
             socket.create_connection((host, port), timeout=PROBE_S).close()
         except OSError as error:
             unreachable.append(f"{host}:{port} ({error.strerror or error})")
-    return {"report": node_report(model), "unreachable": unreachable}
+    return {"report": node_report(models), "unreachable": unreachable}
 
 
 def _own_address() -> str:

@@ -1,6 +1,6 @@
 """What one node has, for `expertmesh check`: versions, our code, devices, memory, and whether the checkpoint is whole.
 
-    python -m deploy.node_report /models/qwen        # prints the report as JSON
+    python -m deploy.node_report /models/qwen ...    # prints the report as JSON
 
 Runs in a process of its own, since it imports torch.
 """
@@ -14,6 +14,7 @@ import os
 import platform
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def node_report(model: str | None) -> dict[str, Any]:
-    """JSON-able. model: a directory on this node, or None."""
+def node_report(models: Sequence[str]) -> dict[str, Any]:
+    """JSON-able. models: directories on this node."""
     import torch
 
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
@@ -57,12 +58,14 @@ def node_report(model: str | None) -> dict[str, Any]:
         "memory_bytes": 1024 * int(meminfo["MemAvailable"].split()[0]),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "kernels": _kernels(),
+        "checkpoints": [],
+        "checkpoint_errors": [],
     }
-    if model is not None:
+    for model in models:
         try:
-            report["checkpoint"] = check_checkpoint(Path(model))
+            report["checkpoints"].append(check_checkpoint(Path(model)))
         except ValueError as error:
-            report["checkpoint_error"] = str(error)
+            report["checkpoint_errors"].append(str(error))
     return report
 
 
@@ -110,4 +113,4 @@ def _kernels() -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(node_report(sys.argv[1] if len(sys.argv) > 1 else None)))
+    print(json.dumps(node_report(sys.argv[1:])))

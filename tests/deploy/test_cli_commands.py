@@ -172,10 +172,10 @@ def test_a_checkpoint_is_whole_or_named_what_it_lacks(tmp_path: Path) -> None:
 def test_other_code_and_other_versions_on_a_node_are_found() -> None:
     here = {
         "versions": {"ray": "2.60.0"}, "code": code_hash(), "cpus": 2, "vectors": "avx2", "gpus": [],
-        "memory_bytes": 10**9, "kernels": "native",
+        "memory_bytes": 10**9, "kernels": "native", "checkpoints": [], "checkpoint_errors": [],
     }  # fmt: skip
     assert {f.level for f in of_node("n", here, here)} == {"ok"}
-    other = {**here, "code": "x", "versions": {"ray": "2.9"}, "checkpoint_error": "gone"}
+    other = {**here, "code": "x", "versions": {"ray": "2.9"}, "checkpoint_errors": ["gone"]}
     assert [f.level for f in of_node("n", other, here)] == ["ok", "fail", "fail", "fail"]
     assert requirements().level == "ok"
     assert listening("0.0.0.0", 0).level == "warn"

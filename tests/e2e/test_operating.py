@@ -273,6 +273,7 @@ def test_the_commands_work_on_a_live_service(service: Service) -> None:
     assert done.returncode == 0, done.stderr
     for words in ("complete", "shard-0", "shard-1", "tokens/s", "TTFT p50", "tokens by layer and expert"):
         assert words in done.stdout, done.stdout
+    assert command(service, "scale", "2").stdout == "2 shards\n"
     with socket.create_server(("127.0.0.1", 0)) as taken:  # a low port is not refused to root everywhere
         done = command(service, "check", "--port", str(taken.getsockname()[1]))
     assert done.returncode == 1 and "fail" in done.stdout, done.stdout
