@@ -14,8 +14,9 @@ from actors.metrics import Buckets
 from actors.request import Chunk
 from deploy.errors import TooManyRequests
 from deploy.key_limits import KeyLimits
-from deploy.mesh_metrics import MAX_EXPERT_GROUPS, balancedness
+from deploy.mesh_metrics import MAX_EXPERT_GROUPS, balancedness, mesh_families
 from deploy.metrics import ServingMetrics, Totals, render
+from deploy.ray_metrics import RayMetrics
 from deploy.settings import LimitSettings
 from tests.deploy.fakes import RunningApi
 
@@ -94,6 +95,39 @@ def test_expert_tokens_have_bounded_cardinality_and_lose_nothing() -> None:
     assert now["expert_tokens_total", "4", "3", "default"] == 2
     assert now["layer_balancedness", "3", "default"] == 1.0
     assert balancedness([4.0, 0.0]) == 0.5 and balancedness([]) == 1.0 == balancedness([0.0, 0.0])
+
+
+def test_each_mesh_of_several_has_its_own_samples() -> None:
+    def mesh(name: str, epoch: int, tokens: int) -> dict[str, Any]:
+        shards = [{"shard_id": "shard-0", "state": "serving", "tokens": tokens, "pairs": 1}]
+        return {"mesh": name, "epoch": epoch, "complete": True, "shards": shards, "routers": []}
+
+    both = {**mesh("one", 3, 10), "further_meshes": {"two": mesh("two", 5, 20)}}
+    now = samples(render(ServingMetrics(), {}, both))
+    assert (now["epoch", "one"], now["epoch", "two"]) == (3, 5)
+    assert (now["rank_tokens_total", "one", "shard-0"], now["rank_tokens_total", "two", "shard-0"]) == (10, 20)
+
+
+def test_rays_gauges_are_called_as_the_samples_and_fall_to_zero_when_their_part_is_gone() -> None:
+    told: dict[tuple[str, ...], float] = {}
+
+    class Gauge:
+        def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+            assert description
+            self.name, self.tag_keys = name, tag_keys
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            assert tuple(tags) == self.tag_keys
+            told[self.name.removeprefix("expertmesh_"), *(value for _, value in sorted(tags.items()))] = value
+
+    metrics, ray_metrics = ServingMetrics(), RayMetrics(Gauge, with_mesh=True)
+    metrics.ttft.observe(0.3)
+    router = {"router_id": "r", "running": 2, "num_steps": 9}
+    ray_metrics.publish([*metrics.families({}), *mesh_families({"routers": [router]})])
+    assert told == samples(render(metrics, {}, {"routers": [router]}))
+    ray_metrics.publish([*metrics.families({}), *mesh_families({"routers": []})])
+    assert told["num_requests_running", "default", "r"] == 0
+    assert told["steps_total", "default", "r"] == 9, "a counter stays"
 
 
 def test_a_routers_histogram_reads_as_prometheus_does() -> None:

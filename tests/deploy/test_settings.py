@@ -3,9 +3,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import httpx
 import pytest
+from typer.testing import CliRunner
 
+from deploy.app import served_models
+from deploy.cli import cli
+from deploy.served_model import ServedModel
 from deploy.settings import Settings, field_names, load
+from tests.deploy.fakes import running_api
 
 
 def test_flags_win_over_environment_over_file(tmp_path: Path) -> None:
@@ -67,3 +73,27 @@ def test_keys_are_masked_and_settings_travel_as_json() -> None:
     loaded = load(flags={"server.api_keys": ["secret"], "mesh.token": "secret"})
     assert "secret" not in repr(loaded.explain())
     assert Settings.model_validate(json.loads(loaded.settings.model_dump_json())) == loaded.settings
+
+
+def test_every_flag_of_serve_is_a_setting_and_is_shown_with_its_source() -> None:
+    given = {
+        "--host": "0.0.0.0", "--port": "9", "--api-key": "k", "--served-model-name": "x", "--dtype": "bfloat16",
+        "--max-model-len": "64", "--max-num-seqs": "3", "--max-num-batched-tokens": "77", "--block-size": "32",
+        "--quantization": "int8", "--seed": "5", "--chat-template": "t", "--revision": "r", "--download-dir": "d",
+        "--shards": "3", "--routers": "2", "--replicas": "2", "--transport": "star", "--log-format": "json",
+    }  # fmt: skip
+    flags = [part for pair in given.items() for part in pair]
+    shown = CliRunner().invoke(cli, ["serve", "/models/a", *flags, "--print-config"])
+    assert shown.exit_code == 0, shown.output
+    rows = [line.split() for line in shown.output.splitlines() if line.endswith(" flag")]
+    assert len(rows) == len(given) + 1
+    assert ["engine.seed", "5", "flag"] in rows and ["server.api_keys", "'********'", "flag"] in rows
+
+
+def test_the_seed_is_that_of_requests_without_one(model_dir: Path) -> None:
+    settings = load(flags={"model": {"path": str(model_dir), "served_names": ["tiny"]}, "engine.seed": 7}).settings
+    served: list[ServedModel] = served_models(settings)
+    with running_api(served, settings) as api:
+        for body in ({}, {"seed": 3}, {}):
+            httpx.post(api.url + "/v1/completions", json={"prompt": "x", "max_tokens": 1, **body})
+        assert [request["sampling"]["seed"] for request in api.router.requests] == [7, 3, 7]
