@@ -342,7 +342,7 @@ class Engine:
             arrival=self._num_arrivals,
             deadline=arrived + request.deadline_s,
             table=self.scheduler.blocks.new_table(),
-            scope=_scope(request, between_requests=self.scheduler.blocks.prefix_caching),
+            scope=request.cache_salt if self.scheduler.blocks.prefix_caching else request.prompt_id,
             matcher=matcher,
             token_ids=tokens,
         )
@@ -393,11 +393,3 @@ class Engine:
         if self._outbox:
             outbox, self._outbox = self._outbox, {}
             self._deliver(outbox)
-
-
-def _scope(request: Request, *, between_requests: bool) -> str | None:
-    """Without a prefix cache between requests, the sequences of one prompt still share its blocks."""
-    if between_requests:
-        return request.cache_salt
-    first_id = request.first_id if isinstance(request, GenerateRequest) else None
-    return first_id or request.request_id

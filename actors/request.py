@@ -38,6 +38,11 @@ class GenerateRequest:
     deadline_s: float = 600.0
     return_routed_experts: bool = False
 
+    @property
+    def prompt_id(self) -> str:
+        """The same for all sequences drawn from one prompt."""
+        return self.first_id or self.request_id
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolRequest:
@@ -50,6 +55,10 @@ class PoolRequest:
     priority: int = 0
     cache_salt: str | None = None
     deadline_s: float = 600.0
+
+    @property
+    def prompt_id(self) -> str:
+        return self.request_id
 
 
 Request = GenerateRequest | PoolRequest
