@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections import defaultdict
@@ -29,8 +30,11 @@ QUICK = Timeouts(exchange_max_s=5.0, formation_s=3.0, recovery_s=8.0, heartbeat_
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = write_tiny_model(tmp_path_factory.mktemp("tiny"))
+    gc.freeze()  # each group's end collects garbage: not among all of torch and transformers
+    yield path
+    gc.unfreeze()
 
 
 class Outputs:
@@ -63,7 +67,8 @@ class ThreadMesh:
     """A supervisor's place taken by the test: shards are threads of this process, views are published by hand."""
 
     model: Path
-    transport: str = "star"
+    quantization: str | None = None
+    timeouts: Timeouts = QUICK
     shards: dict[str, ExpertShard] = field(default_factory=dict)
     view: MeshView | None = None
     reports: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
@@ -71,7 +76,7 @@ class ThreadMesh:
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def add_shard(self, shard_id: str) -> ExpertShard:
-        spec = ShardSpec(model=str(self.model), timeouts=QUICK)
+        spec = ShardSpec(model=str(self.model), timeouts=self.timeouts, quantization=self.quantization)
         shard = ExpertShard(shard_id, spec, host="127.0.0.1", node_id=f"node-{shard_id}", device=CPU)
         self.shards[shard_id] = shard
         return shard

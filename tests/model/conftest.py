@@ -156,7 +156,7 @@ class TinyEngine:
             for expert_id in range(self.config.num_experts)
         }
         self.exchange: Exchange = LocalExchange(self.experts, kernels)
-        num_blocks = 96
+        num_blocks = 512
         self.cache = KVCache.allocate(
             self.config, num_blocks=[num_blocks] * len(self.config.kv_groups), block_size=block_size
         )
