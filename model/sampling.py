@@ -2,12 +2,10 @@
 
 1. Masks, bans, biases and penalties are applied to the logits (logit_edits).
 2. Greedy rows take the largest logit. For the others the head, the few hundred likeliest tokens, is found (candidates).
-3. temperature, min_p, top_k and top_p are worked out on the head. Where they may keep tokens beyond it (the tail), the
-   tail's mass, or a bound on it, stands for all of these tokens together.
-4. Gumbel-max: the token with the largest log-weight + noise wins, the tail taking part as one more outcome. This draws
-   exactly from the kept distribution, since the maximum over the tail's tokens is itself Gumbel around the log of their
-   mass.
-5. Only rows whose head didn't beat the bound look at the tail's tokens (tail).
+3. temperature, min_p, top_k and top_p say what share of the probability mass is kept. Where they may keep tokens beyond
+   the head, the kept mass is known to lie between two bounds.
+4. One uniform number times the kept mass falls on a token of the cumulated weights, likeliest first.
+5. Only where the two bounds disagree about that token, or it lies beyond the head, are all tokens of the row looked at.
 """
 
 from __future__ import annotations
@@ -19,13 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.candidates import chunk_maxima, first_argmax, top_candidates
+from model.candidates import chunk_maxima, first_argmax, ids_of_keys, order_keys, top_candidates
 from model.logit_edits import edit_logits
 from model.logprobs import TokenLogprob, row_mass, token_logprobs
-from model.random_bits import gumbels, row_streams
+from model.random_bits import uniforms
 from model.sampler_state import SamplingRow
 from model.sampling_params import SamplingParams
-from model.tail import TAIL_ID, HeadRow, draw_with_tail
 
 _HEAD = 256  # a head holds at least so many tokens, if so many are allowed
 _EVERY_TOKEN = 2**31
@@ -94,82 +91,74 @@ def _error(largest_logit: float) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rules:
-    """The truncation rules of the rows, as columns [R, 1]."""
-
-    top_k: Tensor  # int64; without a rule, more than any vocabulary
-    top_p: Tensor  # float64; without a rule, infinite
-    min_p: Tensor  # float64
-
-    @classmethod
-    def of(cls, params: list[SamplingParams], device: torch.device) -> _Rules:
-        return cls(
-            top_k=torch.tensor([[p.top_k or _EVERY_TOKEN] for p in params], device=device),
-            top_p=_column([p.top_p if p.top_p < 1 else math.inf for p in params], device),
-            min_p=_column([p.min_p for p in params], device),
-        )
-
-
 def _draw(logits_RV: Tensor, maxima_RC: Tensor, rows: list[SamplingRow]) -> list[int]:
     """Tokens for rows that are not greedy and whose logits are sound."""
     device, params = logits_RV.device, [row.state.params for row in rows]
-    rules = _Rules.of(params, device)
+    top_k_R1 = torch.tensor([[p.top_k or _EVERY_TOKEN] for p in params], device=device)
+    columns = torch.tensor([(p.top_p, p.min_p, 1 / p.temperature) for p in params], dtype=torch.float64, device=device)
+    top_p_R1, min_p_R1, inverse_R1 = columns[:, :, None].unbind(1)
+
     head = top_candidates(logits_RV, maxima_RC, _HEAD)
-    largest_R1 = head.logits_RW[:, :1]
-    inverse_R1 = 1 / _column([p.temperature for p in params], device)
-    z_RW = (head.logits_RW.double() - largest_R1.double()) * inverse_R1
-    weights_RW = z_RW.exp()
-    counts_R1 = head.counts_R[:, None]
+    counts_R1, largest_R1 = head.counts_R[:, None], head.logits_RW[:, :1]
+    weights_RW = ((head.logits_RW.double() - largest_R1.double()) * inverse_R1).exp()
     last_R1 = weights_RW.gather(1, counts_R1 - 1)
-    has_tail_R1 = head.has_rest_R[:, None] & (rules.top_k > counts_R1) & (last_R1 >= rules.min_p)
-    mass_R1 = weights_RW.new_zeros(len(rows), 1)
-    with_tail: list[int] = has_tail_R1.flatten().nonzero().flatten().tolist()
+    ranks_W = torch.arange(weights_RW.shape[1], device=device)
+    weights_RW = torch.where((ranks_W < top_k_R1) & (weights_RW >= min_p_R1), weights_RW, 0.0)
+    cumulated_RW = weights_RW.cumsum(1)
+
+    # The mass that top_k and min_p leave is that of the head, of all tokens, or something between.
+    least_R1 = most_R1 = cumulated_RW[:, -1:]
+    has_tail_R = (head.has_rest_R[:, None] & (top_k_R1 > counts_R1) & (last_R1 >= min_p_R1)).flatten()
+    with_tail: list[int] = has_tail_R.nonzero().flatten().tolist()
     if with_tail:
-        inverse = inverse_R1[with_tail, 0].float()
-        mass_R1[with_tail, 0] = row_mass(_take(logits_RV, with_tail), largest_R1[with_tail, 0], inverse)
-    kept_RW, tail_bound_R1 = _keep(weights_RW, last_R1, counts_R1, mass_R1, rules)
-    streams = row_streams([p.seed for p in params], [row.state.position for row in rows], device)
-    noise = gumbels(streams, torch.cat([head.ids_RW, torch.full_like(counts_R1, TAIL_ID)], dim=1))
-    scores_RW = (z_RW + noise[:, :-1]).masked_fill_(~kept_RW, float("-inf"))
-    best_R1, best_at_R1 = scores_RW.max(1, keepdim=True)
-    tokens: list[int] = head.ids_RW.gather(1, best_at_R1).flatten().tolist()
-    needs_tail_R1 = has_tail_R1 & (tail_bound_R1.log() + noise[:, -1:] >= best_R1)
-    for idx in needs_tail_R1.flatten().nonzero().flatten().tolist():
-        count = int(head.counts_R[idx])
-        tokens[idx] = draw_with_tail(
-            logits_RV[idx],
-            HeadRow(ids_W=head.ids_RW[idx, :count], scores_W=(z_RW + noise[:, :-1])[idx, :count]),
-            params[idx],
-            (streams[0][idx : idx + 1], streams[1][idx : idx + 1]),
-        )
+        total_R1 = most_R1.clone()
+        all_of_them = row_mass(_take(logits_RV, with_tail), largest_R1[with_tail, 0], inverse_R1[with_tail, 0].float())
+        total_R1[with_tail, 0] = torch.maximum(all_of_them, total_R1[with_tail, 0])
+        most_R1 = torch.minimum(total_R1, least_R1 + (top_k_R1 - counts_R1).clamp(min=0) * last_R1)
+        is_cut_R1 = (min_p_R1 > 0) | (top_k_R1 < _EVERY_TOKEN)
+        least_R1 = torch.where(is_cut_R1, least_R1, most_R1)
+
+    uniforms_R1 = uniforms([p.seed for p in params], [row.state.position for row in rows], device)[:, None]
+    low_R1, high_R1 = (
+        _place(cumulated_RW, uniforms_R1, top_p_R1, mass_R1, step_R1)
+        for mass_R1, step_R1 in ((least_R1, torch.zeros_like(last_R1)), (most_R1, last_R1))
+    )
+    is_known_R = ((low_R1 == high_R1) & (high_R1 < weights_RW.shape[1])).flatten()
+    tokens: list[int] = head.ids_RW.gather(1, low_R1.clamp(max=weights_RW.shape[1] - 1)).flatten().tolist()
+    for idx in (~is_known_R).nonzero().flatten().tolist():
+        head_ids_W = head.ids_RW[idx, : int(head.counts_R[idx])]
+        tokens[idx] = draw_from_all(logits_RV[idx], head_ids_W, params[idx], uniforms_R1[idx])
     return tokens
 
 
-def _keep(
-    weights_RW: Tensor, last_R1: Tensor, counts_R1: Tensor, mass_R1: Tensor, rules: _Rules
-) -> tuple[Tensor, Tensor]:
-    """Which of the head's tokens are kept, and an upper bound of the kept mass beyond it.
+def _place(cumulated_RW: Tensor, uniforms_R1: Tensor, top_p_R1: Tensor, mass_R1: Tensor, step_R1: Tensor) -> Tensor:
+    """Where each row's uniform number falls, if top_k and min_p left this mass: an index into the head, W beyond it.
 
-    weights are exp((logit - largest) / temperature), last_R1 the head's last; mass_R1 is their sum over all tokens, or
-    0 where min_p and top_k keep nothing beyond the head. An infinite bound says that the head can't tell: top_p is a
-    share of what min_p or top_k leave, and they cut beyond the head.
-    """
-    ranks_W = torch.arange(weights_RW.shape[1], device=weights_RW.device)
-    kept_RW = (ranks_W < torch.minimum(rules.top_k, counts_R1)) & (weights_RW >= rules.min_p)
-    kept_weights_RW = torch.where(kept_RW, weights_RW, 0.0)
-    cumulated_RW = kept_weights_RW.cumsum(1)
-    head_mass_R1 = cumulated_RW[:, -1:]
-    total_R1 = torch.maximum(mass_R1, head_mass_R1)
-    nucleus_R1 = rules.top_p * total_R1
-    kept_RW &= (cumulated_RW - kept_weights_RW) < nucleus_R1
-    by_top_k_R1 = (rules.top_k - counts_R1) * last_R1
-    by_top_p_R1 = nucleus_R1 - head_mass_R1 + last_R1  # the token that reaches top_p is kept as well
-    bound_R1 = torch.minimum(torch.minimum(total_R1 - head_mass_R1, by_top_k_R1), by_top_p_R1)
-    bound_R1 = torch.where(head_mass_R1 < nucleus_R1, bound_R1, 0.0)
-    is_cut_R1 = (rules.min_p > 0) | (rules.top_k < _EVERY_TOKEN)
-    return kept_RW, torch.where(is_cut_R1 & rules.top_p.isfinite(), math.inf, bound_R1)
+    The kept mass ends with the token that reaches top_p of it. Beyond the head that token isn't known: its weight is
+    taken for `step`, and the mass can't exceed what there is."""
+    goal_R1 = top_p_R1 * mass_R1
+    reached_R1 = torch.searchsorted(cumulated_RW, goal_R1)
+    in_head_R1 = reached_R1 < cumulated_RW.shape[1]
+    by_head_R1 = cumulated_RW.gather(1, reached_R1.clamp(max=cumulated_RW.shape[1] - 1))
+    kept_R1 = torch.where(in_head_R1, by_head_R1, torch.minimum(goal_R1 + step_R1, mass_R1))
+    # The number times the mass may round up to the mass itself, hence the minimum.
+    return torch.minimum(torch.searchsorted(cumulated_RW, uniforms_R1 * kept_R1, right=True), reached_R1)
 
 
-def _column(values: list[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+def draw_from_all(logits_V: Tensor, head_ids_W: Tensor, params: SamplingParams, uniform_1: Tensor) -> int:
+    """One row's token by the same rules over all tokens, those of the head first."""
+    weights_V = ((logits_V.double() - logits_V[head_ids_W[0]].double()) / params.temperature).exp_()
+    weights_V[weights_V < params.min_p] = 0
+    ids_V = torch.arange(len(logits_V), device=logits_V.device)
+    if params.top_k is None and params.top_p == 1:  # no rule needs the order of the tokens beyond the head
+        is_rest_V = torch.ones_like(ids_V, dtype=torch.bool).index_fill_(0, head_ids_W, False)
+        ids_V = torch.cat([head_ids_W, ids_V[is_rest_V]])
+    else:
+        keys_V = order_keys(logits_V, ids_V)
+        num = min(params.top_k or len(keys_V), len(keys_V))
+        # Rising integers are what torch sorts fastest, five times here.
+        ids_V = ids_of_keys(keys_V.topk(num).values if num < len(keys_V) else ~(~keys_V).sort().values)
+    cumulated_V = weights_V[ids_V].cumsum(0)
+    reached = torch.searchsorted(cumulated_V, params.top_p * cumulated_V[-1:])
+    at = torch.searchsorted(cumulated_V, uniform_1 * cumulated_V[reached], right=True)
+    return int(ids_V[torch.minimum(at, reached)])

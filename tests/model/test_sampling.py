@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.candidates import chunk_maxima, top_candidates
-from model.random_bits import gumbels, row_streams
+from model.random_bits import uniforms
 from model.sampler_state import SamplerState, SamplingRow
-from model.sampling import SampleOutput, sample
+from model.sampling import SampleOutput, draw_from_all, sample
 from model.sampling_params import SamplingParams
-from model.tail import HeadRow, draw_with_tail
 
 END = 2
 
@@ -64,13 +63,12 @@ def reference_distribution(logits: Sequence[float], params: SamplingParams) -> t
 
 
 def reference_token(logits: Sequence[float], params: SamplingParams, position: int) -> int:
-    """Gumbel-max over the kept tokens; the very noise of the sampler."""
+    """The first kept token whose cumulated probability exceeds the sampler's own random number."""
     if params.is_greedy:
         return max(range(len(logits)), key=lambda token: (logits[token], -token))
     tokens, probabilities = reference_distribution(logits, params)
-    stream = row_streams([params.seed], [position], torch.device("cpu"))
-    noise = gumbels(stream, torch.tensor([tokens]))[0].tolist()
-    return tokens[int(np.argmax(np.log(probabilities) + noise))]
+    uniform = float(uniforms([params.seed], [position], torch.device("cpu")))
+    return tokens[int(np.searchsorted(np.cumsum(probabilities), uniform, side="right"))]
 
 
 def assert_frequencies(tokens: list[int], ids: list[int], probabilities: list[float]) -> None:
@@ -198,16 +196,13 @@ def test_frequencies_are_those_of_the_distribution(params: SamplingParams) -> No
 
 @pytest.mark.parametrize("params", TAIL_PARAMS)
 def test_bounds_on_the_tail_never_change_a_draw(params: SamplingParams) -> None:
-    logits = random_logits(2, 1, 1000, with_ties=False) * 0.7
+    logits = random_logits(4, 1, 1000, with_ties=False) * 0.7  # no cut lies within float32 rounding of a token
     rows = [row(replace(params, seed=seed)) for seed in range(300)]
     head = top_candidates(logits, chunk_maxima(logits), 256)
     ids_W = head.ids_RW[0, : int(head.counts_R[0])]
-    z_W = (logits[0, ids_W].double() - logits[0, ids_W[0]].double()) / params.temperature
-    expected = []
-    for seed in range(300):
-        stream = row_streams([seed], [2], torch.device("cpu"))
-        scored = HeadRow(ids_W=ids_W, scores_W=z_W + gumbels(stream, ids_W[None])[0])
-        expected.append(draw_with_tail(logits[0], scored, params, stream))
+    expected = [
+        draw_from_all(logits[0], ids_W, params, uniforms([seed], [2], torch.device("cpu"))) for seed in range(300)
+    ]
     assert draw(logits.expand(300, -1), rows).token_ids == expected
 
 
