@@ -67,7 +67,7 @@ class ZeroShotParameters(RequestBody):
 async def text_classification(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
     """One list of {"label", "score"} for each text, the best first."""
     model = service.models.find_for(("sequence_classification",), name, "text classification")
-    parameters = _parameters(body, model, TextClassificationParameters)
+    parameters = read_parameters(body, model, TextClassificationParameters)
     function = parameters.function_to_apply
     if function in (None, "default"):
         function = activation_of(model)
@@ -80,7 +80,7 @@ async def text_classification(service: Service, body: HuggingFaceBody, name: str
 async def token_classification(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
     """The entities of each text. As the Hub's API and unlike the pipeline, neighbours are grouped by default."""
     model = service.models.find_for(("token_classification",), name, "token classification")
-    parameters = _parameters(body, model, TokenClassificationParameters)
+    parameters = read_parameters(body, model, TokenClassificationParameters)
     strategy, stride = parameters.aggregation_strategy or "simple", parameters.stride
     ignored = parameters.ignore_labels if parameters.ignore_labels is not None else ["O"]
     if stride is not None and strategy == "none":
@@ -111,7 +111,7 @@ async def token_classification(service: Service, body: HuggingFaceBody, name: st
 async def question_answering(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
     """The best answer, or a list of `top_k`."""
     model = service.models.find_for(("question_answering",), name, "question answering")
-    parameters = _parameters(body, model, QuestionAnsweringParameters)
+    parameters = read_parameters(body, model, QuestionAnsweringParameters)
     pairs = [_question(one) for one in _inputs(body)]
     prompts = await _read(service, [*pairs], model, check=False)
     batch = await _run_parts(service, model, [_question_parts(service, model, parameters, one) for one in prompts])
@@ -133,7 +133,7 @@ async def zero_shot_classification(service: Service, body: HuggingFaceBody, name
 
     `multi_label`: each label by itself, by whether the text makes its hypothesis likelier than an empty text does."""
     model = service.models.find_for(("causal_lm",), name, "zero-shot classification")
-    parameters = _parameters(body, model, ZeroShotParameters)
+    parameters = read_parameters(body, model, ZeroShotParameters)
     labels = parameters.candidate_labels
     template = "\n" + (parameters.hypothesis_template or "This example is {}.")
     prompts = [_ids(tokens) for tokens in await _read(service, [(text, None) for text in _texts(body)], model)]
@@ -235,7 +235,7 @@ def _ids(tokens: list[PlacedToken]) -> list[int]:
     return [token.token_id for token in tokens]
 
 
-def _parameters(body: HuggingFaceBody, model: ServedModel, kind: type[Parameters]) -> Parameters:
+def read_parameters(body: HuggingFaceBody, model: ServedModel, kind: type[Parameters]) -> Parameters:
     """The parameters that are given, where None is as if left out, over the checkpoint's own defaults."""
     given = {name: value for name, value in (body.parameters or {}).items() if value is not None}
     return parse({**(model.task_parameters if model.head_kind != "causal_lm" else {}), **given}, kind)

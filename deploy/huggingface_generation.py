@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,8 +18,9 @@ from actors.request import Alternatives
 from deploy.errors import InvalidRequest
 from deploy.generation import Delta, TextOptions, Token, gather_all, stream_all
 from deploy.generation_plan import Asked, check_prompt, plan_requests, structured_spec, text_options
+from deploy.huggingface import HuggingFaceBody, read_parameters
 from deploy.openai_requests import INT64_MAX, CompletionRequest, RequestBody, StreamingBody, StructuredOutputs, parse
-from deploy.pooling import encode
+from deploy.pooling import check_length, encode
 from deploy.router_pool import GenerateRequest
 from deploy.served_model import ServedModel
 from deploy.service import Service
@@ -63,10 +64,8 @@ class TextGenerationParameters(RequestBody):
         return self.temperature != 0 and (bool(self.do_sample) or any(shapes))
 
 
-class TextGenerationRequest(StreamingBody):
-    inputs: Any = None
-    parameters: dict[str, Any] | None = None
-    options: dict[str, Any] | None = None
+class TextGenerationRequest(HuggingFaceBody, StreamingBody):
+    """As the other tasks', and maybe answered by a stream."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,18 +80,13 @@ class TextGenerationPlan:
 async def plan_text_generation(service: Service, body: TextGenerationRequest, name: str | None) -> TextGenerationPlan:
     """Tokenizes and checks everything. Raises ApiError."""
     model = service.models.find_generator(name or body.model)
-    given = {name: value for name, value in (body.parameters or {}).items() if value is not None}
-    parameters = parse(given, TextGenerationParameters)
+    parameters = read_parameters(body, model, TextGenerationParameters)
     _refuse(parameters, bool(body.stream))
     if not isinstance(body.inputs, str):
         raise InvalidRequest("inputs: expected a string", param="inputs")
     prompt: str = body.inputs
-    if parameters.truncate is None and model.tokenizer.least_num_tokens(prompt) > model.max_model_len:
-        raise InvalidRequest(
-            f"inputs: the text has more than this model's {model.max_model_len} tokens; shorten it or set truncate",
-            param="inputs",
-            code="context_length_exceeded",
-        )
+    if parameters.truncate is None:
+        check_length(model, model.tokenizer.least_num_tokens(prompt), "inputs", "shorten it or set truncate")
     ids = await service.run(lambda: encode(model, prompt, True, "inputs"), len(prompt))
     ids = ids if parameters.truncate is None else ids[-parameters.truncate :]
     check_prompt(ids, model, "inputs")
@@ -139,24 +133,19 @@ async def stream_text(service: Service, plan: TextGenerationPlan) -> AsyncGenera
             # A stop sequence may end the text without a further token: then the last token is still to be shown.
             num_ready = len(waiting) - (1 if plan.options.stops and not is_last else 0)
             for i in range(num_ready):
-                end = waiting[i + 1].text_offset if i + 1 < len(waiting) else len(text)
+                token, end = waiting[i], waiting[i + 1].text_offset if i + 1 < len(waiting) else len(text)
                 index += 1
                 shown: dict[str, Any] = {
                     "index": index,
-                    "token": _token(plan, waiting[i], text[waiting[i].text_offset : end]),
+                    "token": _token(plan, token.token_id, text[token.text_offset : end], _logprob(token)),
                     "generated_text": None,
                     "details": None,
                 }
                 if plan.parameters.top_n_tokens:
-                    shown["top_tokens"] = _top_tokens(plan, waiting[i].alternatives)
+                    shown["top_tokens"] = _top_tokens(plan, token.alternatives)
                 if is_last and i == num_ready - 1:
                     shown["generated_text"] = _whole(plan, text)
-                    shown["details"] = {
-                        "finish_reason": _finish_reason(delta),
-                        "generated_tokens": delta.num_tokens,
-                        "seed": _seed(plan, 0),
-                        "input_length": len(plan.requests[0].prompt_ids),
-                    }
+                    shown["details"] = {**_summary(plan, delta), "input_length": len(plan.requests[0].prompt_ids)}
                 yield event(shown)
             del waiting[: max(0, num_ready)]
 
@@ -205,25 +194,22 @@ def _completion(parameters: TextGenerationParameters) -> CompletionRequest:
 
 def _sequence(plan: TextGenerationPlan, delta: Delta) -> dict[str, Any]:
     """A finished sequence with its details."""
+    request, tokenizer = plan.requests[delta.index], plan.model.tokenizer
     ends = [token.text_offset for token in delta.tokens[1:]] + [len(delta.text)]
     prefill = [
         {
             "id": token_id,
-            "text": plan.model.tokenizer.token_text(token_id),
+            "text": tokenizer.token_text(token_id),
             "logprob": max(LOWEST, alternatives[0][1]) if alternatives else None,
         }
-        for token_id, alternatives in zip(
-            plan.requests[delta.index].prompt_ids, delta.prompt_logprobs or (), strict=False
-        )
+        for token_id, alternatives in zip(request.prompt_ids, delta.prompt_logprobs or (), strict=False)
     ]
     sequence: dict[str, Any] = {
         "generated_text": _whole(plan, delta.text),
-        "finish_reason": _finish_reason(delta),
-        "generated_tokens": delta.num_tokens,
-        "seed": _seed(plan, delta.index),
+        **_summary(plan, delta),
         "prefill": prefill,
         "tokens": [
-            _token(plan, token, delta.text[token.text_offset : end])
+            _token(plan, token.token_id, delta.text[token.text_offset : end], _logprob(token))
             for token, end in zip(delta.tokens, ends, strict=False)
         ],
     }
@@ -232,46 +218,30 @@ def _sequence(plan: TextGenerationPlan, delta: Delta) -> dict[str, Any]:
     return sequence
 
 
+def _summary(plan: TextGenerationPlan, delta: Delta) -> dict[str, Any]:
+    reason = "length"
+    if delta.finish_reason != "length":
+        reason = "stop_sequence" if isinstance(delta.stop_reason, str) else "eos_token"
+    seed = plan.requests[delta.index].sampling.get("seed", 0) if plan.parameters.samples else None
+    return {"finish_reason": reason, "generated_tokens": delta.num_tokens, "seed": seed}
+
+
 def _whole(plan: TextGenerationPlan, text: str) -> str:
     return plan.prompt + text if plan.parameters.return_full_text else text
 
 
-def _finish_reason(delta: Delta) -> str:
-    if delta.finish_reason == "length":
-        return "length"
-    return "stop_sequence" if isinstance(delta.stop_reason, str) else "eos_token"
-
-
-def _seed(plan: TextGenerationPlan, index: int) -> int | None:
-    seed: int | None = plan.requests[index].sampling.get("seed", 0) if plan.parameters.samples else None
-    return seed
-
-
-def _token(plan: TextGenerationPlan, token: Token, text: str) -> dict[str, Any]:
-    return {
-        "id": token.token_id,
-        "text": text,
-        "logprob": _logprob(token),
-        "special": token.token_id in plan.model.tokenizer.special_ids,
-    }
+def _token(plan: TextGenerationPlan, token_id: int, text: str, logprob: float) -> dict[str, Any]:
+    is_special = token_id in plan.model.tokenizer.special_ids
+    return {"id": token_id, "text": text, "logprob": max(LOWEST, logprob), "special": is_special}
 
 
 def _logprob(token: Token) -> float:
-    return max(LOWEST, token.alternatives[0][1]) if token.alternatives else LOWEST
+    return token.alternatives[0][1] if token.alternatives else LOWEST
 
 
 def _top_tokens(plan: TextGenerationPlan, alternatives: Alternatives | None) -> list[dict[str, Any]]:
     """The most likely tokens, each once: the chosen one is first in the list and may be among them."""
     most = plan.parameters.top_n_tokens or 0
     unique = {one[0]: one for one in alternatives or () if one[2] <= most}
-    ranked: Sequence[tuple[int, float, int]] = sorted(unique.values(), key=lambda one: one[2])
-    tokenizer = plan.model.tokenizer
-    return [
-        {
-            "id": token_id,
-            "text": tokenizer.token_text(token_id),
-            "logprob": max(LOWEST, logprob),
-            "special": token_id in tokenizer.special_ids,
-        }
-        for token_id, logprob, _ in ranked
-    ]
+    ranked = sorted(unique.values(), key=lambda one: one[2])
+    return [_token(plan, one[0], plan.model.tokenizer.token_text(one[0]), one[1]) for one in ranked]

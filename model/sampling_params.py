@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, cast, get_args
 
 StructuredKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
@@ -114,38 +114,24 @@ class SamplingParams:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that differs from the defaults, as JSON can carry it."""
-        values: dict[str, Any] = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value != getattr(_DEFAULTS, item.name):
-                values[item.name] = value
-        if self.logit_bias:
-            values["logit_bias"] = {str(token): bias for token, bias in self.logit_bias.items()}
-        if self.bad_words_ids:
-            values["bad_words_ids"] = [list(word) for word in self.bad_words_ids]
-        for name in ("allowed_token_ids", "stop_token_ids"):
-            if name in values:
-                values[name] = list(values[name])
-        if self.structured is not None:
-            values["structured"] = {"kind": self.structured.kind, "payload": self.structured.payload}
-        return values
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["structured"] = None if self.structured is None else asdict(self.structured)
+        return {name: value for name, value in values.items() if value != getattr(_DEFAULTS, name)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
         """The inverse of to_dict. Raises ValueError for an unknown name or a value out of its rule."""
         known = {item.name for item in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
+        if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown sampling parameter {unknown[0]!r}; known: {', '.join(sorted(known))}.")
         given = dict(values)
         if "logit_bias" in given:
             given["logit_bias"] = _token_biases(given["logit_bias"])
-        if "bad_words_ids" in given:
-            words = _sequence("bad_words_ids", given["bad_words_ids"])
-            given["bad_words_ids"] = tuple(_sequence("bad_words_ids", word) for word in words)
-        for name in ("allowed_token_ids", "stop_token_ids"):
+        for name in ("bad_words_ids", "allowed_token_ids", "stop_token_ids"):
             if given.get(name) is not None:
                 given[name] = _sequence(name, given[name])
+        if "bad_words_ids" in given:
+            given["bad_words_ids"] = tuple(_sequence("bad_words_ids", word) for word in given["bad_words_ids"])
         if given.get("structured") is not None:
             given["structured"] = _structured(given["structured"])
         return cls(**given)
