@@ -16,7 +16,7 @@ from deploy import aggregation, spans
 from deploy.errors import ContextTooLong, InvalidRequest
 from deploy.label_likelihood import label_log_likelihoods
 from deploy.openai_requests import RequestBody, parse
-from deploy.placed_tokens import PlacedToken, num_windows, place_tokens, split, windows
+from deploy.placed_tokens import PlacedToken, place_tokens, split, window_starts
 from deploy.pooling import Rows, activate, activation_of, check_ids, check_length, check_number, encode, run_head
 from deploy.served_model import ServedModel
 from deploy.service import Service
@@ -191,13 +191,13 @@ def _parts(
             f"lower it{' or raise max_seq_len' if text_idx else ''}",
             param=param,
         )
-    most = service.settings.limits.max_prompts
-    if (num := num_windows(last - first, inner, overlap)) > most:
-        raise ContextTooLong(f"{param}: the text has {num} windows, more than this server's {most}", param=param)
-    return [
-        tokens[:first] + tokens[first + begin : first + end] + tokens[last:]
-        for begin, end in windows(last - first, inner, overlap)
-    ]
+    starts = window_starts(last - first, inner, overlap)
+    if len(starts) > (most := service.settings.limits.max_prompts):
+        raise ContextTooLong(
+            f"{param}: the text has {len(starts)} windows, more than this server's {most}", param=param
+        )
+    mine = tokens[first:last]
+    return [tokens[:first] + mine[start : start + inner] + tokens[last:] for start in starts]
 
 
 def _window_size(model: ServedModel) -> int:

@@ -42,17 +42,8 @@ def place_tokens(
             f"{param}: the text has a lone surrogate, which is not a character; remove it", param=param
         ) from None
     texts = (text, pair or "")
-    rows = list(
-        zip(
-            encoding.ids,
-            encoding.tokens,
-            encoding.offsets,
-            encoding.sequence_ids,
-            encoding.word_ids,
-            encoding.special_tokens_mask,
-            strict=True,
-        )
-    )
+    names = ("ids", "tokens", "offsets", "sequence_ids", "word_ids", "special_tokens_mask")
+    rows = [*zip(*(getattr(encoding, name) for name in names), strict=True)]
     placed: list[PlacedToken] = []
     next_start = [len(one) for one in texts]  # where the token after this one begins, in each text
     last_end = [(0, 0), (0, 0)]  # (as the library says, as extended) of the token after this one
@@ -83,22 +74,13 @@ def trim(text: str, start: int, end: int) -> tuple[int, int]:
     return start + len(inner) - len(inner.lstrip()), end - len(inner) + len(inner.rstrip())
 
 
-def windows(num_tokens: int, size: int, overlap: int) -> list[tuple[int, int]]:
-    """[begin, end) of each window: `size` tokens or less, `overlap` of them shared with the window before.
+def window_starts(num_tokens: int, size: int, overlap: int) -> range:
+    """Where each window begins: `size` tokens or less, `overlap` of them shared with the window before.
 
-    >>> windows(10, 4, 1)
-    [(0, 4), (3, 7), (6, 10)]"""
+    >>> list(window_starts(10, 4, 1))
+    [0, 3, 6]"""
     assert 0 <= overlap < size
-    found = [(0, min(size, num_tokens))]
-    while found[-1][1] < num_tokens:
-        begin = found[-1][0] + size - overlap
-        found.append((begin, min(begin + size, num_tokens)))
-    return found
-
-
-def num_windows(num_tokens: int, size: int, overlap: int) -> int:
-    """How many `windows` there are."""
-    return 1 + max(0, -(-(num_tokens - size) // (size - overlap)))
+    return range(0, max(1, num_tokens - overlap), size - overlap)
 
 
 def split(tokens: Sequence[PlacedToken], text_idx: int) -> tuple[int, int]:

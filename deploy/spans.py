@@ -64,7 +64,7 @@ def _window_answers(
     for begin, end, score in top_spans(starts, ends, num_spans, options.max_answer_len):
         from_idx, to_idx = first + begin, first + end
         if options.align_to_words:
-            from_idx, to_idx = _word_begin(tokens, from_idx), _word_end(tokens, to_idx)
+            from_idx, to_idx = _word_edge(tokens, from_idx, -1), _word_edge(tokens, to_idx, 1)
         start_char, end_char = trim(context, tokens[from_idx].start, tokens[to_idx].end)
         answer = context[start_char:end_char]
         if (known := found.get(answer.lower())) is not None:
@@ -94,20 +94,15 @@ def top_spans(starts: Vector, ends: Vector, num_spans: int, max_len: int) -> lis
     return best
 
 
-def _word_begin(tokens: Sequence[PlacedToken], idx: int) -> int:
-    while idx > 0 and _same_word(tokens[idx - 1], tokens[idx]):
-        idx -= 1
+def _word_edge(tokens: Sequence[PlacedToken], idx: int, step: int) -> int:
+    """The last token of the same word in one direction."""
+    one = tokens[idx]
+    while one.word_idx is not None and 0 <= idx + step < len(tokens):
+        other = tokens[idx + step]
+        if (one.text_idx, one.word_idx) != (other.text_idx, other.word_idx):
+            break
+        idx += step
     return idx
-
-
-def _word_end(tokens: Sequence[PlacedToken], idx: int) -> int:
-    while idx + 1 < len(tokens) and _same_word(tokens[idx], tokens[idx + 1]):
-        idx += 1
-    return idx
-
-
-def _same_word(one: PlacedToken, other: PlacedToken) -> bool:
-    return one.word_idx is not None and (one.text_idx, one.word_idx) == (other.text_idx, other.word_idx)
 
 
 def _softmax(outputs_T2: Vector) -> Vector:

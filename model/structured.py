@@ -7,10 +7,9 @@ giant schema); the step thread only fills bitmasks and accepts tokens, tens of m
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 
 import llguidance
@@ -77,22 +76,11 @@ class GrammarCompiler:
         self._limits = LLParserLimits(
             verbose_errors=False, max_grammar_size=100_000, step_max_items=20_000, max_lexer_states=50_000
         )
-        self._lock = Lock()
-        self._compiled: OrderedDict[StructuredSpec, LLMatcher] = OrderedDict()
+        self._compiled = lru_cache(_CACHED_GRAMMARS)(self._compile)
 
     def compile(self, spec: StructuredSpec) -> Matcher:
         """A matcher at the start of the grammar. Raises ValueError with the reason if the grammar can't be used."""
-        with self._lock:
-            compiled = self._compiled.get(spec)
-            if compiled is not None:
-                self._compiled.move_to_end(spec)
-        if compiled is None:
-            compiled = self._compile(spec)
-            with self._lock:
-                self._compiled[spec] = compiled
-                while len(self._compiled) > _CACHED_GRAMMARS:
-                    self._compiled.popitem(last=False)
-        return Matcher(compiled.deep_copy(), self._vocab_size)
+        return Matcher(self._compiled(spec).deep_copy(), self._vocab_size)
 
     def _compile(self, spec: StructuredSpec) -> LLMatcher:
         if len(spec.payload) > MAX_PAYLOAD_CHARS:
