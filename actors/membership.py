@@ -1,7 +1,8 @@
 """A router's side of membership: follow the supervisor's views and have each one's process group ready.
 
 One thread waits for views; each new view is connected by a thread of its own, so that a member which never comes
-holds up nothing but its own epoch. The engine picks up the newest connection between steps.
+holds up nothing but its own epoch. The engine picks up the newest connection between steps. An epoch whose members
+are all in the group that is there needs no other one: it is ready at once.
 
     supervisor --view--> watcher --join--> shards        rank 0 forms the group with them
                                  --form--> connection --> engine
@@ -9,6 +10,7 @@ holds up nothing but its own epoch. The engine picks up the newest connection be
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -18,7 +20,6 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from actors.remote_exchange import Connection
-from cluster.dispatch import routing_tables
 from cluster.errors import FormationError, MeshUnavailable
 from cluster.process_group import forget_groups, form_group, host_store
 from cluster.settings import Timeouts
@@ -69,6 +70,7 @@ class RouterMembership:
         self._store: TCPStore = host_store(host, timeout_s=timeouts.formation_s)
         self._changed = threading.Condition()
         self._newest: Connection | None = None
+        self._reusable: Connection | None = None  # with the group that later epochs may use; may lack experts
         self._latest_epoch = 0
         self._closed = False
         self._failure: tuple[int, tuple[str, ...], str] | None = None
@@ -80,7 +82,7 @@ class RouterMembership:
     def close(self) -> None:
         with self._changed:
             self._closed = True
-            self._newest = None
+            self._newest = self._reusable = None
             self._changed.notify_all()
 
     def newest(self) -> Connection | None:
@@ -89,11 +91,21 @@ class RouterMembership:
     def num_store_keys(self) -> int:
         return len(self._store.list_keys())
 
-    def report(self, epoch: int, suspects: tuple[str, ...], reason: str, *, goes_on: bool = False) -> None:
+    def report(
+        self, failed: Connection, suspects: tuple[str, ...], reason: str, *, left: Connection | None, goes_on: bool
+    ) -> None:
+        epoch = failed.view.epoch
+        with self._changed:
+            if self._newest is not None and self._newest.transport is failed.transport:
+                epoch = max(epoch, self._newest.view.epoch)  # a later one that was to use this group fails with it
+                self._newest = left if goes_on else None
+            if self._reusable is not None and self._reusable.transport is failed.transport:
+                self._reusable = left
+        self._tell(epoch, suspects, reason)
+
+    def _tell(self, epoch: int, suspects: tuple[str, ...], reason: str) -> None:
         """Said again by the watcher until a newer view comes: the supervisor may be away just now."""
         with self._changed:
-            if not goes_on and self._newest is not None and self._newest.view.epoch <= epoch:
-                self._newest = None
             if self._failure is None or self._failure[0] <= epoch:
                 self._failure = (epoch, suspects, reason)
         self._client.report(self._router_id, epoch, suspects, reason)
@@ -132,22 +144,41 @@ class RouterMembership:
 
     def _connect(self, view: MeshView) -> None:
         try:
+            with self._changed:
+                if self._reuse(view):
+                    return
             connection = self._form(view)
         except (FormationError, ValueError) as error:
             suspects = error.suspects if isinstance(error, FormationError) else ()
             if view.epoch == self._latest_epoch and not self._closed:
-                self.report(view.epoch, suspects, str(error))
+                self._tell(view.epoch, suspects, str(error))
             return
         with self._changed:
+            was_kept = self._newest is None and self._reusable is not None
             if not self._closed and view.epoch == self._latest_epoch:
-                self._newest = connection
+                self._newest = self._reusable = connection
                 self._changed.notify_all()
+        if was_kept:
+            gc.collect()  # a group that was kept for nothing closes with its last reference
+
+    def _reuse(self, view: MeshView) -> bool:
+        """Serve the view with the group that is there, if all members are in it. Called with the lock held.
+
+        Not across a thousand: after its restart the supervisor asks shards for the newest epoch they formed a group
+        for, and goes on in the next thousand."""
+        held = self._reusable
+        if held is None or held.formed // 1000 != view.epoch // 1000 or not held.transport.can_serve(view.shard_ids):
+            return False
+        if not self._closed and view.epoch == self._latest_epoch:
+            self._newest = self._reusable = Connection.over(view, held.transport, held.formed)
+            self._changed.notify_all()
+        return True
 
     def _watch_joins(self, view: MeshView, failures: Callable[[], tuple[str, ...]]) -> None:
         """A shard that can't even be called is known at once; forming would only find out at its deadline."""
         missing = failures()
         if missing and view.epoch == self._latest_epoch and not self._closed:
-            self.report(view.epoch, missing, "could not be asked to join")
+            self._tell(view.epoch, missing, "could not be asked to join")
 
     def _form(self, view: MeshView) -> Connection:
         transport = choose_transport(self._transport, self._device, self._num_routers)
@@ -176,4 +207,4 @@ class RouterMembership:
             raise FormationError(str(error), failures()) from None  # waits no longer than forming did
         forget_groups(self._store, self._router_id, before=view.epoch)
         exchange = router_transport(transport, group, view.shard_ids)
-        return Connection(view, exchange, routing_tables(view.placement, view.shard_ids))
+        return Connection.over(view, exchange, view.epoch)

@@ -30,11 +30,17 @@ log = logging.getLogger("expertmesh.exchange")
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One epoch's formed group, ready for use."""
+    """One epoch's view and a group that serves it. formed: the epoch that the group was formed for."""
 
     view: MeshView
     transport: RouterTransport
     tables: Mapping[int, RoutingTable]
+    formed: int
+
+    @staticmethod
+    def over(view: MeshView, transport: RouterTransport, formed: int) -> Connection:
+        """Raises ValueError where an expert has no holder in the group."""
+        return Connection(view, transport, routing_tables(view.placement, transport.shard_ids), formed)
 
 
 class Membership(Protocol):
@@ -43,8 +49,12 @@ class Membership(Protocol):
     def newest(self) -> Connection | None:
         """The newest formed connection."""
 
-    def report(self, epoch: int, suspects: tuple[str, ...], reason: str, *, goes_on: bool = False) -> None:
-        """Tell the supervisor that `epoch` failed, or goes on without the suspects. Returns at once."""
+    def report(
+        self, failed: Connection, suspects: tuple[str, ...], reason: str, *, left: Connection | None, goes_on: bool
+    ) -> None:
+        """Tell the supervisor. Returns at once.
+
+        left: the same group without the suspects, where it can be used further; goes_on: it lacks nothing."""
 
     def wait_newer(self, epoch: int, deadline_s: float) -> Connection:
         """The first formed connection above `epoch`. Raises MeshUnavailable after deadline_s."""
@@ -133,20 +143,20 @@ class RemoteExchange:
             if self._connection is None:
                 self._connection = self._wait_newer(0, self._clock() + self._timeouts.recovery_s)
         elif newest.view.epoch > self.epoch:
-            self._switch(newest)
+            self._use(newest)
 
     def idle(self) -> None:
         """Between steps with nothing to do: keep the group alive, follow epoch changes, notice the dead."""
         newest = self._membership.newest()
         if newest is not None and newest.view.epoch > self.epoch:
-            self._switch(newest)
+            self._use(newest)
         if self._connection is None or self._clock() - self._last_sent < self._timeouts.heartbeat_s:
             return
         try:
-            self._connection.transport.announce(Header(opcode=Opcode.IDLE, epoch=self.epoch))
+            self._connection.transport.announce(Header(opcode=Opcode.IDLE, epoch=self._connection.formed))
             self._last_sent = self._clock()
         except ExchangeError as error:
-            self._abandon(error.suspects, str(error))
+            self._lose(error.suspects, str(error))
 
     def close(self) -> None:
         if self._connection is not None:
@@ -178,9 +188,10 @@ class RemoteExchange:
             receipt.sent, receipt.failure = None, None
             if failed_at is None:
                 failed_at = self._clock()
-            if not self._goes_on_without(suspects, reason):
-                failed_epoch = self._abandon(suspects, reason)
-                self._connection = self._wait_newer(failed_epoch, give_up)
+            failed_epoch = self.epoch
+            self._lose(suspects, reason)
+            if self._connection is None:
+                self._use(self._wait_newer(failed_epoch, give_up))
             assert self._connection is not None
             if set(suspects) & self._connection.view.placement.shards():  # not dead, only slow: wait longer next time
                 self._estimate.observe(self._clock() - receipt.started, len(receipt.x_TH))
@@ -211,7 +222,7 @@ class RemoteExchange:
         if connection is None:
             receipt.failure = ((), "no connection to the shards")
             return
-        num_shards = len(connection.view.shards)
+        num_shards = len(connection.transport.shard_ids)
         table = connection.tables[receipt.layer_idx]
         plan = plan_dispatch(receipt.topk_ids_TK, table, num_shards, turn=self._step)
         rows, pairs = plan.row_starts, plan.pair_starts
@@ -220,7 +231,7 @@ class RemoteExchange:
             """For the shards [first, end)."""
             return Header(
                 Opcode.STEP,
-                connection.view.epoch,
+                connection.formed,
                 self._step,
                 receipt.layer_idx,
                 self._hidden_size,
@@ -276,39 +287,35 @@ class RemoteExchange:
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
-    def _switch(self, newest: Connection) -> None:
+    def _use(self, newest: Connection) -> None:
         old, self._connection = self._connection, newest
-        if old is not None:
+        if old is not None and old.transport is not newest.transport:
             self._say_goodbye(old)
+        newest.transport.keep_only(newest.view.shard_ids, Header(opcode=Opcode.CLOSE, epoch=newest.formed))
 
-    def _goes_on_without(self, suspects: tuple[str, ...], reason: str) -> bool:
-        """Where replicas hold all that is lost, and the others' connections are whole, nobody need be waited for."""
-        connection = self._connection
-        if connection is None or not suspects:
-            return False
-        view, transport = connection.view, connection.transport
+    def _lose(self, suspects: tuple[str, ...], reason: str) -> None:
+        """Report the suspects. Where replicas hold all that is lost, and the others' connections are whole, nobody need
+        be waited for: the connection is the same group without them. Else there is none."""
+        failed = self._connection
+        if failed is None:
+            return
+        view, left = failed.view, None
         rest = view.placement.without(suspects)
-        if rest.missing() or not transport.leave_out(suspects):
-            return False
-        log.warning("epoch %d goes on without %s: %s", view.epoch, ", ".join(suspects), reason)
-        left = replace(view, placement=rest, reason=f"replicas serve for {', '.join(suspects)}")
-        self._connection = Connection(left, transport, routing_tables(rest, view.shard_ids))
-        self._membership.report(view.epoch, suspects, reason, goes_on=True)
-        return True
-
-    def _abandon(self, suspects: tuple[str, ...], reason: str) -> int:
-        """Give the current connection up and report it; returns its epoch."""
-        epoch = self.epoch
-        if self._connection is not None:
-            log.warning("epoch %d failed: %s", epoch, reason)
-            self._membership.report(epoch, suspects, reason)
-            self._connection = None
+        if suspects and failed.transport.leave_out(suspects):
+            left = replace(failed, view=replace(view, placement=rest, reason=f"without {', '.join(suspects)}"))
+        goes_on = left is not None and not rest.missing()
+        if left is not None and goes_on:
+            left = Connection.over(left.view, left.transport, left.formed)
+        log.warning("epoch %d %s: %s", view.epoch, "goes on" if goes_on else "failed", reason)
+        self._connection = left if goes_on else None
+        self._membership.report(failed, suspects, reason, left=left, goes_on=goes_on)
+        if left is None:
+            del failed
             gc.collect()  # the group's sockets close with the last reference, and its peers wake up
-        return epoch
 
     def _say_goodbye(self, connection: Connection) -> None:
         try:
-            connection.transport.announce(Header(opcode=Opcode.CLOSE, epoch=connection.view.epoch))
+            connection.transport.announce(Header(opcode=Opcode.CLOSE, epoch=connection.formed))
         except ExchangeError as error:
             log.info("closing epoch %d: %s", connection.view.epoch, error)
 

@@ -43,8 +43,11 @@ Work = tuple[int | None, dist.Work]
 class RouterTransport(Protocol):
     """The router's side: prepare, fill the message, send, receive; one exchange at a time.
 
-    All methods raise ExchangeError; then the group is done for, unless leave_out says not.
+    All methods raise ExchangeError; then the group is done for, unless leave_out says not. shard_ids: of the group, by
+    rank, also those that were left out.
     """
+
+    shard_ids: tuple[str, ...]
 
     def prepare(self, whole: Header) -> Message:
         """Memory for the rows and pairs of all shards, and for their sums."""
@@ -61,6 +64,12 @@ class RouterTransport(Protocol):
     def leave_out(self, suspects: Sequence[str]) -> bool:
         """After a failed receive: whether the others are still there and owe nothing, so that the next exchange may
         begin with them at once. Nothing may be sent to the suspects any more."""
+
+    def can_serve(self, shard_ids: Sequence[str]) -> bool:
+        """Whether an epoch with these members needs no other group."""
+
+    def keep_only(self, shard_ids: Sequence[str], goodbye: Header) -> None:
+        """Say goodbye to all others of the group. Between exchanges; raises nothing."""
 
 
 class ShardTransport(Protocol):
@@ -119,6 +128,12 @@ class _Router:
     def leave_out(self, suspects: Sequence[str]) -> bool:
         return False
 
+    def can_serve(self, shard_ids: Sequence[str]) -> bool:
+        return set(shard_ids) == set(self.shard_ids)
+
+    def keep_only(self, shard_ids: Sequence[str], goodbye: Header) -> None:
+        pass
+
     def _post(self, shard_idx: int, tensor: Tensor, tag: int) -> Work:
         group = self.group.control if tag == HEADER_TAG else self.group.data
         return shard_idx, group.send([tensor], shard_idx + 1, tag)
@@ -160,10 +175,13 @@ class PairRouter(_Router):
         self._is_ended = False
 
     def announce(self, header: Header) -> None:
+        self._announce(header, self._present())
+
+    def _announce(self, header: Header, shard_idxs: Sequence[int]) -> None:
         failures: list[Failure] = []
         works: list[Work] = []
         tensor = torch.tensor(header)
-        for shard_idx in self._present():
+        for shard_idx in shard_idxs:
             try:
                 if shard_idx in self._far:
                     works.append(self._post(shard_idx, tensor, HEADER_TAG))
@@ -182,6 +200,9 @@ class PairRouter(_Router):
         self._waiting, self._works, self._refused = {}, [], []
         for shard_idx, header in enumerate(headers):
             if header.num_rows == 0:
+                continue
+            if self.shard_ids[shard_idx] in self._left_out:
+                self._refused.append((shard_idx, ConnectionResetError("left out before")))
                 continue
             try:
                 if shard_idx in self._far:
@@ -210,6 +231,16 @@ class PairRouter(_Router):
         for suspect in suspects:
             self._near.drop(self.shard_ids.index(suspect))
         return not self._is_ended and self.group.device.type == "cpu" and bool(self._present())
+
+    def can_serve(self, shard_ids: Sequence[str]) -> bool:
+        return not self._is_ended and set(shard_ids) <= {self.shard_ids[i] for i in self._present()}
+
+    def keep_only(self, shard_ids: Sequence[str], goodbye: Header) -> None:
+        others = [i for i in self._present() if self.shard_ids[i] not in shard_ids]
+        if others:
+            with contextlib.suppress(ExchangeError):
+                self._announce(goodbye, others)
+            self.leave_out([self.shard_ids[i] for i in others])
 
     def _present(self) -> list[int]:
         return [i for i, shard_id in enumerate(self.shard_ids) if shard_id not in self._left_out]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from actors.remote_exchange import DeadlineEstimate, RemoteExchange
-from cluster.placement import adopt
+from cluster.placement import Placement, adopt
 from cluster.settings import Timeouts
 from model.moe import LocalExchange
 from tests.actors.conftest import ThreadMesh, ask, placed, prompt_of, wait_until
@@ -83,7 +83,23 @@ def test_a_planned_epoch_change_loses_nothing(start_router, tiny_model, expected
     assert router.exchange.epoch == 2 and mesh.reports == []
 
 
-def test_a_lost_shard_costs_a_pause_and_no_token(start_router, tiny_model, expected):
+def test_an_epoch_that_adds_nobody_needs_no_new_group_and_who_leaves_is_told(start_router, tiny_model, expected):
+    mesh = ThreadMesh(tiny_model)
+    wide = placed(mesh, 3)
+    mesh.publish(wide)
+    router, outputs = start_router(mesh)
+    ask_all(router)
+    wait_until(lambda: len(outputs.chunks["r5"]) > 2)
+    mesh.publish(Placement({i: (experts[1], experts[0], *experts[2:]) for i, experts in wide.holders.items()}))
+    wait_until(lambda: router.exchange.epoch == 2)
+    mesh.publish(placed(mesh, 2))
+    assert {name: outputs.tokens(name) for name in expected} == expected
+    wait_until(lambda: router.exchange.epoch == 3 and mesh.shards["shard-2"].info()["num_groups"] == 0)
+    assert all(shard.info()["epoch"] == 1 for shard in mesh.shards.values()) and mesh.reports == []
+
+
+@pytest.mark.parametrize(("transport", "formed"), [("auto", 1), ("all_to_all", 2)])
+def test_a_lost_shard_costs_a_pause_and_no_token(start_router, tiny_model, expected, transport, formed):
     mesh = ThreadMesh(tiny_model)
     placement = placed(mesh, 3)
     mesh.publish(placement)
@@ -93,14 +109,14 @@ def test_a_lost_shard_costs_a_pause_and_no_token(start_router, tiny_model, expec
         mesh.publish(rest.adding(adopt(rest, sorted(rest.shards()))), "healed")
 
     mesh.on_report = heal
-    router, outputs = start_router(mesh)
+    router, outputs = start_router(mesh, transport=transport)
     # In the middle of an answer, shard-1 forgets its experts: its next exchange fails and its group closes.
     ask_all(router)
     wait_until(lambda: len(outputs.chunks["r5"]) > 2)
     mesh.shards["shard-1"].keep_only([])
     assert {name: outputs.tokens(name) for name in expected} == expected
-    assert mesh.reports[0] == (1, ("shard-1",))
-    assert router.exchange.epoch == 2 and router.exchange.num_recoveries == 1
+    assert mesh.reports[0][0] == 1 and router.exchange.epoch == 2 and router.exchange.num_recoveries == 1
+    assert mesh.shards["shard-0"].info()["epoch"] == formed, "the epoch of its newest group"
 
 
 @pytest.mark.parametrize("transport", ["host", "star"])
