@@ -31,14 +31,6 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GPTQConfig:
-    """How a GPTQ checkpoint packs its linear weights: 4 bits; groups and act-order show in the tensors themselves."""
-
-    zero_point_offset: int
-    """Added to each stored zero point: 1 in the v1 format, 0 in `checkpoint_format: gptq_v2`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """One model: every field resolved and checked. Names are those of the Hugging Face config."""
 
@@ -71,7 +63,10 @@ class ModelConfig:
     id2label: Mapping[int, str]
     problem_type: str | None
     token_classification_bias: bool
-    gptq: GPTQConfig | None
+    gptq_zero_offset: int | None
+    """What GPTQ's stored zero points lack: 1 in its v1 format, 0 in `checkpoint_format: gptq_v2`; None: no GPTQ.
+
+    Weights have 4 bits; groups and act-order show in the tensors themselves."""
     kv_groups: tuple[KVGroup, ...] = field(init=False)
     """The KV groups that have layers, "full" before "sliding"."""
 
@@ -145,7 +140,7 @@ class ModelConfig:
             id2label=_resolve_labels(values, read),
             problem_type=_resolve_problem_type(values),
             token_classification_bias=read.flag("token_classification_bias", True),
-            gptq=_resolve_gptq(values),
+            gptq_zero_offset=_resolve_gptq(values),
         )
 
     @property
@@ -288,7 +283,7 @@ def _resolve_problem_type(values: Mapping[str, Any]) -> str | None:
     return problem_type
 
 
-def _resolve_gptq(values: Mapping[str, Any]) -> GPTQConfig | None:
+def _resolve_gptq(values: Mapping[str, Any]) -> int | None:
     quantization = values.get("quantization_config")
     if quantization is None:
         return None
@@ -300,4 +295,4 @@ def _resolve_gptq(values: Mapping[str, Any]) -> GPTQConfig | None:
         )
     if (bits := quantization.get("bits")) != 4:
         raise ValueError(f"quantization_config.bits {bits!r} is not implemented: GPTQ weights are read with 4 bits")
-    return GPTQConfig(zero_point_offset=0 if quantization.get("checkpoint_format") == "gptq_v2" else 1)
+    return 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1

@@ -15,12 +15,11 @@ from model.checkpoint import FLOATS, Checkpoint
 from model.config import ModelConfig
 from model.decoder import Decoder, DecoderLayer
 from model.experts import ExpertWeights
-from model.gate import Gate
 from model.heads import Head
 from model.kernels import REFERENCE_KERNELS, Kernels
 from model.layers import MLP, Rope
 from model.linear import DenseWeight, Embedding, Int4Weight, Weight, stack_rows
-from model.moe import MoeBlock
+from model.moe import Gate, MoeBlock
 from model.quantize import check_same_groups, from_gptq, quantize_int4, quantize_int8
 
 QUANTIZATIONS = ("int8", "int4")
@@ -197,8 +196,8 @@ class _Reader:
         return whole if in_panels else self.kernels.pack_weight(whole)
 
     def _gptq_blocks(self, name: str, num_outputs: int, num_inputs: int) -> Iterator[Int4Weight]:
-        gptq = self.config.gptq
-        if gptq is None:
+        offset = self.config.gptq_zero_offset
+        if offset is None:
             raise ValueError(f"tensor '{name}.qweight' is GPTQ's, but config.json has no quantization_config; add it")
 
         def read(part: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Tensor:
@@ -215,7 +214,7 @@ class _Reader:
             part, octets = slice(start, start + step), slice(start // 8, (start + step) // 8)
             tensors = qweight[:, part], qzeros[:, octets], scales[:, part], g_idx
             try:
-                yield from_gptq(*tensors, zero_point_offset=gptq.zero_point_offset)
+                yield from_gptq(*tensors, zero_point_offset=offset)
             except ValueError as error:
                 raise ValueError(f"{self.checkpoint.directory}: tensors '{name}.*': {error}") from None
 
@@ -277,7 +276,9 @@ def _refuse_another_models_tensors(checkpoint: Checkpoint, config: ModelConfig) 
         rule = None
         if layer and int(layer[1]) >= config.num_hidden_layers:
             rule = f"expected layers 0 to {config.num_hidden_layers - 1} by num_hidden_layers"
-        elif layer and layer[2] and not config.qkv_bias and config.gptq is None:  # GPTQ's tools add zeros everywhere
+        elif (
+            layer and layer[2] and not config.qkv_bias and config.gptq_zero_offset is None
+        ):  # GPTQ's tools add zeros everywhere
             rule = "expected none by qkv_bias false"
         if rule is not None:
             raise ValueError(

@@ -224,7 +224,8 @@ def table(formats: list[Format]) -> list[str]:
         cells.append(f"{one.num_bytes / bfloat16.num_bytes:.3f}")
         if (found := one.accuracy) is not None:
             change = round(100 * found.rise, 2) + 0.0  # never "-0.00"
-            cells += [f"{found.divergence:.1e}", f"{found.perplexity:.3f}", f"{change:+.2f} %"]
+            shown = f"{found.divergence:.1e}" if found.divergence > 1e-6 else "0"  # float32's rounding has either sign
+            cells += [shown, f"{found.perplexity:.3f}", f"{change:+.2f} %"]
             cells.append(f"{found.same_argmax:.1%}")
         lines.append(" | ".join(cells))
     return [f"| {line} |" for line in lines]

@@ -15,10 +15,9 @@ from actors.remote_exchange import RemoteExchange
 from actors.router import Router
 from actors.scheduler import Scheduler
 from model.attention import Attention
-from model.gate import Gate
 from model.heads import Head
 from model.layers import MLP
-from model.moe import LocalExchange
+from model.moe import Gate, LocalExchange
 
 PARTS = (
     "attention",

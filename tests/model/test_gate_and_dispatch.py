@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.experts import ExpertWeights, run_experts
-from model.gate import Gate
 from model.linear import DenseWeight
-from model.moe import LocalExchange
+from model.moe import Gate, LocalExchange
 
 HIDDEN, INNER = 16, 16
 
