@@ -43,8 +43,14 @@ class Arrangement:
     max_model_len: int = 2048
 
     def __str__(self) -> str:
-        where = f"{self.shards} shards" if self.shards else f"local, {self.threads} threads"
-        return f"{self.quantization or 'bf16'}, {where}" + (f", {self.routers} routers" if self.routers > 1 else "")
+        return f"{self.quantization or 'bf16'}, {place(self.shards, self.routers, self.threads)}"
+
+
+def place(shards: int, routers: int, threads: int) -> str:
+    """An arrangement in words, without its precision."""
+    words = [f"{shards} shard{'s' * (shards > 1)}"] if shards else ["local"]
+    words += [f"{routers} routers"] if routers > 1 else []
+    return ", ".join(words + ([f"router with {threads} threads"] if threads > 1 else []))
 
 
 class Mesh:

@@ -75,7 +75,11 @@ def _shards(engines: list[dict[str, Any]], path: Path) -> None:
     some = [one for one in engines if one["shape"] == "mid" and one["precision"] == "int8"]
     figure, axes = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
     for batch, colour in zip(map(str, BATCHES), COLOURS.values(), strict=True):
-        mesh = sorted((one["shards"], one["tok_s"][batch]) for one in some if one["shards"] and one["routers"] == 1)
+        mesh = sorted(
+            (one["shards"], one["tok_s"][batch])
+            for one in some
+            if one["shards"] and one["routers"] * one["threads"] == 1
+        )
         axes.plot(*zip(*mesh, strict=True), "o-", color=colour, label=f"batch {batch}")
         local = max(one["tok_s"][batch] for one in some if not one["shards"])
         axes.axhline(local, linestyle=":", color=colour)

@@ -9,6 +9,7 @@ from typing import Any
 from tests.bench import plan_accuracy
 from tests.bench.calibration import shape_of
 from tests.bench.limits import decode_limit, prefill_limit
+from tests.bench.mesh import place
 from tests.bench.step_parts import PARTS
 
 COLUMNS = ("b1", "b8", "b32", "prefill")
@@ -110,7 +111,7 @@ def _engine(results: dict[str, Any]) -> Iterator[str]:
         if one["routers"] > 1 or one["shards"] not in (0, 2):
             continue
         yield ""
-        where = f"{one['shards']} shards" if one["shards"] else f"local, {one['threads']} threads"
+        where = place(one["shards"], one["routers"], one["threads"])
         yield f"`{one['shape']}` {one['precision']}, {where}"
         yield ""
         rows = []
@@ -128,9 +129,7 @@ def _engine(results: dict[str, Any]) -> Iterator[str]:
     local = [one for one in some if not one["shards"]]
     rows = []
     for one in some:
-        where = (
-            f"{one['shards']} shards, {one['routers']} routers" if one["shards"] else f"local, {one['threads']} threads"
-        )
+        where = place(one["shards"], one["routers"], one["threads"])
         cells = [where]
         for batch, rate in one["tok_s"].items():
             best = max(other["tok_s"][batch] for other in local)
@@ -143,7 +142,7 @@ def _engine(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _served(results: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any] | None:
-    way = "2 shards" if engine["shards"] == 2 else "local" if engine["threads"] == 2 else ""
+    way = {(2, 1): "2 shards", (0, 2): "local"}.get((engine["shards"], engine["threads"]), "")
     for one in results.get("http", ()):
         if (one["shape"], one["precision"], one["way"]) == (engine["shape"], engine["precision"], way):
             return dict(one)
