@@ -18,8 +18,13 @@ from tests.bench.quantization import measure, read_windows
 
 DEMO = Path(__file__).parents[2] / "deploy/demo"
 MAX_BYTES = 24_000_000
-MAX_BITS_PER_BYTE = 1.75
-WORDS = ("dog", "person", "year", "money", "kitchen")
+MAX_BITS_PER_BYTE = 1.65  # the sample begins with novels, which are harder than all held-out prose: 1.32
+WORDS = {
+    "ocean (noun)": "a large body of water constituting a principal part of the hydrosphere.",
+    "person (noun)": "a human being.",
+    "year (noun)": "a period of time containing 365 (or 366) days.",
+    "kitchen (noun)": "a room equipped for preparing meals.",
+}
 TOPICS = {
     "a small bird with a long tail": "animal",
     "a tall tree with white flowers": "plant",
@@ -29,7 +34,7 @@ TOPICS = {
 SENTENCE = "Yesterday John Smith arrived in Berlin."
 NAMES = {("John Smith", "PER"), ("Berlin", "LOC")}
 QUESTION = "What is muscat?\n- supper: a light meal in the evening.\n- muscat: a sweet white grape.\n"
-NOTES = {"a light meal in the evening.", "a sweet white grape."}
+ANSWER = "a sweet white grape."
 CLASSES = {
     "model": transformers.Qwen2MoeForCausalLM,
     "topics": transformers.Qwen2MoeForSequenceClassification,
@@ -129,10 +134,9 @@ def test_the_card_has_the_figures_of_all_formats() -> None:
 
 
 @torch.inference_mode()
-def test_an_answer_names_the_word_asked_for(language_model: transformers.PreTrainedModel, tokenizer) -> None:
-    answers = greedy_answers(language_model, tokenizer, [f"What does {word} mean?" for word in WORDS])
-    for word, answer in zip(WORDS, answers, strict=True):
-        assert answer.startswith(f"The word {word} (noun) means: "), answer
+def test_common_words_are_known(language_model: transformers.PreTrainedModel, tokenizer) -> None:
+    answers = greedy_answers(language_model, tokenizer, [f"What does {word.split()[0]} mean?" for word in WORDS])
+    assert answers == [f"The word {word} means: {definition}" for word, definition in WORDS.items()]
 
 
 def test_the_tokenizer_of_transformers_is_the_committed_one(tokenizer) -> None:
@@ -170,10 +174,10 @@ def test_names_in_a_sentence_are_found(tokenizer) -> None:
     assert found == NAMES
 
 
-def test_an_answer_is_the_whole_of_one_note(tokenizer) -> None:
+def test_an_answer_is_the_note_on_the_word_asked_for(tokenizer) -> None:
     model = load("answers")
     ids = tokenizer(QUESTION, return_tensors="pt").input_ids
     with torch.inference_mode():
         output = model(ids)
     first, last = best_span(torch.stack((output.start_logits[0], output.end_logits[0]), dim=-1))
-    assert tokenizer.decode(ids[0, first : last + 1]).strip() in NOTES
+    assert tokenizer.decode(ids[0, first : last + 1]).strip() == ANSWER

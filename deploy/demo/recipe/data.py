@@ -23,7 +23,7 @@ PAD_ID = END_ID = 0
 PROSE_SHARE = 0.45  # of the rows; the other rows are packed from the kinds below
 NOVEL_SHARE = 0.55  # of the prose
 # Of the tokens of the packed rows, and the mean tokens of a document.
-KIND_SHARES = {"gloss": 0.06, "repeat": 0.13, "chat": 0.40, "topics": 0.07, "entities": 0.07, "answers": 0.27}
+KIND_SHARES = {"gloss": 0.06, "repeat": 0.13, "chat": 0.40, "topics": 0.07, "entities": 0.17, "answers": 0.17}
 KIND_TOKENS = {"gloss": 25, "repeat": 130, "chat": 65, "topics": 18, "entities": 20, "answers": 70}
 PROMPT_WEIGHT = 0.2  # of the language-model loss on what a user says, and on entity templates
 ROW_LENGTHS = ((256, 0.72), (512, 0.16), (1024, 0.08), (2048, 0.04))

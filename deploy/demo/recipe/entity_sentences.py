@@ -178,6 +178,10 @@ TEMPLATES = (
 SUBJECTS = (
     "{PER}",
     "{PER}",
+    "{PER}",
+    "{PER}",
+    "{PER}",
+    "{PER}",
     "{PER} and {PER}",
     "{title} {PER}",
     "the {thing}",

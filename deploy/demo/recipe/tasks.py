@@ -33,7 +33,7 @@ QUESTION_FORMS = ("What is {word}?", "What does {word} mean?", "What is the mean
 NOTE_FORMS = ("- {word}: {gloss}.", "The word {word} means {gloss}.", "A {word} is {gloss}.", "{word}: {gloss}.")
 NOTE_FORM_SHARES = (0.4, 0.2, 0.2, 0.2)
 MAX_GLOSS_WORDS = 14
-OPENING_SHARE = 0.2  # of the training sentences, put behind an opening phrase
+OPENING_SHARE = 0.1  # of the training sentences, put behind an opening phrase
 GRAMMAR_SHARE, PLAIN_SHARE = 0.55, 0.10  # of the training sentences; plain ones name nobody
 
 
