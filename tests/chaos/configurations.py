@@ -84,13 +84,19 @@ CONFIGURATIONS = (
     Configuration(
         name="scaling",
         words="2 shards, 1 router",
-        mesh={"shards": 2, "rebalance_interval_s": 3.0},
+        mesh={"shards": 2, "rebalance_interval_s": 1.0},
         faults={"scale_out_and_in": 10, "rebalance": 10, "kill_during_rebalance": 3, "kill_shard": 2},
     ),
     Configuration(
         name="all_to_all",
         words="3 shards, 1 router, all_to_all",
         mesh={"shards": 3, "transport": "all_to_all"},
-        faults={"kill_shard": 3, "stop_shard": 2},
+        faults={"kill_shard": 3, "stop_shard": 1},
+    ),
+    Configuration(
+        name="star",
+        words="3 shards, 1 router, star",
+        mesh={"shards": 3, "transport": "star"},
+        faults={"kill_shard": 3, "stop_shard": 1},
     ),
 )
