@@ -1,8 +1,8 @@
 """The exchange over the mesh: plan, send, wait, add up; and when a shard is lost, again on the next epoch.
 
 A layer's input stays with its receipt until all partial sums are back. So when an exchange fails, only that layer's
-exchange is repeated, on the new epoch's group; the step goes on as if nothing had happened. Nothing is ever
-committed with a contribution missing.
+exchange is repeated: at once where replicas hold what is lost, else on the next epoch. The step goes on as if nothing
+had happened; nothing is ever committed with a contribution missing.
 """
 
 from __future__ import annotations
