@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.http_client import CallError, Client
-from deploy.log_tail import followed
+from deploy.log_tail import WithoutRay, followed
 from deploy.processes import descendants, end
 from deploy.settings import Settings
 from deploy.tracing import exporter_to
@@ -67,6 +67,8 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
         logging.getLogger(name).setLevel(logging.ERROR)
     say("starting Ray")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(WithoutRay(sys.stdout)))
+        stack.enter_context(contextlib.redirect_stderr(WithoutRay(sys.stderr)))
         stack.callback(_end)
         context: Any = ray.init(
             address="local",  # never somebody else's cluster
@@ -214,8 +216,8 @@ def _end() -> None:
     import ray
 
     below = descendants(os.getpid())
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.suppress(Exception):
-        ray.shutdown()  # it would report each process that it ends as one that died
+    with contextlib.suppress(Exception):
+        ray.shutdown()
     end(below, grace_s=3.0)
 
 

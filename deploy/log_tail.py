@@ -1,8 +1,10 @@
-"""What the parts of a service on this machine log, on one stream: the lines of JSON in Ray's files of their stderr."""
+"""What `expertmesh serve` shows: its own lines, with `json` those of all parts, and nothing that Ray prints."""
 
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,6 +12,31 @@ from pathlib import Path
 from typing import TextIO
 
 EVERY_S = 0.25
+log = logging.getLogger("expertmesh.ray")
+
+
+class WithoutRay(io.TextIOBase):
+    """A stream without what Ray's threads print: that goes to the log. (Ray has a paragraph for each process that ends,
+    also for those that we end.)"""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if not threading.current_thread().name.startswith("ray_"):
+            return self._stream.write(text)
+        if text.strip():
+            log.info("Ray: %s", text.strip())
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import httpx
 import pytest
 
 from actors.logs import REQUEST_ID, start_logging
-from deploy.log_tail import followed
+from deploy.log_tail import WithoutRay, followed
 from deploy.served_model import ServedModel
 from deploy.settings import Settings
 from tests.deploy.fakes import FakeRouter, running_api
@@ -97,3 +98,14 @@ def test_the_lines_of_all_parts_come_out_on_one_stream(tmp_path: Path, lines: io
         with one.open("a") as file:
             file.write(', "x": 1}\n')
     assert sorted(lines.getvalue().splitlines()) == ['{"time": 1}', '{"time": 2, "x": 1}', '{"time": 3}']
+
+
+def test_what_rays_threads_print_goes_to_the_log_and_not_to_the_screen(lines: io.StringIO) -> None:
+    screen = io.StringIO()
+    ours = WithoutRay(screen)
+    print("stopping", file=ours)
+    ray = threading.Thread(target=print, args=("(raylet) A worker died",), kwargs={"file": ours}, name="ray_listen")
+    ray.start()
+    ray.join()
+    assert screen.getvalue() == "stopping\n"
+    assert [line["message"] for line in parsed(lines)] == ["Ray: (raylet) A worker died"]
