@@ -91,7 +91,7 @@ class ModelConfig:
         """Resolve the content of a `config.json`. Raises ValueError with the name, the value and the rule."""
         read = ConfigFields(values)
         head_kind = _resolve_head_kind(values)
-        _refuse_unsupported(values)
+        _refuse_unsupported(values, read)
         num_layers, num_heads = read.count("num_hidden_layers", 24), read.count("num_attention_heads", 16)
         num_kv_heads = read.count("num_key_value_heads", num_heads if "num_key_value_heads" in values else 16)
         if num_heads % num_kv_heads:
@@ -134,11 +134,11 @@ class ModelConfig:
             norm_topk_prob=read.flag("norm_topk_prob", False),
             moe_layers=moe_layers,
             tie_word_embeddings=read.flag("tie_word_embeddings", False),
-            dtype=_resolve_dtype(values),
+            dtype=read.choice("dtype", _DTYPES) or read.choice("torch_dtype", _DTYPES),
             eos_token_ids=_resolve_eos(values),
             pad_token_id=read.optional_count("pad_token_id"),
             id2label=_resolve_labels(values, read),
-            problem_type=_resolve_problem_type(values),
+            problem_type=read.choice("problem_type", _PROBLEM_TYPES),
             token_classification_bias=read.flag("token_classification_bias", True),
             gptq_zero_offset=_resolve_gptq(values),
         )
@@ -187,9 +187,8 @@ def _resolve_head_kind(values: Mapping[str, Any]) -> HeadKind:
     return HEAD_KINDS[architectures[0]]
 
 
-def _refuse_unsupported(values: Mapping[str, Any]) -> None:
-    if (act := values.get("hidden_act") or "silu") not in ("silu", "swish"):
-        raise ValueError(f"hidden_act {act!r} is not implemented: the experts are SwiGLU, so it must be 'silu'")
+def _refuse_unsupported(values: Mapping[str, Any], read: ConfigFields) -> None:
+    read.choice("hidden_act", ("silu", "swish"))  # all MLPs are SwiGLU
     neutral = {"is_causal": True, "is_encoder_decoder": False, "pruned_heads": {}}
     for name in ("dual_chunk_attention_config", "per_layer_config", *neutral):
         if values.get(name) not in (None, neutral.get(name)):
@@ -242,16 +241,6 @@ def _resolve_moe_layers(
     return tuple(i for i in range(num_layers) if i not in mlp_only and (i + 1) % sparse_step == 0)
 
 
-def _resolve_dtype(values: Mapping[str, Any]) -> str | None:
-    name = values.get("dtype") or values.get("torch_dtype")
-    if name is None:
-        return None
-    dtype = str(name).removeprefix("torch.")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype {name!r} is not implemented: expected one of {', '.join(_DTYPES)}")
-    return dtype
-
-
 def _resolve_eos(values: Mapping[str, Any]) -> tuple[int, ...]:
     eos = values.get("eos_token_id")
     ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
@@ -271,16 +260,6 @@ def _resolve_labels(values: Mapping[str, Any], read: ConfigFields) -> Mapping[in
     if sorted(id2label) != list(range(len(id2label))):
         raise ValueError(f"id2label has the numbers {sorted(id2label)}, expected 0 to {len(id2label) - 1} once each")
     return dict(sorted(id2label.items()))
-
-
-def _resolve_problem_type(values: Mapping[str, Any]) -> str | None:
-    problem_type = values.get("problem_type")
-    if problem_type not in (None, *_PROBLEM_TYPES):
-        raise ValueError(
-            f"problem_type {problem_type!r} is not known: expected one of {', '.join(_PROBLEM_TYPES)}; "
-            "correct config.json"
-        )
-    return problem_type
 
 
 def _resolve_gptq(values: Mapping[str, Any]) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -40,6 +40,14 @@ class ConfigFields:
         if not isinstance(value, bool):
             raise self._error(name, value, "true or false")
         return value
+
+    def choice(self, name: str, choices: Sequence[str]) -> str | None:
+        """One of these, or None; names of torch dtypes may begin with "torch."."""
+        value = self._values.get(name)
+        short = value.removeprefix("torch.") if isinstance(value, str) else value
+        if short is not None and short not in choices:
+            raise ValueError(f"{self._where}{name} {value!r} is not implemented: expected one of {', '.join(choices)}")
+        return short
 
     def _value(self, name: str, default: Any) -> Any:
         value = self._values.get(name)
