@@ -74,7 +74,7 @@ def serve(
     flags = {
         _NAMED_OTHERWISE.get(name) or by_field[name]: value
         for name, value in context.params.items()
-        if name not in ("config", "print_config") and value != []
+        if name not in ("config", "print_config") and value not in ([], ())  # what may be repeated and is not there
     }
     try:
         loaded = load(file=config, environ=os.environ, flags=flags)

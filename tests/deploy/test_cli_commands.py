@@ -192,3 +192,12 @@ def test_down_finds_only_services_that_run(tmp_path: Path, monkeypatch: pytest.M
     directory.chmod(0o777)
     with pytest.raises(RuntimeError, match="open to others"):
         services()
+
+
+def test_options_that_are_not_given_leave_the_settings_file_alone(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.yaml"
+    file.write_text("{server: {api_keys: [secret]}, model: {served_names: [whale]}, mesh: {shards: 3}}")
+    code, output = run("serve", "--config", str(file), "--print-config")
+    assert code == 0
+    for name in ("server.api_keys", "model.served_names", "mesh.shards"):
+        assert any(line.startswith(name + " ") and f"file {file}" in line for line in output.splitlines()), name
