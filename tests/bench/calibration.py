@@ -20,7 +20,7 @@ from tests.bench.mesh import Arrangement, Mesh
 
 NUM_OUTPUTS, NUM_INPUTS, NUM_MATRICES = 2816, 2048, 16
 ROWS = (1, 8, 32)
-PROMPT, NEW = 32, 48
+CONTEXT = 64  # about, of the thin steps
 LAYERS = (2, 8)
 
 
@@ -141,7 +141,7 @@ def thin_steps() -> dict[str, dict[str, float]]:
         path = checkpoint("thin-8", {"num_hidden_layers": layers})
         with Mesh(path, Arrangement(shards=shards)) as mesh:
             result[f"{layers}/{shards}"] = {
-                str(batch): mesh.decode(batch=batch, prompt=PROMPT, new=NEW)[0]["step_ms"] / 1e3 for batch in (1, 32)
+                str(batch): mesh.decode(batch=batch, prompt=32)[0]["step_ms"] / 1e3 for batch in (1, 32)
             }
     return result
 
@@ -151,7 +151,7 @@ def with_overheads(device: Device, steps: dict[str, dict[str, float]]) -> Device
 
     def explained(layers: int, shards: int, batch: int, device: Device) -> float:
         shape = shape_of("thin-8", "bf16", layers)
-        targets = Targets(users=batch, context=PROMPT + NEW // 2, tpot_s=1.0)
+        targets = Targets(users=batch, context=CONTEXT, tpot_s=1.0)
         return step_times(shape, device, Layout(routers=1, shards=shards), targets).step_s
 
     def missing(layers: int, shards: int, batch: int, device: Device) -> float:

@@ -41,7 +41,7 @@ def measure(say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
         keep("requests, 2 shards", "ms until done", REQUESTS, drained)
     with Mesh(checkpoint("thin-32"), Arrangement(max_model_len=17000)) as mesh:
         keep("batch, local", "ms a step", BATCHES, [_step_ms(mesh, batch, 32) for batch in BATCHES])
-        results = [mesh.decode(batch=1, prompt=context, new=16)[0] for context in CONTEXTS]
+        results = [mesh.decode(batch=1, prompt=context, num_steps=16)[0] for context in CONTEXTS]
         keep("context", "ms a step", CONTEXTS, [one["step_ms"] for one in results])
         keep("context, attention", "ms a step", CONTEXTS, [one["parts"]["attention"] for one in results])
     steps = []
@@ -53,4 +53,4 @@ def measure(say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
 
 
 def _step_ms(mesh: Mesh, batch: int, prompt: int) -> float:
-    return float(mesh.decode(batch=batch, prompt=prompt, new=24)[0]["step_ms"])
+    return float(mesh.decode(batch=batch, prompt=prompt, num_steps=20)[0]["step_ms"])

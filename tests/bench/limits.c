@@ -22,14 +22,16 @@ static void read_memory(const char *p, size_t n) { /* four sums, so that the add
 }
 
 static double multiply_add(void) { /* 20 independent sums in registers; returns floating-point operations */
-    vec sums[20], a, b;
+    vec sums[20], a, b; /* all different, or the compiler would keep one */
     for (int i = 0; i < 16; i++) a[i] = 0.999f, b[i] = 1e-3f;
-    for (int u = 0; u < 20; u++) sums[u] = a;
+#pragma GCC unroll 20
+    for (int u = 0; u < 20; u++) sums[u] = a * (float)u;
     for (int i = 0; i < ROUNDS; i++) {
 #pragma GCC unroll 20
         for (int u = 0; u < 20; u++) sums[u] = sums[u] * a + b;
-        __asm__ volatile("" : "+m"(a)::);
+        __asm__ volatile("" : "+v"(a)); /* a may have changed: nothing can be taken out of the loop */
     }
+#pragma GCC unroll 20
     for (int u = 1; u < 20; u++) sums[0] += sums[u];
     sink = sums[0][0];
     return 2.0 * 16 * 20 * ROUNDS;
@@ -38,12 +40,14 @@ static double multiply_add(void) { /* 20 independent sums in registers; returns 
 static double dot_bytes(void) { /* u8 * s8 in fours into int32; 0 where the CPU has no such instruction */
 #ifdef __AVX512VNNI__
     __m512i sums[20], a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(1);
-    for (int u = 0; u < 20; u++) sums[u] = a;
+#pragma GCC unroll 20
+    for (int u = 0; u < 20; u++) sums[u] = _mm512_set1_epi32(u);
     for (int i = 0; i < ROUNDS; i++) {
 #pragma GCC unroll 20
         for (int u = 0; u < 20; u++) sums[u] = _mm512_dpbusd_epi32(sums[u], a, b);
-        __asm__ volatile("" : "+m"(a)::);
+        __asm__ volatile("" : "+v"(a)); /* a may have changed: nothing can be taken out of the loop */
     }
+#pragma GCC unroll 20
     for (int u = 1; u < 20; u++) sums[0] = _mm512_add_epi32(sums[0], sums[u]);
     sink = (float)_mm512_reduce_add_epi32(sums[0]);
     return 2.0 * 64 * 20 * ROUNDS;

@@ -23,7 +23,7 @@ import torch
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.kernels import select_kernels
-from model.load import load_decoder, load_expert, load_head
+from model.load import Loader
 from tests.bench.quantization import RANDOM, resident_bytes
 from tests.gptq import write_gptq
 from tests.random_checkpoint import write_random_checkpoint
@@ -38,15 +38,14 @@ def measure(checkpoint: Path, part: str, quantization: str | None, dtype: str | 
     kernels = select_kernels()
 
     def load_router() -> Any:
-        source = Checkpoint(checkpoint)
-        decoder = load_decoder(source, config, quantization, kernels=kernels)
-        head = load_head(source, config, quantization, decoder=decoder, kernels=kernels)
-        return decoder.embedding, decoder.layers, decoder.norm_H, head
+        loader = Loader(Checkpoint(checkpoint), config, quantization, kernels=kernels)
+        decoder = loader.decoder()
+        return decoder.embedding, decoder.layers, decoder.norm_H, loader.head(decoder)
 
     def load_shard() -> Any:
-        source = Checkpoint(checkpoint)
+        loader = Loader(Checkpoint(checkpoint), config, quantization, kernels=kernels)
         return [
-            load_expert(source, config, layer_idx, expert_id, quantization, kernels=kernels)
+            loader.expert(layer_idx, expert_id)
             for layer_idx in config.moe_layers
             for expert_id in range(0, config.num_experts, 2)
         ]

@@ -28,6 +28,7 @@ from cluster.view import Member, MeshView
 
 KEY = b"bench"
 TIMEOUTS = Timeouts(formation_s=30.0)
+WAIT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,9 +125,9 @@ class Mesh:
         self._processes.append(process)
         return ours  # type: ignore[no-any-return]
 
-    def decode(self, *, batch: int, prompt: int = 128, new: int = 32) -> list[dict[str, Any]]:
-        """`batch` requests at once on each router; of the steps in which all of them decode: see _decode."""
-        return self._ask("decode", batch, prompt, new)
+    def decode(self, *, batch: int, prompt: int, num_steps: int = 32) -> list[dict[str, Any]]:
+        """`batch` requests at once on each router, over so many steps in which all of them decode."""
+        return self._ask("decode", batch, prompt, num_steps)
 
     def prefill(self, num_tokens: int = 512, repeats: int = 3) -> list[dict[str, Any]]:
         """Tokens a second of a prompt alone, median: {"tok_s"}."""
@@ -277,8 +278,6 @@ class RouterBench:
         self._router = router
         self._vocab = router.engine.model.decoder.config.vocab_size
         self._num_left = 0
-        self._first_s: list[float] = []
-        self._seen: set[str] = set()
         self._changed = threading.Condition()
         self._number = 0
         router.engine._deliver = self._deliver
@@ -292,20 +291,16 @@ class RouterBench:
             time.sleep(0.02)
 
     def _deliver(self, outbox: Any) -> None:
-        now = time.perf_counter()
         with self._changed:
             for chunks in outbox.values():
                 for chunk in chunks:
                     if chunk.error is not None:
                         raise RuntimeError(str(chunk.error))
-                    if chunk.request_id not in self._seen:
-                        self._seen.add(chunk.request_id)
-                        self._first_s.append(now)
                     self._num_left -= chunk.finish_reason is not None
             self._changed.notify_all()
 
-    def _run(self, num_requests: int, prompt: int, new: int) -> float:
-        """Send and wait; seconds until all are done."""
+    def _send(self, num_requests: int, prompt: int, new: int) -> list[str]:
+        """Their ids."""
         import torch
 
         from actors.request import GenerateRequest
@@ -313,35 +308,52 @@ class RouterBench:
 
         generator = torch.Generator().manual_seed(self._number)
         params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
-        self._num_left, self._first_s = num_requests, []
         requests = []
         for _ in range(num_requests):
             self._number += 1
             ids = torch.randint(3, self._vocab, (prompt,), generator=generator).tolist()
             requests.append(GenerateRequest(request_id=str(self._number), prompt_ids=tuple(ids), sampling=params))
+        self._num_left = num_requests
         self._clock.steps.clear()
-        began = time.perf_counter()
         for request in requests:
             self._router.engine.submit("bench", request)
+        return [request.request_id for request in requests]
+
+    def _run(self, num_requests: int, prompt: int, new: int) -> float:
+        """Seconds until all are done."""
+        began = time.perf_counter()
+        self._send(num_requests, prompt, new)
         with self._changed:
-            if not self._changed.wait_for(lambda: self._num_left == 0, 600):
-                raise RuntimeError("the requests did not end within 600 s")
+            if not self._changed.wait_for(lambda: self._num_left == 0, WAIT_S):
+                raise RuntimeError(f"the requests did not end within {WAIT_S:.0f} s")
         return time.perf_counter() - began
 
-    def decode(self, batch: int, prompt: int, new: int) -> dict[str, Any]:
-        """{"step_ms" (median), "tok_s", "num_steps", "parts" (see step_parts.split), "uses": distinct experts of a
-        layer in a step, with shards only, else 0}."""
+    def _whole(self, batch: int) -> list[Any]:
+        """Steps in which all decode; the first two still have what the prompts left in the caches."""
+        return [step for step in self._clock.steps if step.num_decodes == batch and step.num_prompt == 0][2:]
+
+    def decode(self, batch: int, prompt: int, num_steps: int) -> dict[str, Any]:
+        """{"step_ms" (median), "tok_s", "context", "parts" (see step_parts.split), "uses": distinct experts of a
+        layer in a step, with shards only, else 0}. Prompts are let in slowly beside decodes, so the requests go on
+        until there are enough steps, and are then aborted."""
         from tests.bench.step_parts import split
 
-        self._run(batch, prompt, new)
-        steps = [s for s in self._clock.steps if s.num_decodes == batch and s.num_prompt == 0][2:]
-        if len(steps) < 3:
-            raise RuntimeError(f"only {len(steps)} steps with all {batch} requests; raise `new`")
+        ids = self._send(batch, prompt, 1 << 20)
+        end = time.monotonic() + WAIT_S
+        while len(self._whole(batch)) < num_steps:
+            if time.monotonic() > end:
+                raise RuntimeError(f"only {len(self._whole(batch))} of {num_steps} steps within {WAIT_S:.0f} s")
+            time.sleep(0.05)
+        for request_id in ids:
+            self._router.engine.abort("bench", request_id)
+        while self._router.engine.scheduler.has_work:
+            time.sleep(0.02)
+        steps = self._whole(batch)[:num_steps]
         step_s = statistics.median(step.seconds for step in steps)
         return {
             "step_ms": 1e3 * step_s,
             "tok_s": batch / step_s,
-            "num_steps": len(steps),
+            "context": statistics.mean(step.context for step in steps),
             "parts": split(steps),
             "uses": statistics.mean(step.uses for step in steps),
         }

@@ -24,7 +24,7 @@ from actors.ray_shards import worker_environment
 from tests.bench import service
 from tests.bench.checkpoints import checkpoint
 from tests.bench.peer_environment import VLLM, peer_python
-from tests.bench.run import BATCHES, RESULTS, SERVED, rounded
+from tests.bench.run import RESULTS, SERVED, rounded
 
 TRANSFORMERS = str(Path(__file__).parent / "peer_transformers.py")
 
@@ -49,8 +49,7 @@ def transformers(shape: str) -> dict[str, Any]:
 
 
 def _load(shape: str, url: str, model: str) -> dict[str, Any]:
-    new = 64 if shape == "small" else 32
-    found = service.figures(url, model, BATCHES, new=new)
+    found = service.figures(url, model)
     return {**found, "clients": service.sixteen_clients(url, model) if shape == "small" else None}
 
 

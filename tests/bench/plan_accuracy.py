@@ -15,7 +15,6 @@ from cluster.planner import Layout, Targets, step_times
 from tests.bench.calibration import device_for, shape_of
 
 WITHIN = 0.2
-PROMPT = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +40,7 @@ def compare(results: dict[str, Any]) -> list[Compared]:
         device = device_for(results["calibration"], one["precision"])
         shape = shape_of(one["shape"], one["precision"])
         for batch, step in one["steps"].items():
-            targets = Targets(users=int(batch), context=PROMPT + step["num_steps"] // 2, tpot_s=1.0)
+            targets = Targets(users=int(batch), context=int(step["context"]), tpot_s=1.0)
             predicted_s = step_times(shape, device, Layout(routers=1, shards=one["shards"]), targets).step_s
             compared.append(
                 Compared(

@@ -35,7 +35,7 @@ from model.forward_batch import BlockTable, ForwardBatch
 from model.heads import Head
 from model.kernels import REFERENCE_KERNELS, Kernels, select_kernels
 from model.kv_cache import KVCache
-from model.load import load_decoder, load_expert, load_head
+from model.load import Loader
 from model.moe import LocalExchange
 from model.tokenizer import Tokenizer
 from tests.random_checkpoint import write_random_checkpoint
@@ -72,15 +72,9 @@ class Loaded:
     ) -> Loaded:
         config = ModelConfig.from_directory(path)
         config = config if dtype is None else dataclasses.replace(config, dtype=dtype)
-        checkpoint = Checkpoint(path)
-        decoder = load_decoder(checkpoint, config, quantization, kernels=kernels)
-        head = load_head(checkpoint, config, quantization, decoder=decoder, kernels=kernels)
-        experts = {
-            (layer_idx, expert_id): load_expert(checkpoint, config, layer_idx, expert_id, quantization, kernels=kernels)
-            for layer_idx in config.moe_layers
-            for expert_id in range(config.num_experts)
-        }
-        return cls(config, decoder, head, experts)
+        loader = Loader(Checkpoint(path), config, quantization, kernels=kernels)
+        decoder = loader.decoder()
+        return cls(config, decoder, loader.head(decoder), loader.experts())
 
     @property
     def router_bytes(self) -> int:

@@ -20,17 +20,17 @@ LIMIT_SHARES = (0.6, 0.5, 0.45)
 
 def write(results: dict[str, Any], folder: Path) -> None:
     sections = {
-        "limits": _limits,
-        "http": _http,
-        "engine": _engine,
-        "calibration": _plan,
-        "growth": _growth,
-        "front": _front,
-        "peers": _peers,
+        ("limits",): _limits,
+        ("http", "limits"): _http,
+        ("engine",): _engine,
+        ("engine", "calibration"): _plan,
+        ("growth",): _growth,
+        ("front",): _front,
+        ("peers",): _peers,
     }
     lines = ["# Measured by `make bench`", ""]
-    for part, section in sections.items():
-        if part in results:
+    for parts, section in sections.items():
+        if all(part in results for part in parts):
             lines += [*section(results), ""]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
     from tests.bench import plots
@@ -63,7 +63,7 @@ def _limits(results: dict[str, Any]) -> Iterator[str]:
 def _http(results: dict[str, Any]) -> Iterator[str]:
     yield "## Over HTTP, tokens a second"
     yield ""
-    yield "Prompts of 128 tokens, greedy; in brackets the share of what the memory's bandwidth allows."
+    yield "Greedy, prompts of 128 tokens (32 at batch 32); in brackets the share of what the memory's bandwidth allows."
     yield ""
     rows = []
     for one in results["http"]:

@@ -22,7 +22,8 @@ from tests.bench.checkpoints import checkpoint
 from tests.bench.mesh import Arrangement, Mesh
 
 RESULTS = Path(__file__).parent / "results"
-BATCHES = (1, 8, 32)
+PROMPTS = service.PROMPTS
+BATCHES = tuple(PROMPTS)
 PRECISIONS: tuple[str | None, ...] = (None, "int8", "int4")
 ENGINES: dict[str, list[Arrangement]] = {
     "small": [
@@ -59,7 +60,7 @@ def measure_engines(say: Callable[[str], None]) -> list[dict[str, Any]]:
             began = time.monotonic()
             with Mesh(path, arrangement) as mesh:
                 start_s = time.monotonic() - began
-                steps = {str(batch): mesh.decode(batch=batch, new=_num_steps(shape, batch)) for batch in BATCHES}
+                steps = {str(b): mesh.decode(batch=b, prompt=PROMPTS[b], num_steps=20) for b in BATCHES}
                 prefills = mesh.prefill() if arrangement.routers == 1 else []
             rates = {b: sum(router["tok_s"] for router in routers) for b, routers in steps.items()}
             found.append(
@@ -79,10 +80,6 @@ def measure_engines(say: Callable[[str], None]) -> list[dict[str, Any]]:
     return found
 
 
-def _num_steps(shape: str, batch: int) -> int:
-    return 24 if shape == "mid" or batch == 32 else 48
-
-
 def measure_http(say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Whole services: tokens a second for each shape, precision and way of SERVED."""
     found = []
@@ -92,7 +89,7 @@ def measure_http(say: Callable[[str], None]) -> list[dict[str, Any]]:
             for way, (arguments, environment) in SERVED.items():
                 wanted = [str(path), *arguments, *(["--quantization", precision] if precision else [])]
                 with service.serving(wanted, environment) as running:
-                    rates = service.figures(running.url, running.model, BATCHES, new=64 if shape == "small" else 40)
+                    rates = service.figures(running.url, running.model)
                     clients = None
                     if shape == "small" and precision is None:
                         clients = service.sixteen_clients(running.url, running.model)

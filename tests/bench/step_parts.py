@@ -36,7 +36,7 @@ PARTS = (
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step. parts: seconds in each wrapped function; busy_s[shard][i]: (layer, seconds) of each exchange's
-    computing there; uses: distinct experts of a layer, mean."""
+    computing there; uses: distinct experts of a layer, mean; context: tokens of a sequence, mean."""
 
     num_decodes: int
     num_prompt: int
@@ -44,6 +44,7 @@ class Step:
     parts: dict[str, float]
     busy_s: list[list[tuple[int, float]]]
     uses: float
+    context: float
 
 
 class StepClock:
@@ -95,14 +96,24 @@ class StepClock:
         began = time.perf_counter()
         self._step()
         seconds = time.perf_counter() - began
-        lengths = [item.end - item.begin for item in self._router.engine._work]
-        if lengths:
-            num_decodes = lengths.count(1)
-            uses = getattr(self._router.exchange, "expert_uses", {})
-            total = sum(int(layer.sum()) for layer in uses.values())
-            used, self._num_uses = (total - self._num_uses) / max(len(uses), 1), total
-            num_prompt = sum(lengths) - num_decodes
-            self.steps.append(Step(num_decodes, num_prompt, seconds, dict(self._parts), self._shard_times(), used))
+        work = self._router.engine._work
+        if not work:
+            return
+        lengths = [item.end - item.begin for item in work]
+        uses = getattr(self._router.exchange, "expert_uses", {})
+        total = sum(int(layer.sum()) for layer in uses.values())
+        used, self._num_uses = (total - self._num_uses) / max(len(uses), 1), total
+        self.steps.append(
+            Step(
+                num_decodes=lengths.count(1),
+                num_prompt=sum(lengths) - lengths.count(1),
+                seconds=seconds,
+                parts=dict(self._parts),
+                busy_s=self._shard_times(),
+                uses=used,
+                context=statistics.mean(item.end for item in work),
+            )
+        )
 
 
 def split(steps: Sequence[Step]) -> dict[str, float]:

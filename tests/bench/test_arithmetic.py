@@ -63,7 +63,7 @@ def test_overheads_and_the_exchange_are_recovered_from_the_steps_that_they_would
                 calibration.shape_of("thin-8", "bf16", layers),
                 true,
                 Layout(routers=1, shards=shards),
-                Targets(users=batch, context=calibration.PROMPT + calibration.NEW // 2, tpot_s=1.0),
+                Targets(users=batch, context=calibration.CONTEXT, tpot_s=1.0),
             ).step_s
             for batch in (1, 32)
         }
