@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from actors.remote_exchange import Connection, RemoteExchange
-from cluster.dispatch import routing_tables
 from cluster.placement import spread_evenly
 from cluster.process_group import MeshGroup, connect_store, form_group, host_store
 from cluster.settings import Timeouts
@@ -106,7 +105,7 @@ def exchange_over(transport: str, num_shards: int, hidden_size: int) -> Iterator
     placement = spread_evenly(moe_layers=[0], num_experts=NUM_EXPERTS, nodes={i: i for i in ids})
     view = MeshView(epoch=1, shards=(None,) * num_shards, placement=placement)  # type: ignore[arg-type]
     exchange = RemoteExchange(
-        FixedMembership(Connection(view, router, routing_tables(placement, ids))),
+        FixedMembership(Connection.over(view, router, 1)),
         num_experts=NUM_EXPERTS,
         hidden_size=hidden_size,
         timeouts=Timeouts(),
