@@ -92,6 +92,7 @@ class Fleet:
         self._clock = clock
         self._changed = changed
         self._progress = progress
+        self._held_bytes: dict[str, int] = {}
         self._next_number = 0
         self._order = 0
         self._note: dict[str, Any] = {}
@@ -200,6 +201,9 @@ class Fleet:
                 work.cancel()
                 raise ShardLost(f"{shard_id} stopped answering while it loaded")
         num_bytes = work.result()
+        if self._held_bytes.get(shard_id) == num_bytes:  # it had them all
+            return
+        self._held_bytes[shard_id] = num_bytes
         self._progress(f"{shard_id}: {len(wanted)} experts, {num_bytes / 1e6:.1f} MB in {self._clock() - began:.1f} s")
 
     async def keep_only(self, wanted: Mapping[str, Iterable[ExpertKey]]) -> None:
