@@ -1,6 +1,6 @@
 """Everything of the service's speed that needs no other server, as tables and plots in tests/bench/results.
 
-    python -m tests.bench.run [--only limits,calibration,engine,growth,http,front] [--out DIR]
+    python -m tests.bench.run [--only limits,calibration,engine,growth,http,front] [--shapes small,mid]
 
 Parts that aren't asked for keep the figures of the last run. Timings mean something only on a machine that does
 nothing else: the report says what the memory read at in the same run.
@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +44,22 @@ ENGINES: dict[str, list[Arrangement]] = {
 SERVED = {"local": (["--local"], {"EXPERTMESH_ENGINE__THREADS": "2"}), "2 shards": (["--shards", "2"], {})}
 
 
-def measure_limits(say: Callable[[str], None]) -> list[dict[str, Any]]:
+Say = Callable[[str], None]
+
+
+def measure_limits(say: Say, _: Sequence[str]) -> list[dict[str, Any]]:
     found = limits.measure()
     for one in found:
         say(f"{one['threads']} threads read {one['read_gb_s']} GB/s, float32 {one['float32_gflop_s']} GFLOP/s")
     return found
 
 
-def measure_engines(say: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure_engines(say: Say, shapes: Sequence[str]) -> list[dict[str, Any]]:
     """For each shape and arrangement of ENGINES, per batch what Mesh.decode says, and the prefill rate."""
     found = []
-    for shape, arrangements in ENGINES.items():
+    for shape in shapes:
         path = checkpoint(shape)
-        for arrangement in arrangements:
+        for arrangement in ENGINES[shape]:
             began = time.monotonic()
             with Mesh(path, arrangement) as mesh:
                 start_s = time.monotonic() - began
@@ -80,10 +83,10 @@ def measure_engines(say: Callable[[str], None]) -> list[dict[str, Any]]:
     return found
 
 
-def measure_http(say: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure_http(say: Say, shapes: Sequence[str]) -> list[dict[str, Any]]:
     """Whole services: tokens a second for each shape, precision and way of SERVED."""
     found = []
-    for shape in ("small", "mid"):
+    for shape in shapes:
         path = checkpoint(shape)
         for precision in PRECISIONS:
             for way, (arguments, environment) in SERVED.items():
@@ -99,18 +102,18 @@ def measure_http(say: Callable[[str], None]) -> list[dict[str, Any]]:
     return found
 
 
-def measure_front(say: Callable[[str], None]) -> dict[str, Any]:
+def measure_front(say: Say, _: Sequence[str]) -> dict[str, Any]:
     with service.serving([str(checkpoint("small")), "--quantization", "int8", "--local"]) as running:
         found = service.front_overhead(running)
     say(f"proxy and ingress add {found['added_ttft_ms']:.1f} ms to TTFT, {found['added_itl_ms']:.2f} ms to ITL")
     return found
 
 
-PARTS: dict[str, Callable[[Callable[[str], None]], Any]] = {
+PARTS: dict[str, Callable[[Say, Sequence[str]], Any]] = {
     "limits": measure_limits,
-    "calibration": lambda say: calibration.calibrate(PRECISIONS),
+    "calibration": lambda say, _: calibration.calibrate(PRECISIONS),
     "engine": measure_engines,
-    "growth": growth.measure,
+    "growth": lambda say, _: growth.measure(say),
     "http": measure_http,
     "front": measure_front,
 }
@@ -119,6 +122,7 @@ PARTS: dict[str, Callable[[Callable[[str], None]], Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
+    parser.add_argument("--shapes", default=",".join(ENGINES), help="of engine and http, with commas")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     os.environ.update(worker_environment(1))
@@ -130,13 +134,17 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "bench.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    for name in ("small", "mid"):
+    shapes = options.shapes.split(",")
+    for name in shapes:
         checkpoint(name)
     for part in options.only.split(","):
         if part not in PARTS:
             parser.error(f"--only={part!r}: choose of {', '.join(PARTS)}")
         say(f"{part} ...")
-        results[part] = PARTS[part](say)
+        found = PARTS[part](say, shapes)
+        if part in ("engine", "http"):
+            found = [one for one in results.get(part, []) if one["shape"] not in shapes] + found
+        results[part] = found
         results.setdefault("measured", {})[part] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         file.write_text(json.dumps(rounded(results), indent=1) + "\n")
     from tests.bench.report import write
