@@ -23,7 +23,7 @@ from cluster.errors import ExchangeError, MeshUnavailable
 from cluster.settings import Timeouts
 from cluster.transport import RouterTransport
 from cluster.view import MeshView
-from cluster.wire import Header, Message, Opcode
+from cluster.wire import Header, Message, Opcode, sums_dtype
 
 log = logging.getLogger("expertmesh.exchange")
 
@@ -62,7 +62,8 @@ class Membership(Protocol):
 
 @dataclass(slots=True)
 class _Receipt:
-    """sent: the plan that is under way and where its sums will be; None after a failure, which combine mends."""
+    """sent: the plan that is under way and where its sums will be; None after a failure, which combine mends.
+    total_TH: zeros to add the sums to, where they come from several shards."""
 
     layer_idx: int
     x_TH: Tensor
@@ -71,6 +72,7 @@ class _Receipt:
     started: float
     sent: tuple[DispatchPlan, Message] | None = None
     failure: tuple[tuple[str, ...], str] | None = None
+    total_TH: Tensor | None = None
 
 
 class DeadlineEstimate:
@@ -165,10 +167,13 @@ class RemoteExchange:
 
     def dispatch(self, layer_idx: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> _Receipt:
         ids = topk_ids_TK.cpu().numpy()  # on CUDA: one device-to-host sync a layer
-        self._count(layer_idx, np.bincount(ids.reshape(-1), minlength=self._num_experts))
         receipt = _Receipt(layer_idx, x_TH, ids, topk_weights_TK, self._clock())
         self._send(receipt)
         self.traffic.dispatch.observe(self._clock() - receipt.started)
+        # What can wait is done while the shards compute.
+        self._count(layer_idx, np.bincount(ids.reshape(-1), minlength=self._num_experts))
+        if receipt.sent is not None and not receipt.sent[0].is_on_one_shard:
+            receipt.total_TH = torch.zeros(x_TH.shape, dtype=sums_dtype(self._device), device=self._device)
         return receipt
 
     def combine(self, receipt: _Receipt) -> Tensor:
@@ -280,7 +285,9 @@ class RemoteExchange:
         self.traffic.combine_bytes += sums_NH.nbytes
         if plan.is_on_one_shard:  # rows are all tokens, in order
             return sums_NH.float()
-        total_TH = torch.zeros(receipt.x_TH.shape, dtype=sums_NH.dtype, device=sums_NH.device)
+        total_TH = receipt.total_TH
+        if total_TH is None:
+            total_TH = torch.zeros(receipt.x_TH.shape, dtype=sums_NH.dtype, device=sums_NH.device)
         total_TH.index_add_(0, self._to_device(plan.token_of_row_N), sums_NH)
         return total_TH.float()
 

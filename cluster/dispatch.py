@@ -14,6 +14,7 @@ A token goes to a shard once, however many of its experts are there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,10 +92,10 @@ def plan_dispatch(topk_ids_TK: IntArray, table: RoutingTable, num_shards: int, t
     num_tokens, top_k = topk_ids_TK.shape
     experts_P = topk_ids_TK.reshape(-1)
     num_pairs = len(experts_P)
-    index_P = np.arange(num_pairs)
-    tokens_P = index_P // top_k
+    index_P, tokens_P = _numbered(num_tokens, top_k)
     if num_shards == 1:
-        return DispatchPlan(np.arange(num_tokens), tokens_P, experts_P, index_P, [0, num_tokens], [0, num_pairs])
+        tokens_T = index_P[:num_tokens]
+        return DispatchPlan(tokens_T, tokens_P, experts_P, index_P, [0, num_tokens], [0, num_pairs])
     if table.replicated:
         shards_P = table.holders_ER[experts_P, (tokens_P + turn) % table.num_holders_E[experts_P]]
     else:
@@ -112,6 +113,13 @@ def plan_dispatch(topk_ids_TK: IntArray, table: RoutingTable, num_shards: int, t
     for shard_idx in range(num_shards):
         pair_rows_P[pair_starts[shard_idx] : pair_starts[shard_idx + 1]] -= row_starts[shard_idx] + 1
     return DispatchPlan(tokens_P[is_new_row], pair_rows_P, experts_P[order_P], order_P, row_starts, pair_starts)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbered(num_tokens: int, top_k: int) -> tuple[IntArray, IntArray]:
+    """The index and the token of each pair; not to be written to."""
+    index_P = np.arange(num_tokens * top_k)
+    return index_P, index_P // top_k
 
 
 def plan_dispatch_reference(topk_ids: Sequence[Sequence[int]], holders: Any, num_shards: int) -> list[dict[str, Any]]:
