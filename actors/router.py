@@ -31,7 +31,7 @@ from model.config import ModelConfig
 from model.heads import Head
 from model.kernels import Kernels, select_kernels
 from model.kv_cache import KV_DTYPES, KVCache, kv_block_bytes
-from model.load import load_decoder, load_expert, load_head
+from model.load import Loader
 from model.structured import GrammarCompiler
 
 log = logging.getLogger("expertmesh.router")
@@ -165,15 +165,12 @@ def _load(
     spec: RouterSpec, directory: Path, config: ModelConfig, kernels: Kernels, device: torch.device
 ) -> tuple[EngineModel, BlockManager]:
     checkpoint = Checkpoint(directory)
-    decoder = load_decoder(checkpoint, config, spec.quantization, device, kernels)
-    lm_head = (
-        load_head(checkpoint, config, spec.quantization, device, decoder, kernels)
-        if config.head_kind == "causal_lm"
-        else None
-    )
+    loader = Loader(checkpoint, config, spec.quantization, device, kernels)
+    decoder = loader.decoder()
+    lm_head = loader.head(decoder) if config.head_kind == "causal_lm" else None
     heads = {name: _load_further_head(path, checkpoint, config, device) for name, path in spec.heads.items()}
     if config.head_kind not in ("causal_lm", "base"):
-        heads[spec.served_name] = load_head(checkpoint, config, None, device, decoder, kernels)
+        heads[spec.served_name] = loader.head(decoder)
     max_model_len = min(spec.max_model_len or config.max_context_len, config.max_context_len)
     if spec.kv_dtype not in KV_DTYPES:
         raise ValueError(f"kv_dtype={spec.kv_dtype!r} is unknown; choose one of {', '.join(KV_DTYPES)}")
@@ -209,7 +206,7 @@ def _load_further_head(path: str, backbone: Checkpoint, config: ModelConfig, dev
     head_config = ModelConfig.from_directory(Path(path))
     if head_config.hidden_size != config.hidden_size:
         raise ValueError(f"{path}: hidden_size={head_config.hidden_size}, but the backbone's is {config.hidden_size}")
-    return load_head(checkpoint, head_config, None, device)
+    return Loader(checkpoint, head_config, device=device).head()
 
 
 def _kv_blocks(spec: RouterSpec, config: ModelConfig, max_model_len: int) -> tuple[list[int], int]:
@@ -253,15 +250,7 @@ def _kv_blocks(spec: RouterSpec, config: ModelConfig, max_model_len: int) -> tup
 def _local_exchange(
     spec: RouterSpec, directory: Path, config: ModelConfig, kernels: Kernels, device: torch.device
 ) -> LocalSteps:
-    checkpoint = Checkpoint(directory)
-    experts = {
-        (layer_idx, expert_id): load_expert(
-            checkpoint, config, layer_idx, expert_id, spec.quantization, device, kernels
-        )
-        for layer_idx in config.moe_layers
-        for expert_id in range(config.num_experts)
-    }
-    return LocalSteps(experts, kernels)
+    return LocalSteps(Loader(Checkpoint(directory), config, spec.quantization, device, kernels).experts(), kernels)
 
 
 def _grammar_compiler(directory: Path, config: ModelConfig, eos: tuple[int, ...]) -> GrammarCompiler | None:

@@ -28,7 +28,7 @@ from cluster.wire import Header, Message, Opcode
 from model.checkpoint import Checkpoint
 from model.experts import ExpertWeights
 from model.kernels import select_kernels
-from model.load import load_expert
+from model.load import Loader
 
 log = logging.getLogger("expertmesh.shard")
 
@@ -45,8 +45,8 @@ class ExpertShard:
         self._device = device
         directory = locate_model(spec.model, spec.revision, spec.download_dir)
         self._config = load_config(directory, spec.dtype)
-        self._checkpoint = Checkpoint(directory)
         self._kernels = select_kernels(device, num_threads=spec.num_threads)
+        self._loader = Loader(Checkpoint(directory), self._config, spec.quantization, device, self._kernels)
         self._layers: dict[int, dict[int, ExpertWeights]] = {i: {} for i in self._config.moe_layers}
         self._load_lock = threading.Lock()
         self._compute_lock = threading.Lock()
@@ -77,7 +77,7 @@ class ExpertShard:
             "num_groups": len(self._groups),
             "num_experts": len(held),
             "weight_bytes": sum(e.num_bytes for layer in list(self._layers.values()) for e in list(layer.values())),
-            "bytes_read": self._checkpoint.bytes_read,
+            "bytes_read": self._loader.checkpoint.bytes_read,
             "tokens": self._num_rows,
             "pairs": self._num_pairs,
             "busy_s": round(self._busy_s, 4),
@@ -105,15 +105,7 @@ class ExpertShard:
             for layer_idx, expert_id in keys:
                 layer = self._layers[layer_idx]
                 if expert_id not in layer:
-                    layer[expert_id] = load_expert(
-                        self._checkpoint,
-                        self._config,
-                        layer_idx,
-                        expert_id,
-                        self._spec.quantization,
-                        self._device,
-                        self._kernels,
-                    )
+                    layer[expert_id] = self._loader.expert(layer_idx, expert_id)
         return int(self.info()["weight_bytes"])
 
     def keep_only(self, keys: Iterable[ExpertKey], order: int = 0) -> None:

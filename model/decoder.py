@@ -27,7 +27,7 @@ class DecoderLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """Built by `load_decoder`. Holds no state between steps; the KV cache comes in with each."""
+    """Built by `Loader`. Holds no state between steps; the KV cache comes in with each."""
 
     config: ModelConfig
     embedding: Embedding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,86 +28,6 @@ QUANTIZATIONS = ("int8", "int4")
 _BLOCK_ELEMENTS = 1 << 16
 
 
-def load_decoder(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    quantization: str | None = None,
-    device: torch.device | str = "cpu",
-    kernels: Kernels = REFERENCE_KERNELS,
-) -> Decoder:
-    """Everything but the routed experts and the head.
-
-    `quantization` (int8 | int4 | None) applies to attention and MLPs, either makes the embedding int8; norms and gates
-    keep the checkpoint's storage, rounded to `config.dtype` where that is narrower. Raises ValueError as `Checkpoint`.
-    """
-    _refuse_another_models_tensors(checkpoint, config)
-    read = _Reader(checkpoint, config, quantization, device, kernels)
-    return Decoder(
-        config=config,
-        embedding=read.embedding(),
-        layers=tuple(_load_layer(read, layer_idx) for layer_idx in range(config.num_hidden_layers)),
-        norm_H=read.vector(f"{checkpoint.prefix}norm.weight", config.hidden_size),
-        rope=Rope(config, device),
-        kernels=kernels,
-    )
-
-
-def load_expert(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    layer_idx: int,
-    expert_id: int,
-    quantization: str | None = None,
-    device: torch.device | str = "cpu",
-    kernels: Kernels = REFERENCE_KERNELS,
-) -> ExpertWeights:
-    """One routed expert, from per-expert tensors or a slice of fused ones. Raises ValueError as `Checkpoint` does."""
-    read = _Reader(checkpoint, config, quantization, device, kernels)
-    hidden, inner = config.hidden_size, config.moe_intermediate_size
-    experts = f"{checkpoint.prefix}layers.{layer_idx}.mlp.experts"
-    if f"{experts}.gate_up_proj" in checkpoint:
-        gate_up = _Matrix(f"{experts}.gate_up_proj", (config.num_experts, 2 * inner, hidden), expert_id)
-        down = _Matrix(f"{experts}.down_proj", (config.num_experts, hidden, inner), expert_id)
-        return ExpertWeights(read.weight([gate_up], quantization), read.weight([down], quantization))
-    return _load_mlp(read, f"{experts}.{expert_id}", inner)
-
-
-def load_head(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    quantization: str | None = None,
-    device: torch.device | str = "cpu",
-    decoder: Decoder | None = None,
-    kernels: Kernels = REFERENCE_KERNELS,
-) -> Head:
-    """The head that `config.head_kind` names. A tied LM head is the decoder's embedding where one is given.
-
-    Raises ValueError as `Checkpoint` does, and for a base model, which has no head.
-    """
-    kind, hidden = config.head_kind, config.hidden_size
-    if kind == "base":
-        raise ValueError(
-            "architectures ['Qwen2MoeModel'] has no head: serve one of the four heads, or add one to the checkpoint"
-        )
-    read = _Reader(checkpoint, config, quantization, device, kernels)
-    if kind == "causal_lm":
-        if config.tie_word_embeddings:
-            return Head(kind=kind, weight=decoder.embedding if decoder else read.embedding(), bias=None)
-        weight = read.weight([_Matrix("lm_head.weight", (config.vocab_size, hidden))], quantization)
-        return Head(kind=kind, weight=weight, bias=None)
-    module, num_outputs, has_bias = {
-        "sequence_classification": ("score", config.num_labels, False),
-        "token_classification": ("score", config.num_labels, config.token_classification_bias),
-        "question_answering": ("qa_outputs", 2, True),
-    }[kind]
-    return Head(
-        kind=kind,
-        weight=read.unquantized(f"{module}.weight", (num_outputs, hidden)),
-        bias=read.vector(f"{module}.bias", num_outputs) if has_bias else None,
-        pad_token_id=config.pad_token_id if kind == "sequence_classification" else None,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Matrix:
     """A matrix in a checkpoint, or one of the matrices of a fused tensor; `shape` is the whole tensor's."""
@@ -117,14 +38,19 @@ class _Matrix:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
-    """Reads of the kinds a model is made of."""
+class Loader:
+    """Reads from one checkpoint what a process owns. All that is malformed raises ValueError, as `Checkpoint` does.
+
+    `quantization` (int8 | int4 | None) applies to attention, MLPs, experts and an LM head of its own; either makes the
+    embedding int8. Gates, small heads and norms keep the checkpoint's storage, rounded to `config.dtype` where that is
+    narrower.
+    """
 
     checkpoint: Checkpoint
     config: ModelConfig
-    quantization: str | None
-    device: torch.device | str
-    kernels: Kernels
+    quantization: str | None = None
+    device: torch.device | str = "cpu"
+    kernels: Kernels = REFERENCE_KERNELS
 
     def __post_init__(self) -> None:
         if self.quantization not in (None, *QUANTIZATIONS):
@@ -132,27 +58,127 @@ class _Reader:
                 f"quantization {self.quantization!r} is not known: expected one of {', '.join(QUANTIZATIONS)}"
             )
 
-    def vector(self, name: str, length: int) -> Tensor:
+    def decoder(self) -> Decoder:
+        """Everything but the routed experts and the head."""
+        _refuse_another_models_tensors(self.checkpoint, self.config)
+        return Decoder(
+            config=self.config,
+            embedding=self._embedding(),
+            layers=tuple(self._layer(layer_idx) for layer_idx in range(self.config.num_hidden_layers)),
+            norm_H=self._vector(f"{self.checkpoint.prefix}norm.weight", self.config.hidden_size),
+            rope=Rope(self.config, self.device),
+            kernels=self.kernels,
+        )
+
+    def experts(self) -> dict[tuple[int, int], ExpertWeights]:
+        """All of them, by (layer_idx, expert_id)."""
+        keys = itertools.product(self.config.moe_layers, range(self.config.num_experts))
+        return {key: self.expert(*key) for key in keys}
+
+    def expert(self, layer_idx: int, expert_id: int) -> ExpertWeights:
+        """One routed expert, from per-expert tensors or a slice of fused ones."""
+        hidden, inner = self.config.hidden_size, self.config.moe_intermediate_size
+        experts = f"{self.checkpoint.prefix}layers.{layer_idx}.mlp.experts"
+        if f"{experts}.gate_up_proj" not in self.checkpoint:
+            return self._mlp(f"{experts}.{expert_id}", inner)
+        gate_up = _Matrix(f"{experts}.gate_up_proj", (self.config.num_experts, 2 * inner, hidden), expert_id)
+        down = _Matrix(f"{experts}.down_proj", (self.config.num_experts, hidden, inner), expert_id)
+        return ExpertWeights(self._weight([gate_up], self.quantization), self._weight([down], self.quantization))
+
+    def head(self, decoder: Decoder | None = None) -> Head:
+        """The head that `config.head_kind` names; a base model has none. A tied LM head is the decoder's embedding."""
+        kind, num_labels = self.config.head_kind, self.config.num_labels
+        if kind == "base":
+            raise ValueError(
+                "architectures ['Qwen2MoeModel'] has no head: serve one of the four heads, or add one to the checkpoint"
+            )
+        if kind == "causal_lm":
+            if self.config.tie_word_embeddings:
+                return Head(kind=kind, weight=decoder.embedding if decoder else self._embedding(), bias=None)
+            table = _Matrix("lm_head.weight", (self.config.vocab_size, self.config.hidden_size))
+            return Head(kind=kind, weight=self._weight([table], self.quantization), bias=None)
+        module, num_outputs, has_bias = {
+            "sequence_classification": ("score", num_labels, False),
+            "token_classification": ("score", num_labels, self.config.token_classification_bias),
+            "question_answering": ("qa_outputs", 2, True),
+        }[kind]
+        return Head(
+            kind=kind,
+            weight=self._unquantized(f"{module}.weight", (num_outputs, self.config.hidden_size)),
+            bias=self._vector(f"{module}.bias", num_outputs) if has_bias else None,
+            pad_token_id=self.config.pad_token_id if kind == "sequence_classification" else None,
+        )
+
+    def _layer(self, layer_idx: int) -> DecoderLayer:
+        config = self.config
+        layer, hidden = f"{self.checkpoint.prefix}layers.{layer_idx}", config.hidden_size
+        mlp: MLP | MoeBlock
+        if config.is_moe_layer(layer_idx):
+            gate = self._unquantized(f"{layer}.mlp.gate.weight", (config.num_experts, hidden))
+            mlp = MoeBlock(
+                layer_idx=layer_idx,
+                gate=Gate(gate, config.num_experts_per_tok, config.norm_topk_prob),
+                shared_expert=self._mlp(f"{layer}.mlp.shared_expert", config.shared_expert_intermediate_size),
+                shared_expert_gate=self._unquantized(f"{layer}.mlp.shared_expert_gate.weight", (1, hidden)),
+            )
+        else:
+            mlp = self._mlp(f"{layer}.mlp", config.intermediate_size)
+        return DecoderLayer(
+            input_norm_H=self._vector(f"{layer}.input_layernorm.weight", hidden),
+            attention=self._attention(f"{layer}.self_attn", layer_idx),
+            post_attention_norm_H=self._vector(f"{layer}.post_attention_layernorm.weight", hidden),
+            mlp=mlp,
+            kv_group=config.layer_kv_group(layer_idx),
+        )
+
+    def _attention(self, name: str, layer_idx: int) -> Attention:
+        config = self.config
+        num_heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+        projections = [(f"{name}.{part}_proj", number * config.head_dim) for part, number in num_heads.items()]
+        bias = None
+        if config.qkv_bias:
+            bias = torch.cat([self._vector(f"{module}.bias", num_outputs) for module, num_outputs in projections])
+        return Attention(
+            layer_idx=layer_idx,
+            qkv=self._linear(projections, config.hidden_size),
+            qkv_bias=bias,
+            o=self._linear([(f"{name}.o_proj", config.hidden_size)], config.num_attention_heads * config.head_dim),
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            window=config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None,
+        )
+
+    def _mlp(self, name: str, inner: int) -> MLP:
+        hidden = self.config.hidden_size
+        return MLP(
+            gate_up=self._linear([(f"{name}.gate_proj", inner), (f"{name}.up_proj", inner)], hidden),
+            down=self._linear([(f"{name}.down_proj", hidden)], inner),
+        )
+
+    def _vector(self, name: str, length: int) -> Tensor:
         """Norms and biases: float32, since they meet float32 activations elementwise."""
         return self.checkpoint.float_tensor(name, (length,), None).float().to(self.device)
 
-    def embedding(self) -> Embedding:
+    def _embedding(self) -> Embedding:
         """Packed where it is the LM head too, so that there is one copy for both."""
         table = f"{self.checkpoint.prefix}embed_tokens.weight", (self.config.vocab_size, self.config.hidden_size)
         is_head = self.config.tie_word_embeddings and self.config.head_kind == "causal_lm"
-        return cast(Embedding, self.weight([_Matrix(*table)], self.quantization and "int8", packed=is_head))
+        return cast(Embedding, self._weight([_Matrix(*table)], self.quantization and "int8", packed=is_head))
 
-    def unquantized(self, name: str, shape: tuple[int, int]) -> Weight:
+    def _unquantized(self, name: str, shape: tuple[int, int]) -> Weight:
         """Gates and small heads."""
-        return self.weight([_Matrix(name, shape)], None)
+        return self._weight([_Matrix(name, shape)], None)
 
-    def linear(self, modules: Sequence[tuple[str, int]], num_inputs: int) -> Weight:
+    def _linear(self, modules: Sequence[tuple[str, int]], num_inputs: int) -> Weight:
         """The weights of several modules (name, outputs) with the same input, as one matrix of all their rows."""
         if f"{modules[0][0]}.qweight" in self.checkpoint:
             return self._gptq(modules, num_inputs)
-        return self.weight([_Matrix(f"{name}.weight", (size, num_inputs)) for name, size in modules], self.quantization)
+        return self._weight(
+            [_Matrix(f"{name}.weight", (size, num_inputs)) for name, size in modules], self.quantization
+        )
 
-    def weight(self, matrices: Sequence[_Matrix], quantization: str | None, *, packed: bool = True) -> Weight:
+    def _weight(self, matrices: Sequence[_Matrix], quantization: str | None, *, packed: bool = True) -> Weight:
         """The rows of all matrices as one weight. Read, quantized and packed in blocks of rows, so that loading takes
         little more memory than the weight that stays."""
 
@@ -217,56 +243,6 @@ class _Reader:
                 yield from_gptq(*tensors, zero_point_offset=offset)
             except ValueError as error:
                 raise ValueError(f"{self.checkpoint.directory}: tensors '{name}.*': {error}") from None
-
-
-def _load_layer(read: _Reader, layer_idx: int) -> DecoderLayer:
-    config = read.config
-    layer, hidden = f"{read.checkpoint.prefix}layers.{layer_idx}", config.hidden_size
-    mlp: MLP | MoeBlock
-    if config.is_moe_layer(layer_idx):
-        gate = read.unquantized(f"{layer}.mlp.gate.weight", (config.num_experts, hidden))
-        mlp = MoeBlock(
-            layer_idx=layer_idx,
-            gate=Gate(gate, config.num_experts_per_tok, config.norm_topk_prob),
-            shared_expert=_load_mlp(read, f"{layer}.mlp.shared_expert", config.shared_expert_intermediate_size),
-            shared_expert_gate=read.unquantized(f"{layer}.mlp.shared_expert_gate.weight", (1, hidden)),
-        )
-    else:
-        mlp = _load_mlp(read, f"{layer}.mlp", config.intermediate_size)
-    return DecoderLayer(
-        input_norm_H=read.vector(f"{layer}.input_layernorm.weight", hidden),
-        attention=_load_attention(read, f"{layer}.self_attn", layer_idx),
-        post_attention_norm_H=read.vector(f"{layer}.post_attention_layernorm.weight", hidden),
-        mlp=mlp,
-        kv_group=config.layer_kv_group(layer_idx),
-    )
-
-
-def _load_attention(read: _Reader, name: str, layer_idx: int) -> Attention:
-    config = read.config
-    num_heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
-    projections = [(f"{name}.{part}_proj", number * config.head_dim) for part, number in num_heads.items()]
-    bias = None
-    if config.qkv_bias:
-        bias = torch.cat([read.vector(f"{module}.bias", num_outputs) for module, num_outputs in projections])
-    return Attention(
-        layer_idx=layer_idx,
-        qkv=read.linear(projections, config.hidden_size),
-        qkv_bias=bias,
-        o=read.linear([(f"{name}.o_proj", config.hidden_size)], config.num_attention_heads * config.head_dim),
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        window=config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None,
-    )
-
-
-def _load_mlp(read: _Reader, name: str, inner: int) -> MLP:
-    hidden = read.config.hidden_size
-    return MLP(
-        gate_up=read.linear([(f"{name}.gate_proj", inner), (f"{name}.up_proj", inner)], hidden),
-        down=read.linear([(f"{name}.down_proj", hidden)], inner),
-    )
 
 
 def _refuse_another_models_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:

@@ -20,7 +20,7 @@ from model.experts import ExpertWeights
 from model.forward_batch import BlockTable, ForwardBatch
 from model.kernels import REFERENCE_KERNELS, Kernels, select_kernels
 from model.kv_cache import KVCache
-from model.load import load_decoder, load_expert, load_head
+from model.load import Loader
 from model.moe import Exchange, LocalExchange
 from model.native.build import build
 
@@ -142,19 +142,10 @@ class TinyEngine:
     ) -> None:
         self.config = ModelConfig.from_directory(path)
         self.checkpoint = Checkpoint(path)
-        self.decoder = load_decoder(self.checkpoint, self.config, quantization, kernels=kernels)
-        self.head = (
-            None
-            if self.config.head_kind == "base"
-            else load_head(self.checkpoint, self.config, quantization, decoder=self.decoder, kernels=kernels)
-        )
-        self.experts = {
-            (layer_idx, expert_id): load_expert(
-                self.checkpoint, self.config, layer_idx, expert_id, quantization, kernels=kernels
-            )
-            for layer_idx in self.config.moe_layers
-            for expert_id in range(self.config.num_experts)
-        }
+        loader = Loader(self.checkpoint, self.config, quantization, kernels=kernels)
+        self.decoder = loader.decoder()
+        self.head = None if self.config.head_kind == "base" else loader.head(self.decoder)
+        self.experts = loader.experts()
         self.exchange: Exchange = LocalExchange(self.experts, kernels)
         num_blocks = 512
         self.cache = KVCache.allocate(

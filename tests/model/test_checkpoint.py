@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.kernels import REFERENCE_KERNELS, Kernels
-from model.load import load_decoder, load_expert, load_head
+from model.load import Loader
 
 EXPERT_BYTES = 3 * 16 * 32 * 4  # gate, up and down of the tiny config in float32
 INDEX = "model.safetensors.index.json"
@@ -29,7 +29,7 @@ def test_an_expert_reads_only_its_own_bytes(fused: bool, sharded: bool, tiny: An
     tiny.write_checkpoint(tmp_path, tiny.values, oracle, fused=fused, sharded=sharded)
     checkpoint, config = Checkpoint(tmp_path), ModelConfig.from_directory(tmp_path)
 
-    expert = load_expert(checkpoint, config, 1, 3)
+    expert = Loader(checkpoint, config).expert(1, 3)
 
     assert checkpoint.bytes_read == expert.num_bytes == EXPERT_BYTES
     stacked = oracle.model.layers[1].mlp.experts
@@ -70,7 +70,7 @@ def test_weights_are_kept_as_stored_or_narrower(
     values = {**tiny.values, "dtype": configured}
     tiny.write_checkpoint(tmp_path, values, tiny.build_oracle(values), dtype=stored)
     engine = tiny.engine(tmp_path)
-    expert = load_expert(engine.checkpoint, engine.config, 0, 0)
+    expert = Loader(engine.checkpoint, engine.config).expert(0, 0)
     for weight in (engine.head.weight, engine.decoder.layers[0].attention.qkv, expert.gate_up, expert.down):
         assert weight.tensor.dtype == kept
     assert engine.decoder.embedding.tensor.dtype == kept
@@ -109,7 +109,7 @@ def test_a_base_model_has_a_decoder_and_no_head(tiny: Any, tmp_path: Path) -> No
     tiny.write_checkpoint(tmp_path, values, tiny.build_oracle(values))
     engine = tiny.engine(tmp_path)
     with pytest.raises(ValueError, match=r"Qwen2MoeModel.*no head"):
-        load_head(engine.checkpoint, engine.config)
+        Loader(engine.checkpoint, engine.config).head()
 
 
 def damage_tensor(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
@@ -242,7 +242,7 @@ def test_every_part_names_tensor_expected_and_found_shape(
 def test_biases_that_the_config_denies_are_no_detail(tiny: Any, tmp_path: Path) -> None:
     tiny.write_checkpoint(tmp_path, tiny.values, tiny.build_oracle(tiny.values))
     with pytest.raises(ValueError, match=r"tensor 'model.layers.0.self_attn.[qkv]_proj.bias' .*qkv_bias"):
-        load_decoder(Checkpoint(tmp_path), ModelConfig.from_dict({**tiny.values, "qkv_bias": False}))
+        Loader(Checkpoint(tmp_path), ModelConfig.from_dict({**tiny.values, "qkv_bias": False})).decoder()
 
 
 def test_a_tensor_that_its_file_lacks_is_named_with_the_file(tiny: Any, tmp_path: Path) -> None:
@@ -257,10 +257,10 @@ def test_weights_of_another_size_are_refused_with_both_shapes(tiny: Any, tmp_pat
     tiny.write_checkpoint(tmp_path, tiny.values, tiny.build_oracle(tiny.values))
     config = ModelConfig.from_dict({**tiny.values, "vocab_size": 62})
     with pytest.raises(ValueError, match=r"'model.embed_tokens.weight' has shape \[61, 32\], expected \[62, 32\]"):
-        load_decoder(Checkpoint(tmp_path), config)
+        Loader(Checkpoint(tmp_path), config).decoder()
 
 
 def test_an_unknown_quantization_is_refused(tiny: Any, tmp_path: Path) -> None:
     tiny.write_checkpoint(tmp_path, tiny.values, tiny.build_oracle(tiny.values))
     with pytest.raises(ValueError, match="quantization 'int3' is not known: expected one of int8, int4"):
-        load_decoder(Checkpoint(tmp_path), ModelConfig.from_directory(tmp_path), "int3")
+        Loader(Checkpoint(tmp_path), ModelConfig.from_directory(tmp_path), "int3")

@@ -16,7 +16,7 @@ from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.kernels import REFERENCE_KERNELS, Kernels
 from model.linear import DenseWeight, Weight, stack_rows
-from model.load import load_decoder, load_expert, load_head
+from model.load import Loader
 from model.quantize import quantize_int4, quantize_int8
 from tests.bench.quantization import Loaded, resident_bytes
 from tests.gptq import write_gptq
@@ -112,18 +112,14 @@ def test_loading_takes_at_most_a_fifth_more_than_what_stays(
     name: str, quantization: str | None, part: str, checkpoints: dict[str, Path], fast_kernels: Kernels
 ) -> None:
     config, checkpoint = ModelConfig.from_directory(checkpoints[name]), Checkpoint(checkpoints[name])
+    loader = Loader(checkpoint, config, quantization, kernels=fast_kernels)
     loaded: Any
     with LiveBytes() as live:
         if part == "router":
-            decoder = load_decoder(checkpoint, config, quantization, kernels=fast_kernels)
-            head = load_head(checkpoint, config, quantization, decoder=decoder, kernels=fast_kernels)
-            loaded = (decoder.embedding, decoder.layers, decoder.norm_H, head)
+            decoder = loader.decoder()
+            loaded = (decoder.embedding, decoder.layers, decoder.norm_H, loader.head(decoder))
         else:
-            loaded = [
-                load_expert(checkpoint, config, layer_idx, expert_id, quantization, kernels=fast_kernels)
-                for layer_idx in config.moe_layers
-                for expert_id in range(config.num_experts)
-            ]
+            loaded = loader.experts()
     assert live.most <= 1.2 * resident_bytes(loaded), (live.most, resident_bytes(loaded))
 
 
