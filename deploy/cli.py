@@ -48,7 +48,9 @@ def serve(
     replicas: Annotated[int | None, typer.Option(help="Copies of each expert.")] = None,
     spares: Annotated[int | None, typer.Option(help="Empty shards, ready to take over.")] = None,
     transport: Annotated[str | None, typer.Option(help="auto, star, all_to_all or host.")] = None,
-    local: Annotated[bool | None, typer.Option("--local", help="No shards: experts in the router.")] = None,
+    local: Annotated[
+        bool | None, typer.Option("--local", help="All in one process per router, no shards: for one GPU or CPU.")
+    ] = None,
     served_model_name: Annotated[list[str] | None, typer.Option(help="Name in the API; may be repeated.")] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="Key that clients must show; may be repeated.")] = None,
     api_key_file: Annotated[str | None, typer.Option(help="File with such keys, one a line.")] = None,

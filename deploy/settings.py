@@ -111,7 +111,7 @@ class MeshSettings(Section):
     replicas: int = Field(default=1, ge=1)  # copies of each expert
     transport: Literal["auto", "star", "all_to_all", "host"] = "auto"
     name: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")  # part of the actors' names
-    local: bool = False  # no shards: each router holds all experts itself
+    local: bool = False  # no shards: each router holds all experts itself, on its own device
     spares: int = Field(default=0, ge=0)  # further shards that run empty, ready to take over
     spread: Literal["pack", "strict"] = "pack"  # strict: each shard on a node of its own
     shard_cpus: float = Field(default=1.0, ge=0)
@@ -244,6 +244,9 @@ def load(
         name = ".".join(str(part) for part in first["loc"][:2])
         shown = "********" if name in SECRETS else repr(first.get("input"))
         raise ValueError(f"setting {name} = {shown} ({origins.get(name, 'default')}): {first['msg']}") from None
+    for name in ("mesh.shards", "mesh.replicas", "mesh.spares", "mesh.autoscale"):
+        if settings.mesh.local and name in origins:
+            raise ValueError(f"setting {name} ({origins[name]}): mesh.local leaves no shards; remove one of the two")
     return LoadedSettings(settings=settings, origins=origins)
 
 

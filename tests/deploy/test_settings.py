@@ -50,6 +50,7 @@ def test_texts_of_the_environment_become_lists_maps_and_nothing() -> None:
         ("- 1", "expected sections"),
         ("server: {port: 70000}", r"server.port = 70000 \(file .*\): Input should be less"),
         ("mesh: {transport: pigeon}", "mesh.transport = 'pigeon'"),
+        ("mesh: {local: true, shards: 3}", "mesh.shards .*mesh.local leaves no shards"),
         ("server: [", "settings file"),
         ("server: {api_keys: ['a b ']}", "server.api_keys"),
     ],
