@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from actors.request import PoolRequest
+from actors.blocks import BlockManager, BlockPool
+from actors.request import GenerateRequest, PoolRequest
+from actors.scheduler import Scheduler
+from actors.sequence import Sequence
 from actors.specs import SchedulerLimits
+from model.sampling_params import SamplingParams
 from tests.actors.conftest import ask, prompt_of, wait_until
 from tests.tiny import load_oracle, oracle_greedy
 
@@ -105,6 +109,34 @@ def test_whoever_waits_for_anothers_prefix_goes_on_alone_when_that_one_leaves(st
     assert outputs.tokens("again") == outputs.tokens("second")
 
 
+def test_whoever_waits_for_a_prefix_keeps_its_seat_and_computes_only_the_rest():
+    blocks = BlockManager([BlockPool(64)], [None], block_size=16, prefix_caching=True)
+    scheduler = Scheduler(SchedulerLimits(max_num_seqs=2, max_num_batched_tokens=512), blocks)
+    prompt = prompt_of(0, 100)
+    for arrival, ids in enumerate([prompt, prompt, prompt_of(1, 30)]):
+        request = GenerateRequest(request_id=str(arrival), prompt_ids=tuple(ids), sampling=SamplingParams())
+        scheduler.add(
+            Sequence(
+                request=request,
+                owner="o",
+                arrival=arrival,
+                deadline=1e9,
+                table=blocks.new_table(),
+                token_ids=list(ids),
+            )
+        )
+    steps = []
+    for _ in range(2):
+        work = scheduler.schedule()
+        steps.append([(item.sequence.arrival, item.begin, item.end) for item in work])
+        scheduler.commit(work)
+        for item in work:
+            item.sequence.token_ids.append(7)
+    assert steps == [[(0, 0, 100)], [(0, 100, 101), (1, 96, 100)]]
+    assert [sequence.arrival for sequence in scheduler.waiting] == [2]
+    scheduler.check_integrity()
+
+
 def test_prompts_too_long_bad_ids_and_full_queues_are_refused_with_numbers(start_router):
     router, outputs = start_router(
         limits=SchedulerLimits(max_num_seqs=1, max_num_batched_tokens=64, max_queue=2), max_model_len=128
@@ -136,9 +168,6 @@ def test_an_abort_frees_the_blocks_and_nobody_else_notices(start_router):
 
 
 def test_replayed_requests_continue_with_the_tokens_they_would_have_had(start_router):
-    from actors.request import GenerateRequest
-    from model.sampling_params import SamplingParams
-
     router, outputs = start_router()
     params = SamplingParams(temperature=0.8, seed=11, max_tokens=30, ignore_eos=True)
     prompt = tuple(prompt_of(3, 25))
@@ -150,9 +179,6 @@ def test_replayed_requests_continue_with_the_tokens_they_would_have_had(start_ro
 
 
 def test_deadlines_end_requests_that_wait_too_long(start_router):
-    from actors.request import GenerateRequest
-    from model.sampling_params import SamplingParams
-
     router, outputs = start_router()
     request = GenerateRequest(
         request_id="late",
@@ -167,8 +193,7 @@ def test_deadlines_end_requests_that_wait_too_long(start_router):
 def test_a_grammar_holds_from_the_first_token(start_router, tiny_model):
     from tokenizers import Tokenizer
 
-    from actors.request import GenerateRequest
-    from model.sampling_params import SamplingParams, StructuredSpec
+    from model.sampling_params import StructuredSpec
     from model.structured import GrammarCompiler
 
     router, outputs = start_router()
@@ -194,9 +219,6 @@ def test_pooling_gives_one_row_or_one_per_token_whatever_the_chunks(start_router
 
 
 def test_routed_experts_name_every_token_once_with_the_gates_choice(start_router):
-    from actors.request import GenerateRequest
-    from model.sampling_params import SamplingParams
-
     router, outputs = start_router(limits=SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=16))
     request = GenerateRequest(
         request_id="e",
