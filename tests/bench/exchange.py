@@ -91,7 +91,10 @@ class FixedMembership:
 
 
 @contextmanager
-def exchange_over(transport: str, num_shards: int, hidden_size: int) -> Iterator[tuple[RemoteExchange, Any]]:
+def exchange_over(
+    transport: str, num_shards: int, hidden_size: int
+) -> Iterator[tuple[RemoteExchange, list[dict[int, float]]]]:
+    """-> the router's exchange, and a list that has each shard's seconds by step when the body is done."""
     context = multiprocessing.get_context("spawn")
     answers, store, world_size = context.Queue(), host_store("127.0.0.1", timeout_s=30), num_shards + 1
     shards = [
@@ -113,13 +116,15 @@ def exchange_over(transport: str, num_shards: int, hidden_size: int) -> Iterator
         clock=time.monotonic,
     )
     exchange._connection = exchange._membership.newest()
+    computed: list[dict[int, float]] = []
     try:
-        yield exchange, answers
-    finally:
+        yield exchange, computed
         router.announce(Header(Opcode.CLOSE, 1))
+        computed += [answers.get(timeout=30) for _ in shards]
+    finally:
         for shard in shards:
-            shard.join(10)
             shard.kill()
+            shard.join()
 
 
 def run(exchange: RemoteExchange, batch: int, hidden_size: int, top_k: int) -> list[tuple[float, float]]:
@@ -143,11 +148,8 @@ def run(exchange: RemoteExchange, batch: int, hidden_size: int, top_k: int) -> l
 
 
 def measure(transport: str, num_shards: int, options: argparse.Namespace) -> str:
-    with exchange_over(transport, num_shards, options.hidden) as (exchange, answers):
+    with exchange_over(transport, num_shards, options.hidden) as (exchange, computed):
         times = run(exchange, options.batch, options.hidden, options.top_k)
-        assert exchange._connection is not None
-        exchange._connection.transport.announce(Header(Opcode.CLOSE, 1))
-        computed = [answers.get(timeout=30) for _ in range(num_shards)]
     later = range(NUM_LAYERS // 3, NUM_LAYERS)
     slowest = [max(shard.get(i + 1, 0.0) for shard in computed) for i in later]
     added = sorted(times[i][1] - compute for i, compute in zip(later, slowest, strict=True))
