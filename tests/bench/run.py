@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +42,48 @@ ENGINES: dict[str, list[Arrangement]] = {
         Arrangement(quantization="int4", shards=2),
     ],
 }
+ORDER = ("bf16", "int8", "int4")
+KEYS = {"engine": ("shape", "precision", "shards", "routers", "threads"), "http": ("shape", "precision", "way")}
 SERVED = {"local": (["--local"], {"EXPERTMESH_ENGINE__THREADS": "2"}), "2 shards": (["--shards", "2"], {})}
 
 
-Say = Callable[[str], None]
+@dataclass(slots=True)
+class Bench:
+    """A run and what it has found, on disk after every figure."""
+
+    file: Path
+    shapes: Sequence[str]
+    began: float = field(default_factory=time.monotonic)
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def say(self, line: str) -> None:
+        print(f"{time.monotonic() - self.began:6.1f} s  {line}", flush=True)
+
+    def keep(self, part: str, found: Any) -> None:
+        """Replace a part's figures, or one entry of a list."""
+        if part in ("engine", "http"):
+            others = [one for one in self.results.get(part, []) if any(one[k] != found[k] for k in KEYS[part])]
+            found = [*others, found]
+            found.sort(key=lambda one: [list(ENGINES).index(one["shape"]), *(ORDER.index(one["precision"]),)])
+        self.results[part] = found
+        self.results.setdefault("measured", {})[part] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps(rounded(self.results), indent=1) + "\n")
 
 
-def measure_limits(say: Say, _: Sequence[str]) -> list[dict[str, Any]]:
-    found = limits.measure()
+def measure_limits(bench: Bench) -> None:
+    bench.keep("limits", found := limits.measure())
     for one in found:
-        say(f"{one['threads']} threads read {one['read_gb_s']} GB/s, float32 {one['float32_gflop_s']} GFLOP/s")
-    return found
+        bench.say(f"{one['threads']} threads read {one['read_gb_s']} GB/s, float32 {one['float32_gflop_s']} GFLOP/s")
 
 
-def measure_engines(say: Say, shapes: Sequence[str]) -> list[dict[str, Any]]:
+def measure_calibration(bench: Bench) -> None:
+    bench.keep("calibration", calibration.calibrate(PRECISIONS))
+
+
+def measure_engines(bench: Bench) -> None:
     """For each shape and arrangement of ENGINES, per batch what Mesh.decode says, and the prefill rate."""
-    found = []
-    for shape in shapes:
+    for shape in bench.shapes:
         path = checkpoint(shape)
         for arrangement in ENGINES[shape]:
             began = time.monotonic()
@@ -66,27 +92,26 @@ def measure_engines(say: Say, shapes: Sequence[str]) -> list[dict[str, Any]]:
                 steps = {str(b): mesh.decode(batch=b, prompt=PROMPTS[b], num_steps=20) for b in BATCHES}
                 prefills = mesh.prefill() if arrangement.routers == 1 else []
             rates = {b: sum(router["tok_s"] for router in routers) for b, routers in steps.items()}
-            found.append(
-                {
-                    "shape": shape,
-                    "precision": arrangement.quantization or "bf16",
-                    "shards": arrangement.shards,
-                    "routers": arrangement.routers,
-                    "threads": arrangement.threads,
-                    "start_s": start_s,
-                    "tok_s": rates,
-                    "prefill": prefills[0]["tok_s"] if prefills else None,
-                    "steps": {b: routers[0] for b, routers in steps.items()},
-                }
+            found = {
+                "shape": shape,
+                "precision": arrangement.quantization or "bf16",
+                "shards": arrangement.shards,
+                "routers": arrangement.routers,
+                "threads": arrangement.threads,
+                "start_s": start_s,
+                "tok_s": rates,
+                "prefill": prefills[0]["tok_s"] if prefills else None,
+                "steps": {b: routers[0] for b, routers in steps.items()},
+            }
+            bench.keep("engine", found)
+            bench.say(
+                f"{shape} {arrangement}: " + ", ".join(f"b{b} {rate:.1f}" for b, rate in rates.items()) + " tok/s"
             )
-            say(f"{shape} {arrangement}: " + ", ".join(f"b{b} {rate:.1f}" for b, rate in rates.items()) + " tok/s")
-    return found
 
 
-def measure_http(say: Say, shapes: Sequence[str]) -> list[dict[str, Any]]:
+def measure_http(bench: Bench) -> None:
     """Whole services: tokens a second for each shape, precision and way of SERVED."""
-    found = []
-    for shape in shapes:
+    for shape in bench.shapes:
         path = checkpoint(shape)
         for precision in PRECISIONS:
             for way, (arguments, environment) in SERVED.items():
@@ -97,23 +122,27 @@ def measure_http(say: Say, shapes: Sequence[str]) -> list[dict[str, Any]]:
                     if shape == "small" and precision is None:
                         clients = service.sixteen_clients(running.url, running.model)
                 one = {"shape": shape, "precision": precision or "bf16", "way": way, "start_s": running.start_s}
-                found.append({**one, **rates, "clients": clients})
-                say(f"{shape} {precision or 'bf16'} {way}: " + ", ".join(f"{k} {v:.1f}" for k, v in rates.items()))
-    return found
+                bench.keep("http", {**one, **rates, "clients": clients})
+                bench.say(
+                    f"{shape} {precision or 'bf16'} {way}: " + ", ".join(f"{k} {v:.1f}" for k, v in rates.items())
+                )
 
 
-def measure_front(say: Say, _: Sequence[str]) -> dict[str, Any]:
+def measure_front(bench: Bench) -> None:
     with service.serving([str(checkpoint("small")), "--quantization", "int8", "--local"]) as running:
-        found = service.front_overhead(running)
-    say(f"proxy and ingress add {found['added_ttft_ms']:.1f} ms to TTFT, {found['added_itl_ms']:.2f} ms to ITL")
-    return found
+        bench.keep("front", found := service.front_overhead(running))
+    bench.say(f"proxy and ingress add {found['added_ttft_ms']:.1f} ms to TTFT, {found['added_itl_ms']:.2f} ms to ITL")
 
 
-PARTS: dict[str, Callable[[Say, Sequence[str]], Any]] = {
+def measure_growth(bench: Bench) -> None:
+    bench.keep("growth", growth.measure(bench.say))
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
     "limits": measure_limits,
-    "calibration": lambda say, _: calibration.calibrate(PRECISIONS),
+    "calibration": measure_calibration,
     "engine": measure_engines,
-    "growth": lambda say, _: growth.measure(say),
+    "growth": measure_growth,
     "http": measure_http,
     "front": measure_front,
 }
@@ -121,36 +150,24 @@ PARTS: dict[str, Callable[[Say, Sequence[str]], Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas; empty: the report alone")
     parser.add_argument("--shapes", default=",".join(ENGINES), help="of engine and http, with commas")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     os.environ.update(worker_environment(1))
-    began = time.monotonic()
-
-    def say(line: str) -> None:
-        print(f"{time.monotonic() - began:6.1f} s  {line}", flush=True)
-
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "bench.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
-    shapes = options.shapes.split(",")
-    for name in shapes:
-        checkpoint(name)
-    for part in options.only.split(","):
+    bench = Bench(options.out / "bench.json", options.shapes.split(","))
+    if bench.file.exists():
+        bench.results = json.loads(bench.file.read_text())
+    for part in filter(None, options.only.split(",")):
         if part not in PARTS:
             parser.error(f"--only={part!r}: choose of {', '.join(PARTS)}")
-        say(f"{part} ...")
-        found = PARTS[part](say, shapes)
-        if part in ("engine", "http"):
-            found = [one for one in results.get(part, []) if one["shape"] not in shapes] + found
-        results[part] = found
-        results.setdefault("measured", {})[part] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-        file.write_text(json.dumps(rounded(results), indent=1) + "\n")
+        bench.say(f"{part} ...")
+        PARTS[part](bench)
     from tests.bench.report import write
 
-    write(rounded(results), options.out)
-    say(f"wrote {options.out}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    write(rounded(bench.results), options.out)
+    bench.say(f"wrote {options.out}")
 
 
 def rounded(value: Any) -> Any:
