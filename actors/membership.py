@@ -116,8 +116,10 @@ class RouterMembership:
                 lambda: self._closed or (self._newest is not None and self._newest.view.epoch > epoch), deadline_s
             )
             if self._newest is None or self._newest.view.epoch <= epoch:
+                why = f" ({self._failure[2]})" if self._failure else ""
                 raise MeshUnavailable(
-                    f"no complete mesh after epoch {epoch} within {deadline_s:.1f} s; see GET /mesh for what is missing"
+                    f"no complete mesh after epoch {epoch} within {deadline_s:.1f} s{why}; see GET /mesh for what is "
+                    "missing"
                 )
             return self._newest
 
@@ -150,6 +152,10 @@ class RouterMembership:
             connection = self._form(view)
         except (FormationError, ValueError) as error:
             suspects = error.suspects if isinstance(error, FormationError) else ()
+            if isinstance(error, ValueError):  # configured so that it can't be: no hurry to fail again
+                log.error("epoch %d can't be formed: %s", view.epoch, error)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed, 2.0)
             if view.epoch == self._latest_epoch and not self._closed:
                 self._tell(view.epoch, suspects, str(error))
             return

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.errors import ExchangeError, FormationError, PeerLost, PeerSilent
+from cluster.errors import ExchangeError, PeerLost, PeerSilent
 from cluster.host_transport import Channels, Failure, is_supported, meet_router, meet_shards
 from cluster.process_group import MeshGroup, first_line
 from cluster.wire import HEADER_LENGTH, Arena, Header, Message
@@ -99,13 +99,13 @@ def choose_transport(setting: str, device: torch.device, num_routers: int) -> st
 
 
 def router_transport(name: str, group: MeshGroup, shard_ids: Sequence[str]) -> RouterTransport:
-    """Collective with shard_transport. Raises FormationError, also where `host` can't reach a shard."""
+    """Collective with shard_transport. Raises FormationError, and ValueError where `host` can't reach a shard."""
     if name == "all_to_all":
         return AllToAllRouter(group, shard_ids)
     channels = meet_shards(group) if name in ("host", "mixed") else Channels({})
     far = [shard_id for i, shard_id in enumerate(shard_ids) if i not in channels.sockets]
     if name == "host" and far:
-        raise FormationError(
+        raise ValueError(
             f"transport=host, but {', '.join(far)} can't be reached through a unix socket: on another host than the "
             "router, or of another user; set transport to auto"
         )

@@ -115,7 +115,7 @@ def test_near_and_far_shards_serve_one_router_together():
 
 def test_a_forced_host_transport_names_the_shards_it_cannot_reach():
     with (
-        pytest.raises(FormationError, match=r"shard-1 can't be reached .* set transport to auto"),
+        pytest.raises(ValueError, match=r"shard-1 can't be reached .* set transport to auto"),
         threads("host", 2, far={1}, operation_s=1.0),
     ):
         pass
