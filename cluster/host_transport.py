@@ -171,8 +171,9 @@ def meet_shards(group: MeshGroup) -> Channels:
     """
     name = secrets.token_bytes(NAME_BYTES)
     end = time.monotonic() + group.formation_s
-    arena, peers = SharedArena(), dict[int, socket.socket]()
+    peers: dict[int, socket.socket] = {}
     try:
+        arena = SharedArena()
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(_address(name))
             listener.listen(group.world_size)
