@@ -67,14 +67,14 @@ def summary(outcomes: dict[str, Outcome]) -> str:
     """What all of it was measured on."""
     num_faults = sum(len(stalls) for o in outcomes.values() for stalls in o.stalls.values())
     num_requests = sum(o.num_requests for o in outcomes.values())
-    ordinary_ms = sorted({round(1e3 * o.between_tokens_s) for o in outcomes.values()})
+    times_ms = sorted(round(1e3 * o.between_tokens_s) for o in outcomes.values())
+    ordinary = " to ".join(map(str, dict.fromkeys((times_ms[0], times_ms[-1]))))
     models, cores = ({getattr(o, name) for o in outcomes.values()} for name in ("model", "num_cores"))
     return (
         f"{num_faults} faults under 16 streams of the model `{'`, `'.join(sorted(models))}` "
         f"on {'/'.join(map(str, sorted(cores)))} cores: {num_requests:,} requests, all finished, all answers those "
-        f"without faults. Without faults a stream gets a token every "
-        f"{' to '.join(map(str, dict.fromkeys((ordinary_ms[0], ordinary_ms[-1]))))} ms. Longest time between two tokens of any stream, from the fault until everything "
-        "is back:"
+        f"without faults. Without faults a stream gets a token every {ordinary} ms. Longest time between two tokens of "
+        "any stream, from the fault until everything is back:"
     )
 
 
