@@ -194,6 +194,7 @@ class Chaos:
         window = getattr(self, kind)()
         time.sleep(1.0)
         mesh = self.settle(num_shards, num_routers)
+        self.load.wait_for_all()
         time.sleep(0.3)
         stall_s = self.load.longest_gap_s(*(window or (began, time.monotonic())))
         self.outcome.stalls.setdefault(kind, []).append(stall_s)

@@ -29,6 +29,7 @@ class Load:
     num_finished: int = 0
     wrong: list[str] = field(default_factory=list)
     gaps: list[tuple[float, float]] = field(default_factory=list)
+    latest: dict[int, float] = field(default_factory=dict)  # stream -> time of its last token
     num_gaps: int = 0
     sum_gaps_s: float = 0.0
 
@@ -82,6 +83,13 @@ class Load:
         time.sleep(measure_s)
         return (self.sum_gaps_s - sum_gaps_s) / (self.num_gaps - num_gaps)
 
+    def wait_for_all(self, timeout_s: float = 60.0) -> None:
+        """Until every stream has got a token from now on."""
+        now = time.monotonic()
+        while any(last < now for last in list(self.latest.values())):
+            assert time.monotonic() < now + timeout_s, "a stream stands still"
+            time.sleep(0.01)
+
     def longest_gap_s(self, begin: float, end: float) -> float:
         """The longest pause of any stream that overlaps [begin, end]."""
         with self._lock:
@@ -114,11 +122,11 @@ class Load:
             answer = connection.getresponse()
             if answer.status != 200:
                 return [], f"HTTP {answer.status}: {answer.read()[:300]!r}"
-            return self._read(answer)
+            return self._read(number, answer)
         finally:
             connection.close()
 
-    def _read(self, answer: http.client.HTTPResponse) -> tuple[list[int], str]:
+    def _read(self, number: int, answer: http.client.HTTPResponse) -> tuple[list[int], str]:
         ids: list[int] = []
         last: float | None = None
         for line in answer:
@@ -130,7 +138,7 @@ class Load:
             for choice in event.get("choices", ()):
                 if new := choice.get("token_ids"):
                     ids += new
-                    now = time.monotonic()
+                    now = self.latest[number] = time.monotonic()
                     if last is not None:
                         with self._lock:
                             self.num_gaps += 1

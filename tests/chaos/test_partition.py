@@ -130,6 +130,7 @@ def test_hosts_that_are_cut_off_or_die_cost_a_pause():
                 cut_off(url, host)
             else:
                 lose(url, host, begin)
+            load.wait_for_all()
             time.sleep(0.3)
             stall_s = load.longest_gap_s(began, time.monotonic())
             outcome.stalls.setdefault(kind, []).append(stall_s)
