@@ -26,7 +26,8 @@ def test_generated_requests_bring_no_server_error_and_no_hang(tmp_path):
     with tempfile.TemporaryDirectory() as folder:
         service = start_service([str(model), "--shards", "2"], Path(folder, "log"))
         try:
-            options = ["--phases", "coverage,fuzzing", "-n", "200", "-w", "4", "--seed", "1"]
+            # One worker: with threads ast.parse fails now and then (CPython gh-106905, in 3.11).
+            options = ["--phases", "coverage,fuzzing", "-n", "200", "-w", "1", "--seed", "1"]
             options += ["--no-shrink", "--continue-on-failure", "--no-color"]
             options += ["--checks", "not_a_server_error", "--request-timeout", "60", "--suppress-health-check", "all"]
             options += ["--exclude-path-regex", CHANGES_THE_MESH]
