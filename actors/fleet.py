@@ -305,7 +305,7 @@ class Fleet:
                 await handle.ping()
         except TimeoutError:
             return "silent"
-        except Exception:
+        except Exception:  # what Ray raises for an actor that is gone; Ray is not known here
             return "dead"
         return ""
 

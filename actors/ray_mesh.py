@@ -121,7 +121,7 @@ class RayMeshClient:
         try:
             call = self._actor("supervisor").next_view.remote(router_id, self._info(), seen_epoch, live_epoch)
             view: MeshView | None = ray.get(call, timeout=WAIT_S + 5.0)
-        except Exception:
+        except Exception:  # the handle may be of a dead actor: looked up anew next time
             self._actors.pop("supervisor", None)
             raise
         return view
@@ -162,7 +162,7 @@ class RayMeshClient:
                         ray.get(call)
                     except ray.exceptions.RayTaskError:
                         continue  # it was there, and saw the formation fail
-                    except Exception:
+                    except Exception:  # the actor is gone, or can't be asked: either way it didn't join
                         names.append(shard_id)
                 if not ready:
                     names += pending.values()

@@ -372,7 +372,7 @@ class Supervisor:
         async def guarded() -> None:
             try:
                 await work
-            except Exception:
+            except Exception:  # said here, as nobody awaits it
                 log.exception("a task of the supervisor ended")
 
         task = asyncio.ensure_future(guarded())

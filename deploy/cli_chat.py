@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -33,7 +33,7 @@ class Conversation:
     def reset(self) -> None:
         self.messages.clear()
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """Pieces of the answer. What has come when the caller leaves early stays in the history; a question that
         failed does not. Raises CallError."""
         self.messages.append({"role": "user", "content": text})
@@ -134,7 +134,7 @@ def _answer(conversation: Conversation, line: str, show: Callable[[str], None]) 
             show(piece)
         show("\n")
     except KeyboardInterrupt:
-        pieces.close()  # type: ignore[attr-defined]  # ends the request too
+        pieces.close()  # ends the request too
         show(f"\n[stopped after {time.monotonic() - began:.1f} s]\n")
     except CallError as error:
         show(f"\n[error: {error}]\n")
