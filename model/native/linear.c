@@ -18,11 +18,11 @@ enum { MAX_TILE_ROWS = 6, FEW_ROWS = 1, FEW_ROWS_PANELS = 4 };
 #endif
 enum { STRIPS = 16 / LANES }; /* one pass covers outputs [s, s + LANES) and [16 + s, 16 + s + LANES) of a panel */
 
-/* Bytes of a panel for one input, or for four of an integer format. */
-static int step_bytes(int format) { return format == FLOAT32 || format == INT8 ? 4 * PANEL : 2 * PANEL; }
+/* Bytes of a panel for the inputs that stand side by side. */
+static int step_bytes(int format) { return format == FLOAT16 || format == INT4 ? 2 * PANEL : 4 * PANEL; }
 
 static size_t panel_bytes(const struct weight *w) {
-    return (size_t)(is_integer(w) ? ceil_div(w->num_inputs, 4) : w->num_inputs) * step_bytes(w->format);
+    return (size_t)padded_inputs(w) / inputs_together(w->format) * step_bytes(w->format);
 }
 
 /* ---- packing activations ---- */
@@ -33,9 +33,9 @@ static int tile_rows_for(int num_rows) { /* as even as possible: 13 rows are 7 +
 
 size_t AT_LEVEL(packed_rows_bytes)(const struct weight *w, int num_rows) {
     size_t padded_rows = (size_t)tile_rows_for(num_rows) * ceil_div(num_rows, tile_rows_for(num_rows));
-    if (!is_integer(w)) return padded_rows * w->num_inputs * sizeof(float);
+    if (!is_integer(w)) return padded_rows * padded_inputs(w) * sizeof(float);
     size_t num_blocks = ceil_div(w->num_inputs, w->block_size);
-    return padded_rows * (ceil_div(w->num_inputs, 4) * 4 + num_blocks * 8) + 3 * 64;
+    return padded_rows * (padded_inputs(w) + num_blocks * 8) + 3 * 64;
 }
 
 /* Quantize n <= block_size inputs (a multiple of LANES, padded with zeros) to [-127, 127]. Returns the scale. */
@@ -69,33 +69,34 @@ static void pack_integer_row(const struct weight *w, const float *x, int R, int8
 
 struct packed_rows AT_LEVEL(pack_rows)(const struct weight *w, const float *x, const int32_t *row_ids, int num_rows,
                                        char *memory) {
-    int K = w->num_inputs, R = tile_rows_for(num_rows), num_tiles = ceil_div(num_rows, R);
+    int K = w->num_inputs, padded_K = padded_inputs(w);
+    int R = tile_rows_for(num_rows), num_tiles = ceil_div(num_rows, R);
     struct packed_rows rows = {.num_rows = num_rows, .tile_rows = R, .num_tiles = num_tiles};
     if (!is_integer(w)) {
-        float *out = take(&memory, (size_t)num_tiles * R * K * sizeof(float));
+        float *out = take(&memory, (size_t)num_tiles * R * padded_K * sizeof(float));
         rows.values = (char *)out;
-        for (int t = 0; t < num_tiles; t++, out += (long)R * K)
+        for (int t = 0; t < num_tiles; t++, out += (long)R * padded_K)
             for (int r = 0; r < R; r++) {
                 int i = t * R + r;
                 const float *row = i < num_rows ? x + (long)(row_ids ? row_ids[i] : i) * K : NULL;
-                for (int k = 0; k < K; k++) out[(long)k * R + r] = row ? row[k] : 0.0f;
+                for (int k = 0; k < padded_K; k++) out[(long)k * R + r] = row && k < K ? row[k] : 0.0f;
             }
         return rows;
     }
-    int num_blocks = ceil_div(K, w->block_size), padded_inputs = ceil_div(K, 4) * 4;
-    rows.values = take(&memory, (size_t)num_tiles * R * padded_inputs);
+    int num_blocks = ceil_div(K, w->block_size);
+    rows.values = take(&memory, (size_t)num_tiles * R * padded_K);
     rows.scales = take(&memory, (size_t)num_tiles * R * num_blocks * sizeof(float));
     rows.sums = take(&memory, (size_t)num_tiles * R * num_blocks * sizeof(int32_t));
     for (int t = 0; t < num_tiles; t++)
         for (int r = 0; r < R; r++) {
             int i = t * R + r;
-            int8_t *values = (int8_t *)rows.values + (long)t * R * padded_inputs + 4 * r;
+            int8_t *values = (int8_t *)rows.values + (long)t * R * padded_K + 4 * r;
             float *scales = rows.scales + (long)t * R * num_blocks + r;
             int32_t *sums = rows.sums + (long)t * R * num_blocks + r;
             if (i < num_rows) {
                 pack_integer_row(w, x + (long)(row_ids ? row_ids[i] : i) * K, R, values, scales, sums);
             } else {
-                for (int k = 0; k < padded_inputs; k += 4) memset(values + (long)k * R, 0, 4);
+                for (int k = 0; k < padded_K; k += 4) memset(values + (long)k * R, 0, 4);
                 for (int b = 0; b < num_blocks; b++) scales[b * R] = 0.0f, sums[b * R] = 0;
             }
         }
@@ -136,16 +137,18 @@ static __attribute__((noinline)) void store_tile(const struct tile *t, int strip
     }
 }
 
-INLINE void load_weights(const char *p, int strip, int format, vec *a, vec *b) {
+/* The weights of one input, the `second` of its pair or not, for two vectors of outputs. */
+INLINE void load_weights(const char *p, int strip, int format, int second, vec *a, vec *b) {
     const float *f32 = (const float *)p + strip;
     const uint16_t *f16 = (const uint16_t *)p + strip;
     if (format == FLOAT32) *a = load(f32), *b = load(f32 + 16);
     else if (format == FLOAT16) *a = load_f16(f16), *b = load_f16(f16 + 16);
-    else load_bf16_pair(f16 + strip, a, b);
+    else *a = load_bf16_half(f32, second), *b = load_bf16_half(f32 + 16, second);
 }
 
 INLINE void float_tile(const struct tile *t, int format, const int R, const int C) {
-    int K = t->w->num_inputs, step = step_bytes(format);
+    int K = padded_inputs(t->w), step = step_bytes(format);
+    const int together = inputs_together(format);
     for (int strip = 0; strip < 16; strip += LANES) {
         const float *x = (const float *)t->values;
         const char *p = t->panel;
@@ -154,17 +157,20 @@ INLINE void float_tile(const struct tile *t, int format, const int R, const int 
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
             for (int c = 0; c < 2 * C; c++) sums[r][c] = broadcast(0.0f);
-        for (int k = 0; k < K; k++, p += step, x += R) {
-            vec w[2 * FEW_ROWS_PANELS];
+        for (int k = 0; k < K; k += together, p += step)
+#pragma GCC unroll 2
+            for (int i = 0; i < together; i++, x += R) {
+                vec w[2 * FEW_ROWS_PANELS];
 #pragma GCC unroll 4
-            for (int c = 0; c < C; c++) load_weights(p + c * t->panel_bytes, strip, format, &w[2 * c], &w[2 * c + 1]);
+                for (int c = 0; c < C; c++)
+                    load_weights(p + c * t->panel_bytes, strip, format, i, &w[2 * c], &w[2 * c + 1]);
 #pragma GCC unroll 12
-            for (int r = 0; r < R; r++) {
-                vec input = broadcast(x[r]);
+                for (int r = 0; r < R; r++) {
+                    vec input = broadcast(x[r]);
 #pragma GCC unroll 8
-                for (int c = 0; c < 2 * C; c++) sums[r][c] = fma_add(input, w[c], sums[r][c]);
+                    for (int c = 0; c < 2 * C; c++) sums[r][c] = fma_add(input, w[c], sums[r][c]);
+                }
             }
-        }
         vec result[R * 2 * C];
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++)
@@ -260,7 +266,7 @@ static void (*const TILE_OF_FORMAT[])(const struct tile *, int, int) = {tile_f32
 void AT_LEVEL(multiply)(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
                         int first_panel, int last_panel) {
     int R = rows->tile_rows, num_blocks = is_integer(w) ? ceil_div(w->num_inputs, w->block_size) : 0;
-    long tile_bytes = is_integer(w) ? (long)R * ceil_div(w->num_inputs, 4) * 4 : (long)R * w->num_inputs * 4;
+    long tile_bytes = (long)R * padded_inputs(w) * (is_integer(w) ? 1 : sizeof(float));
     struct tile t = {.w = w, .panel_bytes = panel_bytes(w), .bias = bias};
     for (int panel = first_panel, C; panel < last_panel; panel += C) {
         C = R <= FEW_ROWS && last_panel - panel >= FEW_ROWS_PANELS ? FEW_ROWS_PANELS : 1;

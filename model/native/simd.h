@@ -50,11 +50,11 @@ INLINE vec load_bf16(const uint16_t *p) {
     ivec wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
-/* 2 * LANES bf16 numbers: those at even positions, those at odd ones. */
-INLINE void load_bf16_pair(const uint16_t *p, vec *even, vec *odd) {
+/* LANES pairs of bf16 numbers: the first or the second of each. */
+INLINE vec load_bf16_half(const void *p, int second) {
     ivec both = _mm512_loadu_si512(p);
-    *even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-    *odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
+    return _mm512_castsi512_ps(second ? _mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000))
+                                      : _mm512_slli_epi32(both, 16));
 }
 
 INLINE ivec ibroadcast(int32_t a) { return _mm512_set1_epi32(a); }
@@ -143,10 +143,10 @@ INLINE vec load_bf16(const uint16_t *p) {
     ivec wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
-INLINE void load_bf16_pair(const uint16_t *p, vec *even, vec *odd) {
+INLINE vec load_bf16_half(const void *p, int second) {
     ivec both = _mm256_loadu_si256((const __m256i *)p);
-    *even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-    *odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32((int)0xffff0000)));
+    return _mm256_castsi256_ps(second ? _mm256_and_si256(both, _mm256_set1_epi32((int)0xffff0000))
+                                      : _mm256_slli_epi32(both, 16));
 }
 
 INLINE ivec ibroadcast(int32_t a) { return _mm256_set1_epi32(a); }
