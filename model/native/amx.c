@@ -13,7 +13,7 @@
 #include "linear.h"
 
 enum { SUMS = 16 * 16, WEIGHT_STRIDE = 4 * PANEL, STEP_BYTES = 16 * WEIGHT_STRIDE };
-enum { FEW_INTEGER_ROWS = 4 }; /* below, vectors are as fast as the memory */
+enum { FEW_INTEGER_ROWS = 3 }; /* below, vectors are as fast as the memory */
 enum { GROUP_BYTES = 1200 << 10 }; /* of packed rows, which stay in the second-level cache for all panels */
 enum { STEPS_AT_A_TIME = 8 };  /* whose weights, 16 KB, stay in the first-level cache for all rows */
 

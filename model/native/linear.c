@@ -2,7 +2,8 @@
  *
  * A tile is R rows times C panels (2 * C vectors of outputs): its R * 2 * C sums stay in registers while the
  * panel streams by once. R is 12 with AVX-512 (24 sums, 2 weights, 1 broadcast of 32 registers), 6 with AVX2. Few rows
- * take several panels at once, so that enough sums are in flight to hide the latency of a multiply-add.
+ * take several panels at once, so that enough sums are in flight to hide the latency of a multiply-add, and enough
+ * reads that of the memory.
  *
  * Each output is summed over the inputs in one fixed order, whatever R and C are: a row has the same bits in any
  * batch.
@@ -12,10 +13,11 @@
 #include "linear.h"
 
 #if LANES == 16
-enum { MAX_TILE_ROWS = 12, FEW_ROWS = 3, FEW_ROWS_PANELS = 4 };
+enum { MAX_TILE_ROWS = 12, FEW_ROWS = 3, SOME_ROWS = 6 };
 #else
-enum { MAX_TILE_ROWS = 6, FEW_ROWS = 1, FEW_ROWS_PANELS = 4 };
+enum { MAX_TILE_ROWS = 6, FEW_ROWS = 1, SOME_ROWS = 1 };
 #endif
+enum { FEW_ROWS_PANELS = 4, SOME_ROWS_PANELS = 2 };
 enum { STRIPS = 16 / LANES }; /* one pass covers outputs [s, s + LANES) and [16 + s, 16 + s + LANES) of a panel */
 
 /* Bytes of a panel for the inputs that stand side by side. */
@@ -276,10 +278,11 @@ INLINE void integer_tile(const struct tile *t, int format, const int R, const in
         switch (R * 8 + C) { ALL_TILES(function, format) }      \
     }
 #if LANES == 16
-#define ALL_TILES(f, format)                                                                                      \
-    TILE(f, format, 1, 4) TILE(f, format, 2, 4) TILE(f, format, 3, 4) TILE(f, format, 1, 1) TILE(f, format, 2, 1)  \
-    TILE(f, format, 3, 1) TILE(f, format, 4, 1) TILE(f, format, 5, 1) TILE(f, format, 6, 1) TILE(f, format, 7, 1)  \
-    TILE(f, format, 8, 1) TILE(f, format, 9, 1) TILE(f, format, 10, 1) TILE(f, format, 11, 1) TILE(f, format, 12, 1)
+#define ALL_TILES(f, format)                                                                                       \
+    TILE(f, format, 1, 4) TILE(f, format, 2, 4) TILE(f, format, 3, 4) TILE(f, format, 4, 2) TILE(f, format, 5, 2)  \
+    TILE(f, format, 6, 2) TILE(f, format, 1, 1) TILE(f, format, 2, 1) TILE(f, format, 3, 1) TILE(f, format, 4, 1)  \
+    TILE(f, format, 5, 1) TILE(f, format, 6, 1) TILE(f, format, 7, 1) TILE(f, format, 8, 1) TILE(f, format, 9, 1)  \
+    TILE(f, format, 10, 1) TILE(f, format, 11, 1) TILE(f, format, 12, 1)
 #else
 #define ALL_TILES(f, format)                                                                                      \
     TILE(f, format, 1, 4) TILE(f, format, 1, 1) TILE(f, format, 2, 1) TILE(f, format, 3, 1) TILE(f, format, 4, 1)  \
@@ -306,7 +309,8 @@ void AT_LEVEL(multiply)(const struct weight *w, const struct packed_rows *rows, 
     int R = rows->tile_rows, num_blocks = is_integer(w) ? ceil_div(w->num_inputs, w->block_size) : 0;
     struct tile t = {.w = w, .panel_bytes = panel_bytes(w), .bias = bias};
     for (int panel = first_panel, C; panel < last_panel; panel += C) {
-        C = R <= FEW_ROWS && last_panel - panel >= FEW_ROWS_PANELS ? FEW_ROWS_PANELS : 1;
+        C = R <= FEW_ROWS ? FEW_ROWS_PANELS : R <= SOME_ROWS ? SOME_ROWS_PANELS : 1;
+        if (last_panel - panel < C) C = 1;
         t.panel = (const char *)w->data + panel * t.panel_bytes;
         t.first_output = panel * PANEL;
         for (int i = 0; i < rows->num_tiles; i++) {
