@@ -339,6 +339,9 @@ static void multiply_part(void *context, int i) {
                        at_most(first + call->panels_each, num_panels(call->w)));
 }
 
+/* Waking a thread takes some 30 us, in which the first reads half a megabyte. */
+enum { BYTES_WORTH_A_WAKE = 2 << 20 };
+
 /* y [num_rows, num_outputs] = x [num_rows, num_inputs] @ weight.T + bias (or NULL). */
 void AT_LEVEL(linear)(const struct weight *w, const float *x, int num_rows, const float *bias, float *y,
                       int num_threads) {
@@ -346,6 +349,7 @@ void AT_LEVEL(linear)(const struct weight *w, const float *x, int num_rows, cons
     char *memory = scratch(SCRATCH_CALL, AT_LEVEL(packed_rows_bytes)(w, num_rows));
     struct linear_call call = {.w = w, .bias = bias, .y = y};
     call.rows = AT_LEVEL(pack_rows)(w, x, NULL, num_rows, memory);
+    if (num_panels(w) * panel_bytes(w) * ceil_div(num_rows, 8) < BYTES_WORTH_A_WAKE) num_threads = 1;
     call.panels_each = num_threads > 1 ? FEW_ROWS_PANELS * 2 : num_panels(w);
     parallel_for(multiply_part, &call, ceil_div(num_panels(w), call.panels_each), num_threads);
 }
