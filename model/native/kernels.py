@@ -35,7 +35,8 @@ class NativeKernels:
         packed: dict[str, Any]
         if isinstance(weight, DenseWeight):
             matrix, name = weight.tensor, _FORMAT_OF_DTYPE[weight.tensor.dtype]
-            panels = torch.empty(num_panels, num_inputs, PANEL, dtype=matrix.dtype)
+            together = 2 if name == "bfloat16" else 1
+            panels = torch.empty(num_panels, -(-num_inputs // together), together * PANEL, dtype=matrix.dtype)
             packed = {}
         elif isinstance(weight, Int8Weight):
             matrix, name = weight.values, "int8"

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from model.native.build import shared_object_path
 
-LEVELS = ("avx2", "avx512")
-"""From slow to fast. Both give the same bits."""
+LEVELS = ("avx2", "avx512", "amx")
+"""From slow to fast. All give the same bits, but that products with bfloat16 weights round otherwise in AMX's tiles."""
 
 
 class WeightStruct(ctypes.Structure):
