@@ -23,7 +23,7 @@ _LEVEL_FLAGS = {
         "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c",
     ],
 }  # fmt: skip
-_SOURCES_OF_EACH_LEVEL = ("linear.c", "experts.c", "attention.c")
+_SOURCES_OF_EACH_LEVEL = ("linear.c", "experts.c", "attention.c", "sampling.c")
 _PLAIN_SOURCES = ("cpu.c", "pack.c", "threads.c")
 # No contraction: a multiply-add is fused where the source says so, or the two levels would round differently.
 _FLAGS = ["-O2", "-std=gnu11", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
