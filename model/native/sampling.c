@@ -115,7 +115,7 @@ static int likeliest(const struct row *row) {
 }
 
 INLINE dvec weights_of(const struct row *row, dvec logits) {
-    static const double REVERSED_FACTORIALS[] = {479001600, 39916800, 3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2, 1, 1};
+    static const double FACTORIALS[] = {1, 1, 2, 6, 24, 120, 720, 5040, 40320, 362880, 3628800, 39916800, 479001600};
     const dvec magic = dbroadcast(0x1.8p52 + 1023); /* rounds what is added to an integer, in the low bits, + 1023 */
     dvec x = (logits - dbroadcast(row->largest)) * dbroadcast(row->inverse_temperature);
     x = dmax(x, dbroadcast(-100.0));
@@ -123,13 +123,11 @@ INLINE dvec weights_of(const struct row *row, dvec logits) {
     dvec n = shifted - magic; /* e^x = 2^n e^r */
     dvec r = dfma_add(n, dbroadcast(-0x1.62e42fefa39efp-1), x);
     r = dfma_add(n, dbroadcast(-0x1.abc9e3b39803fp-56), r);
-    dvec p = dbroadcast(1 / REVERSED_FACTORIALS[0]);
+    dvec p = dbroadcast(1 / FACTORIALS[12]);
 #pragma GCC unroll 12
-    for (int i = 1; i < 13; i++) p = dfma_add(p, r, dbroadcast(1 / REVERSED_FACTORIALS[i]));
+    for (int i = 11; i >= 0; i--) p = dfma_add(p, r, dbroadcast(1 / FACTORIALS[i]));
     return keep_at_least(p * low_bits_to_exponent(shifted), dbroadcast(row->least_weight));
 }
-
-INLINE double weight_of(const struct row *row, float logit) { return first_lane(weights_of(row, dbroadcast(logit))); }
 
 INLINE ivec buckets_of(const struct row *row, vec logits) {
     vec depth = (broadcast(row->largest) - logits) * broadcast(row->buckets_per_logit);
@@ -148,7 +146,7 @@ INLINE int reaches(const struct row *row, int c, int bucket) {
 static void choose_buckets(struct row *row, const struct draw *draw) {
     row->inverse_temperature = draw->inverse_temperature;
     row->least_weight = fmax(draw->min_p, NOTHING);
-    double depth = (0 - log(row->least_weight)) / draw->inverse_temperature * 1.0001;
+    double depth = (1e-15 - log(row->least_weight)) * 1.0001 / draw->inverse_temperature; /* more than roundings */
     row->lowest = fmaxf(nextafterf((float)(row->largest - depth), -INFINITY), -FLT_MAX);
     row->buckets_per_logit = fminf(NUM_BUCKETS / fminf((float)depth, row->largest - row->smallest), FLT_MAX);
     row->last = NUM_BUCKETS - 1;
@@ -191,6 +189,7 @@ static void sort_keys(struct row *row, int count) {
     for (int shift = 32; shift < 64; shift += 8) {
         int starts[257] = {0};
         for (int i = 0; i < count; i++) starts[(row->keys[i] >> shift & 255) + 1]++;
+        if (starts[(row->keys[0] >> shift & 255) + 1] == count) continue; /* all alike */
         for (int digit = 0; digit < 256; digit++) starts[digit + 1] += starts[digit];
         for (int i = 0; i < count; i++) row->other_keys[starts[row->keys[i] >> shift & 255]++] = row->keys[i];
         uint64_t *sorted = row->other_keys;
@@ -226,13 +225,16 @@ static int collect(struct row *row, int bucket) {
 }
 
 INLINE int token_at(const struct row *row, int i) { return (int)(uint32_t)row->keys[i]; }
+INLINE double weight_at(const struct row *row, int i) {
+    return first_lane(weights_of(row, dbroadcast(row->logits[token_at(row, i)])));
+}
 
 /* Keeps no token after the first num_kept of this bucket, which is collected. */
 static void cut(struct row *row, int bucket, int num_kept) {
     row->last = bucket;
     row->num_in_last = num_kept;
     row->masses[bucket] = 0;
-    for (int i = 0; i < num_kept; i++) row->masses[bucket] += weight_of(row, row->logits[token_at(row, i)]);
+    for (int i = 0; i < num_kept; i++) row->masses[bucket] += weight_at(row, i);
 }
 
 static void cut_after(struct row *row, int num_kept) {
@@ -257,10 +259,11 @@ static int find(struct row *row, double goal, int exceed, int *place) {
         mass = next;
     }
     int last = collect(row, b) - 1;
-    for (; i < last; i++) {
-        mass += weight_of(row, row->logits[token_at(row, i)]);
-        if (exceed ? mass > goal : mass >= goal) break;
-        if (weight_of(row, row->logits[token_at(row, i + 1)]) == 0) break; /* the sums were rounded apart */
+    for (double weight = weight_at(row, 0);; i++) {
+        mass += weight;
+        if (i == last || (exceed ? mass > goal : mass >= goal)) break;
+        weight = weight_at(row, i + 1);
+        if (weight == 0) break; /* min_p ends here; the bucket's sum was rounded up */
     }
     *place = i;
     return b;
