@@ -124,3 +124,15 @@ def test_a_nan_is_never_lost_among_larger_numbers(native: NativeKernels, num_nan
         logits = torch.arange(300.0)[None].clone()
         logits[0, at : at + num_nans] = math.nan
         assert math.isnan(native.draw_tokens(logits, _rows([SamplingParams(temperature=0)]))[1][0])
+
+
+def test_min_p_keeps_weights_that_round_to_it(native: NativeKernels) -> None:
+    """At this temperature all weights are 1."""
+    rows = _rows([SamplingParams(temperature=1e30, min_p=1.0, seed=seed) for seed in range(200)])
+    assert set(native.draw_tokens(torch.arange(4.0).expand(200, -1), rows)[0]) == {0, 1, 2, 3}
+
+
+def test_equals_are_kept_by_lower_id_and_a_negative_zero_is_a_zero(native: NativeKernels) -> None:
+    logits = torch.tensor([[1.0, -0.0, 0.0, -0.0, 5.0, 5.0]]).expand(300, -1)
+    rows = _rows([SamplingParams(temperature=50, top_k=4, seed=seed) for seed in range(300)])
+    assert set(native.draw_tokens(logits, rows)[0]) == {4, 5, 0, 1}
