@@ -172,7 +172,7 @@ class Front:
         scope.setdefault("state", {})["request_id"] = request_id
         try:
             client = self._keys.check(path, headers)
-            async with self._admission(is_work, client, request_id):
+            async with self._admission(is_work, client):
                 await self._app(scope, receive, send_with_id)
         except Exception as error:
             if not isinstance(error, ApiError):
@@ -190,14 +190,14 @@ class Front:
                 _log_access(scope, status, time.monotonic() - began, note)
 
     @asynccontextmanager
-    async def _admission(self, is_work: bool, client: str, request_id: str) -> AsyncIterator[None]:
+    async def _admission(self, is_work: bool, client: str) -> AsyncIterator[None]:
         """Requests for the mesh are counted until their answer has ended; looking around is free."""
         if not is_work:
             yield
             return
         with self._service.admitted():
             try:
-                async with self._limits.admitted(client, request_id):
+                async with self._limits.admitted(client):
                     yield
             finally:
                 self._sharing.soon()
