@@ -125,9 +125,27 @@ def view(before: Snapshot, now: Snapshot) -> RenderableType:
     return Group(*parts)
 
 
+def one_line(before: Snapshot, now: Snapshot) -> str:
+    """The least that `serve` shows while it runs."""
+    values, shards = now.values, now.mesh.get("shards", ())
+    parts = [
+        f"{rate(before, now, 'generation_tokens_total'):.0f} tokens/s",
+        f"{values.get('num_requests_running', 0):.0f} running",
+        f"{values.get('num_requests_waiting', 0):.0f} waiting",
+        f"KV {100 * values.get('kv_cache_usage_perc', 0):.1f} %",
+        f"{sum(shard['state'] == 'serving' for shard in shards)} shards",
+        f"epoch {now.mesh.get('epoch', '?')} {_state(now.mesh)}",
+    ]
+    return "  ".join(parts)
+
+
+def _state(mesh: Mapping[str, Any]) -> str:
+    return "no shards" if mesh.get("target_shards") == 0 else "complete" if mesh.get("complete") else "RECOVERING"
+
+
 def _headline(before: Snapshot, now: Snapshot) -> RenderableType:
     mesh, values = now.mesh, now.values
-    state = "no shards" if mesh.get("target_shards") == 0 else "complete" if mesh.get("complete") else "RECOVERING"
+    state = _state(mesh)
     table = Table.grid(padding=(0, 3))
     table.add_column(no_wrap=True)
     busy = quantile(before, now, "inter_token_latency_seconds", 0.5) is not None
