@@ -69,4 +69,5 @@ def add_to(api: FastAPI, service: Service, meshes: Meshes | None) -> None:
         try:
             return JsonAnswer(await meshes.scale(number, model), status_code=202)
         except ValueError as error:
-            raise InvalidRequest(str(error).strip().splitlines()[-1], param="shards") from None
+            message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")  # as Ray passes it on
+            raise InvalidRequest(message, param="shards") from None
