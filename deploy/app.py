@@ -119,6 +119,7 @@ class IngressReplica:
             RouterPool(supervisors.routers, options),
             supervisors=supervisors,
             ray_metrics=RayMetrics(Gauge, with_mesh=serve.get_replica_context().rank.rank == 0),
+            behind_serve=True,
         )
 
 

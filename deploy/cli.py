@@ -96,7 +96,7 @@ def serve(
 
 def _serve(settings: Any) -> None:
     from deploy.auth import all_keys
-    from deploy.launch import StartError, running
+    from deploy.launch import LOOPBACK, StartError, running
     from deploy.service_record import recorded
 
     try:
@@ -104,6 +104,8 @@ def _serve(settings: Any) -> None:
     except ValueError as error:
         fail(str(error))
     say = _speaker(settings.server.log_format)
+    if not keys and settings.server.host not in LOOPBACK:
+        say(f"whoever reaches {settings.server.host}:{settings.server.port} may use it: there is no --api-key-file")
     try:
         with running(settings, say) as service, recorded(service.url, settings.server.port):
             key, in_text = keys[0] if keys else None, settings.server.log_format == "text"

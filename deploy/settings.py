@@ -49,7 +49,7 @@ class ServerSettings(Section):
     """Where and for whom the HTTP API is."""
 
     host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=1, le=65535)
     api_keys: tuple[str, ...] = ()  # empty, and no api_key_file: no authentication
     api_key_file: str | None = None  # further keys, one a line; "#" begins a comment
     allowed_origins: tuple[str, ...] = ()  # browsers' origins that may call (CORS)
