@@ -42,13 +42,12 @@ def run_on_each_node(
         others = [(str(node["NodeManagerAddress"]), int(node["NodeManagerPort"])) for node in nodes]
         home = (_own_address(), port)
         probe = ray.remote(num_cpus=0, max_retries=0)(_inspect)
-        calls = {
-            str(node["NodeManagerAddress"]): probe.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(list(models), [*others, home])
-            for node in nodes
-        }
-        for name, call in calls.items():
+        calls = []
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            call = probe.options(scheduling_strategy=there).remote(list(models), [*others, home])
+            calls.append((str(node["NodeManagerAddress"]), call))
+        for name, call in calls:
             try:
                 yield name, ray.get(call, timeout=120)
             except Exception as error:
