@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,6 @@ PROBE_S = 3.0
 
 def connect(address: str) -> None:
     """Raises ValueError with one line where that can't be."""
-    import logging
     import os
 
     os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -88,6 +88,7 @@ def end_service(app: str, mesh: str | None) -> list[str]:
 
     from actors.ray_shards import NAMESPACE, actor_name
 
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it tells of each step
     ended = []
     with contextlib.suppress(Exception):
         if app in serve.status().applications:
