@@ -161,12 +161,12 @@ def _greet(service: Any, say: Callable[[str], None], api_key: str | None, at_len
         return
     body = f'{{"model": "{service.model}", "messages": [{{"role": "user", "content": "What does ocean mean?"}}]}}'
     typer.secho(facts, fg=typer.colors.GREEN, bold=True, err=True)
-    key = "" if api_key is None else '-H "Authorization: Bearer $EXPERTMESH_API_KEY" '
+    headers = ["Content-Type: application/json"]
+    if api_key is not None:
+        headers.append("Authorization: Bearer $EXPERTMESH_API_KEY")
     typer.echo("try:" if api_key is None else "try, with a key in EXPERTMESH_API_KEY:", err=True)
-    typer.echo(
-        f"  curl {service.url}/v1/chat/completions {key}-H 'Content-Type: application/json' \\\n    -d '{body}'",
-        err=True,
-    )
+    lines = [f"curl {service.url}/v1/chat/completions", *(f'-H "{header}"' for header in headers), f"-d '{body}'"]
+    typer.echo("  " + " \\\n    ".join(lines), err=True)
     typer.echo(f"  expertmesh chat --url {service.url}    or {service.url}/ in a browser; Ctrl-C ends it", err=True)
 
 

@@ -19,7 +19,7 @@ from deploy.bench_load import Workload, arrivals, jobs
 from deploy.cli import cli
 from deploy.cli_chat import Conversation, converse
 from deploy.cli_check import listening, of_node, requirements
-from deploy.cli_status import Snapshot, heat_row, quantile, view
+from deploy.cli_status import Snapshot, heat_row, one_line, quantile, view
 from deploy.http_client import CallError, Client
 from deploy.node_report import check_checkpoint, code_hash
 from deploy.service_record import recorded, services
@@ -171,6 +171,9 @@ def test_the_status_fits_a_small_terminal_and_shows_any_trouble_as_it_is() -> No
     for whole in ("192.168.100.10 123456", "4.2 GB", "router-es6yjo42 router", "10.0 ms", "[/not markup]"):
         assert whole in text, text
     assert "…" not in text
+    now = Snapshot(1.0, {"generation_tokens_total": 40.0, "num_requests_running": 3.0}, {}, mesh)
+    line = "40 tokens/s  3 running  0 waiting  KV 0.0 %  1 shards  epoch 3 complete"
+    assert one_line(Snapshot(0.0, {}, {}, mesh), now) == line
 
 
 def test_a_checkpoint_is_whole_or_named_what_it_lacks(tmp_path: Path) -> None:
