@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import uuid
 from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
@@ -43,11 +44,12 @@ class KeyLimits:
         self._releases: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
-    async def admitted(self, key: str, request_id: str) -> AsyncGenerator[None]:
+    async def admitted(self, key: str) -> AsyncGenerator[None]:
         """Counts a request while it is served. Raises TooManyRequests."""
         if self._per_minute is None and self._at_once is None:
             yield
             return
+        request_id = uuid.uuid4().hex  # clients may give the same X-Request-Id to all of theirs
         limits = {"per_minute": self._per_minute, "at_once": self._at_once, "lease_s": self._lease_s}
         shared = self._shared
         try:
@@ -58,6 +60,8 @@ class KeyLimits:
                     refused, wait_s = await shared.admit(key, request_id, **limits)
         except Exception as error:
             logger.warning("the shared limits can't be reached, own ones hold: %s", str(error)[:200])
+            if shared is not None:
+                self._release_later(shared, key, request_id)  # a late answer: it may have been counted all the same
             shared = None
             refused, wait_s = self._own.admit(key, request_id, **limits)  # type: ignore[arg-type]
         if refused == "concurrency":
@@ -76,9 +80,13 @@ class KeyLimits:
             if shared is None:
                 self._own.release(key, request_id)
             else:
-                task = asyncio.create_task(_release(shared, key, request_id))  # the answer need not wait for it
-                self._releases.add(task)
-                task.add_done_callback(self._releases.discard)
+                self._release_later(shared, key, request_id)
+
+    def _release_later(self, shared: SharedLedger, key: str, request_id: str) -> None:
+        """No answer need wait for it."""
+        task = asyncio.create_task(_release(shared, key, request_id))
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
 
 
 async def _release(shared: SharedLedger, key: str, request_id: str) -> None:
