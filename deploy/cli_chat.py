@@ -127,10 +127,9 @@ def _obey(conversation: Conversation, command: str, rest: str) -> str:
 
 def _answer(conversation: Conversation, line: str, show: Callable[[str], None]) -> None:
     pieces = conversation.ask(line)
-    began, num_pieces = time.monotonic(), 0
+    began = time.monotonic()
     try:
         for piece in pieces:
-            num_pieces += 1
             show(piece)
         show("\n")
     except KeyboardInterrupt:

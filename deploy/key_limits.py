@@ -13,9 +13,8 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
-from actors.ledger import Ledger
+from actors.ledger import Ledger, Totals
 from deploy.errors import TooManyRequests
-from deploy.metrics import Totals
 from deploy.settings import LimitSettings
 
 logger = logging.getLogger(__name__)

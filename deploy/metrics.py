@@ -8,13 +8,14 @@ those of routers and shards carry their id. No Prometheus server is needed, and 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 
+from actors.ledger import Totals, add
 from deploy.mesh_metrics import mesh_families
 from deploy.tracing import CURRENT, RequestNote, SequenceNote
 
@@ -36,9 +37,6 @@ E2E_BUCKETS_S = (
     *(120.0, 240.0, 480.0, 960.0, 1920.0),
 )
 LENGTH_BUCKETS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
-
-Totals = dict[str, list[tuple[str, dict[str, str], float]]]  # family -> its samples
-Share = Callable[[Totals], Awaitable[Totals]]
 
 
 class Watch:
@@ -151,22 +149,13 @@ class ServingMetrics:
 
     def families(self, others: Totals) -> list[Metric]:
         """Ours and others' added up."""
-        families = []
+        summed, families = add(self.totals(), others), []
         for own in self.registry.collect():
-            summed = Metric(own.name, own.documentation, own.type)
-            theirs = {(name, _key(labels)): value for name, labels, value in others.get(own.name, ())}
-            for sample in own.samples:
-                if not sample.name.endswith("_created"):
-                    extra = theirs.pop((sample.name, _key(sample.labels)), 0.0)
-                    summed.add_sample(sample.name, sample.labels, sample.value + extra)
-            for (name, labels), value in theirs.items():
-                summed.add_sample(name, dict(labels), value)
-            families.append(summed)
+            family = Metric(own.name, own.documentation, own.type)
+            for sample in summed[own.name]:
+                family.add_sample(*sample)
+            families.append(family)
         return families
-
-
-def _key(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(labels.items()))
 
 
 class _Fixed:

@@ -12,9 +12,10 @@ from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import HTMLResponse, Response
 
+from actors.ledger import Totals
 from deploy.key_limits import SharedLedger
 from deploy.mesh_endpoints import Meshes, show_mesh
-from deploy.metrics import ServingMetrics, Totals, render
+from deploy.metrics import ServingMetrics, render
 from deploy.service import Service
 
 logger = logging.getLogger(__name__)

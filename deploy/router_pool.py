@@ -79,7 +79,6 @@ class RouterPool:
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._turn = 0
-        self.num_replays = 0
         self.metrics = ServingMetrics()
 
     async def start(self) -> None:
@@ -222,7 +221,6 @@ class RouterPool:
                         return
                 else:
                     num_losses += 1
-                    self.num_replays += 1
                     self.metrics.replays.inc()
                     if (note := CURRENT.get()) is not None:
                         note.lost_router(link.address.router_id, len(output_ids))

@@ -7,8 +7,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from actors.ledger import Totals
 from deploy.errors import InvalidRequest, ModelNotFound, Unavailable
-from deploy.metrics import Totals
 
 log = logging.getLogger("expertmesh.supervisors")
 

@@ -9,13 +9,13 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors.ledger import SILENT_S, Ledger, add
+from actors.ledger import SILENT_S, Ledger, Totals, add
 from actors.metrics import Buckets
 from actors.request import Chunk
 from deploy.errors import TooManyRequests
 from deploy.key_limits import KeyLimits
 from deploy.mesh_metrics import MAX_EXPERT_GROUPS, balancedness, mesh_families
-from deploy.metrics import ServingMetrics, Totals, render
+from deploy.metrics import ServingMetrics, render
 from deploy.ray_metrics import RayMetrics
 from deploy.settings import LimitSettings
 from tests.deploy.fakes import RunningApi

@@ -78,7 +78,7 @@ def test_a_request_outlives_its_router_and_no_token_is_lost_changed_or_doubled(d
             assert await work == expected(20)
             assert second.requests[0]["output_ids"] == expected(dies_after)
             assert second.requests[0]["request_id"] == first.requests[0]["request_id"]
-            assert pool.num_replays == 1
+            assert pool.metrics.registry.get_sample_value("expertmesh_replays_total") == 1
             second.kill()
 
     asyncio.run(run())
