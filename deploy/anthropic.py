@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from deploy.body import read_json
 from deploy.chat import ChatPlan, plan_chat
-from deploy.errors import InvalidRequest
+from deploy.errors import InvalidRequest, invalid
 from deploy.generation import Delta, gather_all, stream_all
 from deploy.openai_requests import INT64_MAX, ChatCompletionRequest, RequestBody, StreamingBody, parse
 from deploy.service import Service
@@ -95,13 +95,11 @@ def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """One message becomes several: each tool result is a message of its own in a chat."""
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
-        raise InvalidRequest(
-            f"{where}.role: {str(role)[:80]!r} is not user, assistant or system", param=f"{where}.role"
-        )
+        raise invalid(f"{where}.role", f"{str(role)[:80]!r} is not user, assistant or system")
     if isinstance(content, str):
         return [{"role": role, "content": content}]
     if not isinstance(content, list):
-        raise InvalidRequest(f"{where}.content: expected a string or a list of blocks", param=f"{where}.content")
+        raise invalid(f"{where}.content", "expected a string or a list of blocks")
     results, texts, calls = [], [], []
     for i, block in enumerate(content):
         kind = block.get("type") if isinstance(block, dict) else None
@@ -116,10 +114,7 @@ def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
             text = f"Error: {text}" if block.get("is_error") else text
             results.append({"role": "tool", "tool_call_id": str(block.get("tool_use_id") or ""), "content": text})
         elif kind not in ("thinking", "redacted_thinking") or role != "assistant":  # another model's earlier thoughts
-            raise InvalidRequest(
-                f"{place}: {role}'s blocks of type {str(kind)[:80]!r} are not supported; use text and tools",
-                param=place,
-            )
+            raise invalid(place, f"{role}'s blocks of type {str(kind)[:80]!r} are not supported; use text and tools")
     said = [{"role": role, "content": "\n".join(texts)}] if texts or calls or not results else []
     if calls:
         said[0]["tool_calls"] = calls
@@ -132,7 +127,7 @@ def _texts(content: str | Sequence[Any], where: str) -> str:
     texts = []
     for block in content:
         if not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str):
-            raise InvalidRequest(f"{where}: only text blocks are supported here", param=where)
+            raise invalid(where, "only text blocks are supported here")
         texts.append(block["text"])
     return "\n".join(texts)
 
@@ -166,7 +161,7 @@ def _output_format(config: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     given = config.get("format")
     if set(config) != {"format"} or not isinstance(given, dict) or given.get("type") != "json_schema":
-        raise InvalidRequest("output_config: only format with type json_schema is supported", param="output_config")
+        raise invalid("output_config", "only format with type json_schema is supported")
     schema = {"name": "output", "schema": given.get("schema")}
     return {"response_format": {"type": "json_schema", "json_schema": schema}}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploy.chat_messages import read_messages, render
-from deploy.errors import InvalidRequest
+from deploy.errors import InvalidRequest, invalid
 from deploy.generation import Delta, TextOptions, gather_all, stream_all
 from deploy.generation_plan import (
     Asked,
@@ -64,7 +64,7 @@ async def plan_chat(service: Service, body: ChatCompletionRequest, answer_id: st
         tags_are_tokens = model.tokenizer.backend.token_to_id(HermesCalls.OPEN) is not None
         structured = use.structured(tags_are_tokens=tags_are_tokens)
     elif use.mode in ("required", "named"):
-        raise InvalidRequest("tool_choice: a demanded call excludes response_format", param="tool_choice")
+        raise invalid("tool_choice", "a demanded call excludes response_format")
     messages = read_messages(body.messages)
     prompt = await render(
         service,
@@ -225,11 +225,11 @@ class _Choice:
 
 def _check_fields(body: ChatCompletionRequest) -> None:
     if body.top_logprobs is not None and not body.logprobs:
-        raise InvalidRequest("top_logprobs: needs logprobs; set logprobs to true", param="top_logprobs")
+        raise invalid("top_logprobs", "needs logprobs; set logprobs to true")
     if body.stream and body.prompt_logprobs is not None:
-        raise InvalidRequest("prompt_logprobs: not available with stream; set stream to false", param="prompt_logprobs")
+        raise invalid("prompt_logprobs", "not available with stream; set stream to false")
     if body.max_tokens == 0:
-        raise InvalidRequest("max_tokens: must be at least 1, got 0", param="max_tokens")
+        raise invalid("max_tokens", "must be at least 1, got 0")
     if body.continue_final_message and body.add_generation_prompt and "add_generation_prompt" in body.model_fields_set:
         raise InvalidRequest(
             "continue_final_message and add_generation_prompt exclude each other; set one of them to false",

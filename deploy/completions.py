@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deploy.errors import InvalidRequest
+from deploy.errors import invalid
 from deploy.generation import Delta, TextOptions, Token, gather_all, stream_all
 from deploy.generation_plan import (
     Asked,
@@ -47,7 +47,7 @@ async def plan_completion(service: Service, body: CompletionRequest, answer_id: 
     """Tokenizes and checks everything. Raises ApiError."""
     model = service.models.find_generator(body.model)
     if body.stream and body.prompt_logprobs is not None:
-        raise InvalidRequest("prompt_logprobs: not available with stream; set stream to false", param="prompt_logprobs")
+        raise invalid("prompt_logprobs", "not available with stream; set stream to false")
     sent = one_or_many(body.prompt, "prompt")
     prompts, texts = await service.run(lambda: _read_prompts(body, model, sent), sum(len(prompt) for prompt in sent))
     asked_prompt_logprobs = body.prompt_logprobs

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from deploy import aggregation, spans
-from deploy.errors import ContextTooLong, InvalidRequest
+from deploy.errors import ContextTooLong, invalid
 from deploy.label_likelihood import label_log_likelihoods
 from deploy.openai_requests import RequestBody, parse
 from deploy.placed_tokens import PlacedToken, place_tokens, split, window_starts
@@ -84,7 +84,7 @@ async def token_classification(service: Service, body: HuggingFaceBody, name: st
     strategy, stride = parameters.aggregation_strategy or "simple", parameters.stride
     ignored = parameters.ignore_labels if parameters.ignore_labels is not None else ["O"]
     if stride is not None and strategy == "none":
-        raise InvalidRequest("stride: it needs an aggregation_strategy other than none", param="stride")
+        raise invalid("stride", "it needs an aggregation_strategy other than none")
     texts = _texts(body)
     prompts = await _read(service, [(text, None) for text in texts], model, check=stride is None)
     parts = [
@@ -154,7 +154,7 @@ def _question_parts(
     """The question with each window of the context. Raises InvalidRequest."""
     first, _ = split(tokens, 1)
     if first == len(tokens):
-        raise InvalidRequest("inputs.context: there is no text to find an answer in", param="inputs.context")
+        raise invalid("inputs.context", "there is no text to find an answer in")
     question = [i for i, token in enumerate(tokens[:first]) if token.text_idx == 0]
     cut = set(question[parameters.max_question_len or 64 :])  # its end goes, as a tokenizer's truncation takes it
     tokens = [token for i, token in enumerate(tokens) if i not in cut]
@@ -186,10 +186,10 @@ def _parts(
     first, last = split(tokens, text_idx)
     inner = size - (len(tokens) - (last - first))
     if overlap >= inner:
-        raise InvalidRequest(
-            f"{param}: {overlap} must be less than the {max(inner, 0)} tokens that {size}-token windows have for it; "
+        raise invalid(
+            param,
+            f"{overlap} must be less than the {max(inner, 0)} tokens that {size}-token windows have for it; "
             f"lower it{' or raise max_seq_len' if text_idx else ''}",
-            param=param,
         )
     starts = window_starts(last - first, inner, overlap)
     if len(starts) > (most := service.settings.limits.max_prompts):
@@ -244,7 +244,7 @@ def read_parameters(body: HuggingFaceBody, model: ServedModel, kind: type[Parame
 def _inputs(body: HuggingFaceBody) -> list[Any]:
     inputs = body.inputs if isinstance(body.inputs, list) else [body.inputs]
     if not inputs:
-        raise InvalidRequest("inputs: the list is empty; send at least one", param="inputs")
+        raise invalid("inputs", "the list is empty; send at least one")
     return inputs
 
 
@@ -256,7 +256,7 @@ def _one_or_many(body: HuggingFaceBody, answers: list[Any]) -> Any:
 def _texts(body: HuggingFaceBody) -> list[str]:
     texts = _inputs(body)
     if not all(isinstance(text, str) for text in texts):
-        raise InvalidRequest("inputs: expected a string or a list of strings", param="inputs")
+        raise invalid("inputs", "expected a string or a list of strings")
     return texts
 
 
@@ -267,9 +267,7 @@ def _text_or_pair(value: Any) -> tuple[str, str | None]:
         text, pair = value.get("text"), value.get("text_pair")
         if isinstance(text, str) and (pair is None or isinstance(pair, str)):
             return text, pair
-    raise InvalidRequest(
-        'inputs: expected a string, {"text": ..., "text_pair": ...}, or a list of these', param="inputs"
-    )
+    raise invalid("inputs", 'expected a string, {"text": ..., "text_pair": ...}, or a list of these')
 
 
 def _question(value: Any) -> tuple[str, str]:
@@ -277,4 +275,4 @@ def _question(value: Any) -> tuple[str, str]:
         question, context = value.get("question"), value.get("context")
         if isinstance(question, str) and isinstance(context, str) and question.strip():
             return question, context
-    raise InvalidRequest('inputs: expected {"question": a text, "context": a text}', param="inputs")
+    raise invalid("inputs", 'expected {"question": a text, "context": a text}')

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from actors.request import Alternatives
-from deploy.errors import InvalidRequest
+from deploy.errors import invalid
 from deploy.generation import Delta, TextOptions, Token, gather_all, stream_all
 from deploy.generation_plan import Asked, check_prompt, plan_requests, structured_spec, text_options
 from deploy.huggingface import HuggingFaceBody, read_parameters
@@ -83,7 +83,7 @@ async def plan_text_generation(service: Service, body: TextGenerationRequest, na
     parameters = read_parameters(body, model, TextGenerationParameters)
     _refuse(parameters, bool(body.stream))
     if not isinstance(body.inputs, str):
-        raise InvalidRequest("inputs: expected a string", param="inputs")
+        raise invalid("inputs", "expected a string")
     prompt: str = body.inputs
     if parameters.truncate is None:
         check_length(model, model.tokenizer.least_num_tokens(prompt), "inputs", "shorten it or set truncate")
@@ -162,7 +162,7 @@ def _refuse(parameters: TextGenerationParameters, is_stream: bool) -> None:
     )
     for name, is_refused, reason in refusals:
         if is_refused:
-            raise InvalidRequest(f"{name}: {reason}", param=name, code="unsupported_parameter")
+            raise invalid(name, reason, code="unsupported_parameter")
 
 
 def _completion(parameters: TextGenerationParameters) -> CompletionRequest:

@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 
-from deploy.errors import EngineError, InvalidRequest
+from deploy.errors import EngineError, InvalidRequest, invalid
 from deploy.pooling import MAX_AT_ONCE, PoolingBody, all_of, check_ids, encode
 from deploy.router_pool import GenerateRequest
 from deploy.served_model import ServedModel
@@ -34,7 +34,7 @@ async def label_log_likelihoods(
     if template.count("{}") != 1:
         raise InvalidRequest("the template of a label must have {} exactly once", param="label_template")
     if not labels or len(set(labels)) != len(labels) or not all(labels):
-        raise InvalidRequest("labels: send at least one; each with text, and each once", param="labels")
+        raise invalid("labels", "send at least one; each with text, and each once")
     if (num_runs := len(prompts) * len(labels)) > service.settings.limits.max_prompts:
         limit = service.settings.limits.max_prompts
         raise InvalidRequest(f"labels: {num_runs} texts times labels are more than this server's {limit}")

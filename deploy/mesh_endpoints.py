@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from deploy.body import read_json
-from deploy.errors import InvalidRequest, Unavailable
+from deploy.errors import InvalidRequest, Unavailable, invalid
 from deploy.service import Service
 from deploy.sse import JsonAnswer
 
@@ -63,7 +63,7 @@ def add_to(api: FastAPI, service: Service, meshes: Meshes | None) -> None:
         if not isinstance(number, int) or isinstance(number, bool):
             raise InvalidRequest('send {"shards": N} with a whole number', param="shards")
         if model is not None and not isinstance(model, str):
-            raise InvalidRequest("model: expected the name of a model", param="model")
+            raise invalid("model", "expected the name of a model")
         if meshes is None:
             raise Unavailable("this service has no mesh to scale", code="no_mesh")
         try:

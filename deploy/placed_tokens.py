@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deploy.errors import InvalidRequest
+from deploy.errors import invalid
 from model.tokenizer import Tokenizer
 
 
@@ -38,9 +38,7 @@ def place_tokens(
     try:
         encoding = tokenizer.backend.encode(text, pair, add_special_tokens=add_special_tokens)
     except (UnicodeEncodeError, TypeError):
-        raise InvalidRequest(
-            f"{param}: the text has a lone surrogate, which is not a character; remove it", param=param
-        ) from None
+        raise invalid(param, "the text has a lone surrogate, which is not a character; remove it") from None
     texts = (text, pair or "")
     names = ("ids", "tokens", "offsets", "sequence_ids", "word_ids", "special_tokens_mask")
     rows = [*zip(*(getattr(encoding, name) for name in names), strict=True)]

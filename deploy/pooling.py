@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from deploy.errors import ContextTooLong, InvalidRequest
+from deploy.errors import ContextTooLong, invalid
 from deploy.generation_plan import check_prompt
 from deploy.openai_requests import INT64_MAX, RequestBody
 from deploy.served_model import ServedModel
@@ -92,9 +92,9 @@ async def _pool(
 ) -> tuple[list[list[int]], list[list[Any]]]:
     """The prompts, and each one's rows as the body wants to see them."""
     if body.dimensions is not None:
-        raise InvalidRequest(
-            "dimensions: not supported: these models are not trained for shorter embeddings; leave it out",
-            param="dimensions",
+        raise invalid(
+            "dimensions",
+            "not supported: these models are not trained for shorter embeddings; leave it out",
             code="unsupported_parameter",
         )
     prompts = await read_inputs(service, model, body, body.input, "input")
@@ -152,7 +152,7 @@ async def read_inputs(
 
 def check_number(service: Service, num_texts: int, param: str) -> None:
     if num_texts > (most := service.settings.limits.max_prompts):
-        raise InvalidRequest(f"{param}: {num_texts} texts are more than this server's {most} per request", param=param)
+        raise invalid(param, f"{num_texts} texts are more than this server's {most} per request")
 
 
 def one_or_many(value: Any, param: str) -> Sequence[str | list[int]]:
@@ -166,20 +166,15 @@ def one_or_many(value: Any, param: str) -> Sequence[str | list[int]]:
         if all(isinstance(one, list) and all(type(token) is int for token in one) for one in value):
             return value
     if value is None:
-        raise InvalidRequest(f"{param}: this field is required", param=param, code="missing_required_parameter")
-    raise InvalidRequest(
-        f"{param}: expected a string, a list of strings, a list of token ids, or a list of lists of token ids",
-        param=param,
-    )
+        raise invalid(param, "this field is required", code="missing_required_parameter")
+    raise invalid(param, "expected a string, a list of strings, a list of token ids, or a list of lists of token ids")
 
 
 def truncated(model: ServedModel, body: PoolingBody, ids: list[int]) -> list[int]:
     """The last tokens that `truncate_prompt_tokens` leaves."""
     keep = body.truncate_prompt_tokens
     if keep == 0:
-        raise InvalidRequest(
-            "truncate_prompt_tokens: 0 leaves no text; use 1 or more, or -1", param="truncate_prompt_tokens"
-        )
+        raise invalid("truncate_prompt_tokens", "0 leaves no text; use 1 or more, or -1")
     return ids if keep is None else ids[-(model.max_model_len if keep == -1 else keep) :]
 
 
@@ -187,7 +182,7 @@ def encode(model: ServedModel, text: str, add_special_tokens: bool, param: str) 
     try:
         return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
     except ValueError as error:
-        raise InvalidRequest(f"{param}: {error}", param=param) from None
+        raise invalid(param, str(error)) from None
 
 
 def check_ids(model: ServedModel, ids: Sequence[int], param: str, remedy: str = _REMEDY) -> None:

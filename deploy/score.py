@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from deploy.errors import InvalidRequest
+from deploy.errors import InvalidRequest, invalid
 from deploy.placed_tokens import place_tokens
 from deploy.pooling import (
     EMBEDDING_KINDS,
@@ -36,9 +36,8 @@ async def score(service: Service, body: ScoreRequest, answer_id: str) -> dict[st
     model = _find(service, body.model)
     first, second = (_texts(getattr(body, name), name) for name in ("text_1", "text_2"))
     if len(first) not in (1, len(second)):
-        raise InvalidRequest(
-            f"text_1: {len(first)} texts can't be paired with {len(second)} in text_2; send one, or as many",
-            param="text_1",
+        raise invalid(
+            "text_1", f"{len(first)} texts can't be paired with {len(second)} in text_2; send one, or as many"
         )
     if model.head_kind in EMBEDDING_KINDS:
         prompts = await read_inputs(service, model, body, [*first, *second], "text_1")
@@ -73,7 +72,7 @@ def _find(service: Service, name: str | None) -> ServedModel:
 def _texts(value: Any, param: str) -> list[str]:
     texts = one_or_many(value, param)
     if not all(isinstance(text, str) for text in texts):
-        raise InvalidRequest(f"{param}: expected a string or a list of strings", param=param)
+        raise invalid(param, "expected a string or a list of strings")
     return [str(text) for text in texts]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from actors.ledger import Totals
-from deploy.errors import InvalidRequest, ModelNotFound, Unavailable
+from deploy.errors import ModelNotFound, Unavailable, invalid
 
 log = logging.getLogger("expertmesh.supervisors")
 
@@ -55,7 +55,7 @@ class Supervisors:
         """Raises ValueError for a number that can't be, InvalidRequest where it is not clear which mesh is meant."""
         if model is None and len(self._models) > 1:
             choices = ", ".join(names[0] for names in self._models.values())
-            raise InvalidRequest(f"model: there are several meshes; name the model of one: {choices}", param="model")
+            raise invalid("model", f"there are several meshes; name the model of one: {choices}")
         mesh = next(iter(self._models)) if model is None else self._mesh_of(model)
         try:
             return {"mesh": mesh, **await self._ask(mesh, "scale", num_shards)}

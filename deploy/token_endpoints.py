@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from deploy.body import read_json
 from deploy.chat_messages import read_messages, render
-from deploy.errors import InvalidRequest
+from deploy.errors import invalid
 from deploy.openai_requests import DetokenizeRequest, TokenizeRequest, parse
 from deploy.service import Service
 from deploy.sse import JsonAnswer
@@ -30,9 +30,7 @@ def add_to(api: FastAPI, service: Service) -> None:
         model = service.models.find(body.model)
         for token_id in body.tokens:
             if not 0 <= token_id < model.vocab_size:
-                raise InvalidRequest(
-                    f"tokens: {token_id} is not in the vocabulary of {model.vocab_size}", param="tokens"
-                )
+                raise invalid("tokens", f"{token_id} is not in the vocabulary of {model.vocab_size}")
         text = await service.run(lambda: model.tokenizer.decode(body.tokens), 4 * len(body.tokens))
         return JsonAnswer({"prompt": text})
 
@@ -48,7 +46,7 @@ def add_to(api: FastAPI, service: Service) -> None:
 async def _tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     model = service.models.find(body.model)
     if (body.prompt is None) == (body.messages is None):
-        raise InvalidRequest("prompt: send either prompt or messages", param="prompt")
+        raise invalid("prompt", "send either prompt or messages")
     text = body.prompt
     if body.messages is not None:
         text = await render(
