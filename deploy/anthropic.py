@@ -8,20 +8,18 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deploy.body import read_json
 from deploy.chat import ChatPlan, plan_chat
+from deploy.endpoints import Endpoints, TextEndpoint
 from deploy.errors import InvalidRequest, invalid
 from deploy.generation import Delta, gather_all, stream_all
 from deploy.openai_requests import INT64_MAX, ChatCompletionRequest, RequestBody, StreamingBody, parse
 from deploy.service import Service
 from deploy.sse import JsonAnswer, event
-from deploy.text_endpoints import TextEndpoint
-from deploy.tool_parser import CallArguments, CallStart, Content, Piece, parser_for
+from deploy.tool_parser import CallArguments, CallStart, Piece, parser_for, read_whole
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -47,18 +45,13 @@ class MessagesRequest(CountTokensRequest, StreamingBody):
     top_k: int | None = Field(default=None, ge=0, le=INT64_MAX)
 
 
-def add_to(api: FastAPI, service: Service) -> None:
-    max_bytes = service.settings.limits.max_body_bytes
-
-    @api.post("/v1/messages")
-    async def messages(request: Request) -> Response:
-        return await MESSAGES.serve(request, service)
-
-    @api.post("/v1/messages/count_tokens")
-    async def count_tokens(request: Request) -> Response:
-        body = parse(await read_json(request, max_bytes), CountTokensRequest)
-        plan = await plan_chat(service, to_chat(body), "")
+def add_to(endpoints: Endpoints) -> None:
+    async def count_tokens(_: Request, body: CountTokensRequest) -> Response:
+        plan = await plan_chat(endpoints.service, to_chat(body), "")
         return JsonAnswer({"input_tokens": len(plan.requests[0].prompt_ids)})
+
+    endpoints.add_text("/v1/messages", MESSAGES)
+    endpoints.add("/v1/messages/count_tokens", CountTokensRequest, count_tokens)
 
 
 def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
@@ -167,32 +160,22 @@ def _output_format(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 async def _answer(service: Service, plan: ChatPlan) -> dict[str, Any]:
-    (delta,) = await gather_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
-    parser = parser_for(plan.use)
-    text, calls = "", []
-    for piece in [*parser.feed(delta.text), *parser.finish()]:
-        if isinstance(piece, Content):
-            text += piece.text
-        elif isinstance(piece, CallStart):
-            calls.append({**_tool_block(piece), "input": ""})
-        else:
-            calls[piece.index]["input"] += piece.text
-    for call in calls:
+    (delta,) = await gather_all(service.pool, plan)
+    text, calls = read_whole(plan.use, delta.text)
+    blocks: list[dict[str, Any]] = [{"type": "text", "text": text}] if text or not calls else []
+    for name, arguments in calls:
         try:
-            call["input"] = json.loads(call["input"])
+            blocks.append(_tool_block(name, json.loads(arguments)))
         except ValueError:
-            call["input"] = {}  # cut off by max_tokens, as stop_reason says
-    blocks = [{"type": "text", "text": text}] if text or not calls else []
-    return {**_head(plan, delta), "content": [*blocks, *calls], **_end(delta, has_calls=bool(calls))}
+            blocks.append(_tool_block(name, {}))  # cut off by max_tokens, as stop_reason says
+    return {**_head(plan, delta), "content": blocks, **_end(delta, has_calls=bool(calls))}
 
 
 async def _stream(service: Service, plan: ChatPlan) -> AsyncGenerator[bytes]:
     blocks = _Blocks()
     parser = parser_for(plan.use)
     is_first, num_cached = True, 0
-    async with contextlib.aclosing(
-        stream_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
-    ) as deltas:
+    async with contextlib.aclosing(stream_all(service.pool, plan)) as deltas:
         async for delta in deltas:
             if is_first:
                 is_first, num_cached = False, delta.num_cached_tokens
@@ -238,7 +221,7 @@ class _Blocks:
             return [self._delta({"type": "input_json_delta", "partial_json": piece.text})]
         if isinstance(piece, CallStart):
             self.has_calls = True
-            return [*self.close(), self._begin(piece.index, {**_tool_block(piece), "input": {}})]
+            return [*self.close(), self._begin(piece.index, _tool_block(piece.name, {}))]
         begun = [] if self._open == "text" else [*self.close(), self._begin("text", {"type": "text", "text": ""})]
         return [*begun, self._delta({"type": "text_delta", "text": piece.text})]
 
@@ -261,16 +244,16 @@ def _event(kind: str, **values: Any) -> bytes:
     return event({"type": kind, **values}, kind)
 
 
-def _tool_block(call: CallStart) -> dict[str, Any]:
-    return {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex[:24]}", "name": call.name}
+def _tool_block(name: str, arguments: Any) -> dict[str, Any]:
+    return {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex[:24]}", "name": name, "input": arguments}
 
 
 def _head(plan: ChatPlan, delta: Delta) -> dict[str, Any]:
     return {
-        "id": plan.answer_id,
+        "id": plan.head["id"],
         "type": "message",
         "role": "assistant",
-        "model": plan.body.model or plan.model.names[0],
+        "model": plan.head["model"],
         "stop_reason": None,
         "stop_sequence": None,
         "usage": _usage(plan, delta.num_tokens, delta.num_cached_tokens),

@@ -10,6 +10,7 @@ from typing import Any
 
 from actors.request import Alternatives, Chunk
 from deploy.router_pool import GenerateRequest, RouterPool
+from deploy.served_model import ServedModel
 from deploy.stop_strings import StopMatch, StopStrings
 from model.tokenizer import Tokenizer
 
@@ -27,6 +28,15 @@ class TextOptions:
     stop_token_ids: frozenset[int] = frozenset()
     eos_token_ids: frozenset[int] = frozenset()
     hides_output: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextPlan:
+    """A validated request, ready to run: the sequences to generate and how to show them."""
+
+    model: ServedModel
+    requests: list[GenerateRequest]
+    options: TextOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +139,10 @@ class TextStream:
         return chunk.stop_reason if chunk.stop_reason in self._options.stop_token_ids else None
 
 
-async def stream_sequence(
-    pool: RouterPool, request: GenerateRequest, tokenizer: Tokenizer, options: TextOptions, index: int
-) -> AsyncGenerator[Delta]:
+async def stream_sequence(pool: RouterPool, plan: TextPlan, index: int) -> AsyncGenerator[Delta]:
     """The deltas of one sequence. A stop string, or closing the iterator, aborts the request at the router."""
-    stream = TextStream(tokenizer, options)
+    request = plan.requests[index]
+    stream = TextStream(plan.model.tokenizer, plan.options)
     watch = pool.metrics.watch(len(request.prompt_ids), request.model, request.sampling)
     ended = "error"
     try:
@@ -153,12 +162,10 @@ async def stream_sequence(
         watch.end(ended)
 
 
-async def stream_all(
-    pool: RouterPool, requests: Sequence[GenerateRequest], tokenizer: Tokenizer, options: TextOptions
-) -> AsyncGenerator[Delta]:
+async def stream_all(pool: RouterPool, plan: TextPlan) -> AsyncGenerator[Delta]:
     """The deltas of several sequences as they come; `index` says whose. The first error ends them all."""
-    if len(requests) == 1:
-        async with contextlib.aclosing(stream_sequence(pool, requests[0], tokenizer, options, 0)) as deltas:
+    if len(plan.requests) == 1:
+        async with contextlib.aclosing(stream_sequence(pool, plan, 0)) as deltas:
             async for delta in deltas:
                 yield delta
         return
@@ -166,16 +173,15 @@ async def stream_all(
     seats = asyncio.Semaphore(SEQUENCES_AT_ONCE)
 
     async def drain(index: int) -> None:
-        sequence = stream_sequence(pool, requests[index], tokenizer, options, index)
         try:
-            async with seats, contextlib.aclosing(sequence) as deltas:
+            async with seats, contextlib.aclosing(stream_sequence(pool, plan, index)) as deltas:
                 async for delta in deltas:
                     queue.put_nowait(delta)
             queue.put_nowait(None)
         except Exception as error:
             queue.put_nowait(error)
 
-    tasks = [asyncio.create_task(drain(index)) for index in range(len(requests))]
+    tasks = [asyncio.create_task(drain(index)) for index in range(len(plan.requests))]
     try:
         num_open = len(tasks)
         while num_open:
@@ -192,12 +198,10 @@ async def stream_all(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def gather_all(
-    pool: RouterPool, requests: Sequence[GenerateRequest], tokenizer: Tokenizer, options: TextOptions
-) -> list[Delta]:
+async def gather_all(pool: RouterPool, plan: TextPlan) -> list[Delta]:
     """All sequences, finished: one delta each with everything."""
-    found: list[list[Delta]] = [[] for _ in requests]
-    async with contextlib.aclosing(stream_all(pool, requests, tokenizer, options)) as deltas:
+    found: list[list[Delta]] = [[] for _ in plan.requests]
+    async with contextlib.aclosing(stream_all(pool, plan)) as deltas:
         async for delta in deltas:
             found[delta.index].append(delta)
     return [_joined(deltas) for deltas in found]

@@ -47,6 +47,8 @@ def plan_requests(
     n = body.n or 1
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "only with stream; set stream to true")
+    if body.stream and body.prompt_logprobs is not None:
+        raise invalid("prompt_logprobs", "not available with stream; set stream to false")
     if n > limits.max_n:
         raise invalid("n", f"{n} is more than this server's {limits.max_n} choices per prompt")
     if n * len(prompts) > limits.max_prompts:

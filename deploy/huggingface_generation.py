@@ -15,18 +15,16 @@ from typing import Any, Literal
 from pydantic import Field
 
 from actors.request import Alternatives
+from deploy.endpoints import TextEndpoint
 from deploy.errors import invalid
-from deploy.generation import Delta, TextOptions, Token, gather_all, stream_all
+from deploy.generation import Delta, TextPlan, Token, gather_all, stream_all
 from deploy.generation_plan import Asked, check_prompt, plan_requests, structured_spec, text_options
 from deploy.huggingface import HuggingFaceBody, read_parameters
+from deploy.logprobs import LOWEST, most_likely
 from deploy.openai_requests import INT64_MAX, CompletionRequest, RequestBody, StreamingBody, StructuredOutputs, parse
 from deploy.pooling import check_length, encode
-from deploy.router_pool import GenerateRequest
-from deploy.served_model import ServedModel
 from deploy.service import Service
 from deploy.sse import event
-
-LOWEST = -9999.0  # stands for minus infinity, which JSON hasn't got
 
 
 class Grammar(RequestBody):
@@ -69,17 +67,14 @@ class TextGenerationRequest(HuggingFaceBody, StreamingBody):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextGenerationPlan:
+class TextGenerationPlan(TextPlan):
     parameters: TextGenerationParameters
-    model: ServedModel
     prompt: str
-    requests: list[GenerateRequest]
-    options: TextOptions
 
 
-async def plan_text_generation(service: Service, body: TextGenerationRequest, name: str | None) -> TextGenerationPlan:
+async def plan_text_generation(service: Service, body: TextGenerationRequest, _: str) -> TextGenerationPlan:
     """Tokenizes and checks everything. Raises ApiError."""
-    model = service.models.find_generator(name or body.model)
+    model = service.models.find_generator(body.model)
     parameters = read_parameters(body, model, TextGenerationParameters)
     _refuse(parameters, bool(body.stream))
     if not isinstance(body.inputs, str):
@@ -111,7 +106,7 @@ async def plan_text_generation(service: Service, body: TextGenerationRequest, na
 
 async def generate_text(service: Service, plan: TextGenerationPlan) -> list[dict[str, Any]]:
     """The whole answer; of `best_of` sequences the one with the highest mean log-probability."""
-    deltas = await gather_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
+    deltas = await gather_all(service.pool, plan)
     deltas.sort(key=lambda delta: -math.fsum(_logprob(token) for token in delta.tokens) / max(1, len(delta.tokens)))
     best, *others = [_sequence(plan, delta) for delta in deltas]
     answer: dict[str, Any] = {"generated_text": best.pop("generated_text")}
@@ -123,9 +118,7 @@ async def generate_text(service: Service, plan: TextGenerationPlan) -> list[dict
 async def stream_text(service: Service, plan: TextGenerationPlan) -> AsyncGenerator[bytes]:
     """One event a token; the last one has the whole text and the details."""
     text, index, waiting = "", 0, list[Token]()
-    async with contextlib.aclosing(
-        stream_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
-    ) as deltas:
+    async with contextlib.aclosing(stream_all(service.pool, plan)) as deltas:
         async for delta in deltas:
             text += delta.text
             waiting += delta.tokens
@@ -148,6 +141,15 @@ async def stream_text(service: Service, plan: TextGenerationPlan) -> AsyncGenera
                     shown["details"] = {**_summary(plan, delta), "input_length": len(plan.requests[0].prompt_ids)}
                 yield event(shown)
             del waiting[: max(0, num_ready)]
+
+
+GENERATION: TextEndpoint[TextGenerationRequest, TextGenerationPlan] = TextEndpoint(
+    body=TextGenerationRequest,
+    plan=plan_text_generation,
+    answer=generate_text,
+    stream=stream_text,
+    end_with_error=lambda error: event(error.huggingface_body()),
+)
 
 
 def _refuse(parameters: TextGenerationParameters, is_stream: bool) -> None:
@@ -242,6 +244,5 @@ def _logprob(token: Token) -> float:
 def _top_tokens(plan: TextGenerationPlan, alternatives: Alternatives | None) -> list[dict[str, Any]]:
     """The most likely tokens, each once: the chosen one is first in the list and may be among them."""
     most = plan.parameters.top_n_tokens or 0
-    unique = {one[0]: one for one in alternatives or () if one[2] <= most}
-    ranked = sorted(unique.values(), key=lambda one: one[2])
+    ranked = most_likely(alternatives or [], most)
     return [_token(plan, one[0], plan.model.tokenizer.token_text(one[0]), one[1]) for one in ranked]

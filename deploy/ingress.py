@@ -23,27 +23,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.logs import REQUEST_ID
-from deploy import (
-    anthropic,
-    head_endpoints,
-    mesh_endpoints,
-    monitoring,
-    operations,
-    text_endpoints,
-    token_endpoints,
-    transformers_chat,
-)
-from deploy.api_schema import describe_bodies
+from deploy import anthropic, head_endpoints, mesh_endpoints, monitoring, operations, token_endpoints
 from deploy.auth import ApiKeys, all_keys
+from deploy.chat import CHAT
+from deploy.completions import COMPLETIONS
+from deploy.endpoints import Endpoints
 from deploy.errors import ApiError, HttpError
 from deploy.key_limits import KeyLimits
-from deploy.openai_requests import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    RequestBody,
-    TokenizeRequest,
-)
 from deploy.ray_metrics import RayMetrics
 from deploy.router_pool import RouterPool
 from deploy.served_model import ModelList, ServedModel
@@ -55,15 +41,6 @@ from deploy.tracing import CURRENT, RequestNote, Tracing, exporter_to
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("expertmesh.access")
-_BODIES: dict[str, type[RequestBody]] = {
-    "/v1/completions": CompletionRequest,
-    "/v1/chat/completions": ChatCompletionRequest,
-    "/v1/messages": anthropic.MessagesRequest,
-    "/v1/messages/count_tokens": anthropic.CountTokensRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-    "/load_model": transformers_chat.LoadModelRequest,
-}
 _FREE_PATHS = frozenset({"/ping", "/tokenize", "/detokenize", "/reset_prefix_cache", "/mesh/scale", "/load_model"})
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
@@ -113,15 +90,15 @@ def create_api(
             allow_methods=["*"],
             allow_headers=["*"],
         )
-    text_endpoints.add_to(api, service)
-    token_endpoints.add_to(api, service)
-    anthropic.add_to(api, service)
-    head_endpoints.add_to(api, service)
-    transformers_chat.add_to(api, service)
-    operations.add_to(api, service)
+    endpoints = Endpoints(api, service)
+    endpoints.add_text("/v1/completions", COMPLETIONS)
+    endpoints.add_text("/v1/chat/completions", CHAT, "chat_completions")
+    token_endpoints.add_to(endpoints)
+    anthropic.add_to(endpoints)
+    head_endpoints.add_to(endpoints)
+    operations.add_to(endpoints)
     mesh_endpoints.add_to(api, service, supervisors)
     monitoring.add_to(api, service, supervisors, sharing)
-    describe_bodies(api, _BODIES | head_endpoints.BODIES)
     return api
 
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastapi import FastAPI
+from starlette.requests import Request
 from starlette.responses import Response
 
+from deploy.endpoints import Endpoints
 from deploy.errors import Unavailable
+from deploy.openai_requests import RequestBody
 from deploy.served_model import ServedModel
-from deploy.service import Service
 from deploy.settings import SECRETS
-from deploy.sse import JsonAnswer
+from deploy.sse import JsonAnswer, event
 
 
-def add_to(api: FastAPI, service: Service) -> None:
+class LoadModelRequest(RequestBody):
+    model: str | None = None
+
+
+def add_to(endpoints: Endpoints) -> None:
+    api, service = endpoints.api, endpoints.service
+
     def refuse_without_routers(models: Sequence[ServedModel]) -> None:
         missing = [model.names[0] for model in models if not service.pool.serves(model.names[0])]
         if missing:
@@ -56,6 +63,14 @@ def add_to(api: FastAPI, service: Service) -> None:
     @api.get("/v1/models/{name:path}")
     async def show_model(name: str) -> Response:
         return JsonAnswer(service.models.find(name).card(name))
+
+    async def load_model(_: Request, body: LoadModelRequest) -> Response:
+        """As `transformers serve` answers when the model is in memory already, which ours always is."""
+        model = service.models.find_generator(body.model)
+        status = {"status": "ready", "model": body.model or model.names[0], "cached": True}
+        return Response(event(status), media_type="text/event-stream")
+
+    endpoints.add("/load_model", LoadModelRequest, load_model)  # `transformers chat` calls it before it chats
 
     @api.get("/server_info")
     async def server_info() -> Response:

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deploy.body import read_json
 from deploy.chat_messages import read_messages, render
+from deploy.endpoints import Endpoints
 from deploy.errors import invalid
-from deploy.openai_requests import DetokenizeRequest, TokenizeRequest, parse
+from deploy.openai_requests import DetokenizeRequest, TokenizeRequest
 from deploy.service import Service
 from deploy.sse import JsonAnswer
 from deploy.tools import read_tool_use
 
 
-def add_to(api: FastAPI, service: Service) -> None:
-    max_bytes = service.settings.limits.max_body_bytes
+def add_to(endpoints: Endpoints) -> None:
+    service = endpoints.service
 
-    @api.post("/tokenize")
-    async def tokenize(request: Request) -> Response:
-        return JsonAnswer(await _tokenize(service, parse(await read_json(request, max_bytes), TokenizeRequest)))
+    async def tokenize(_: Request, body: TokenizeRequest) -> Response:
+        return JsonAnswer(await _tokenize(service, body))
 
-    @api.post("/detokenize")
-    async def detokenize(request: Request) -> Response:
-        body = parse(await read_json(request, max_bytes), DetokenizeRequest)
+    async def detokenize(_: Request, body: DetokenizeRequest) -> Response:
         model = service.models.find(body.model)
         for token_id in body.tokens:
             if not 0 <= token_id < model.vocab_size:
@@ -34,7 +30,10 @@ def add_to(api: FastAPI, service: Service) -> None:
         text = await service.run(lambda: model.tokenizer.decode(body.tokens), 4 * len(body.tokens))
         return JsonAnswer({"prompt": text})
 
-    @api.get("/tokenizer_info")
+    endpoints.add("/tokenize", TokenizeRequest, tokenize)
+    endpoints.add("/detokenize", DetokenizeRequest, detokenize)
+
+    @endpoints.api.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
         tokenizer = service.models.models[0].tokenizer
         info = dict(tokenizer.config)

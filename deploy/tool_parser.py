@@ -51,6 +51,21 @@ def parser_for(use: ToolUse) -> Parser:
     return HermesCalls(is_parallel=use.is_parallel) if use.mode == "auto" else PlainText()
 
 
+def read_whole(use: ToolUse, text: str) -> tuple[str, list[tuple[str, str]]]:
+    """The content of a finished text, and its calls: names and arguments."""
+    parser = parser_for(use)
+    content, calls = "", list[tuple[str, str]]()
+    for piece in [*parser.feed(text), *parser.finish()]:
+        if isinstance(piece, Content):
+            content += piece.text
+        elif isinstance(piece, CallStart):
+            calls.append((piece.name, ""))
+        else:
+            name, arguments = calls[piece.index]
+            calls[piece.index] = (name, arguments + piece.text)
+    return content, calls
+
+
 class PlainText:
     """No tools: all is content."""
 
