@@ -6,18 +6,21 @@ import asyncio
 import base64
 import math
 import struct
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
 from deploy.errors import ContextTooLong, invalid
 from deploy.generation_plan import check_prompt
 from deploy.openai_requests import INT64_MAX, RequestBody
+from deploy.router_pool import PoolRequest
 from deploy.served_model import ServedModel
 from deploy.service import Service
 
 MAX_AT_ONCE = 64  # texts of one request that are with the routers at a time
+T = TypeVar("T")
+R = TypeVar("R")
 Rows = list[list[float]]
 EMBEDDING_KINDS = ("causal_lm", "base")
 Activation = Literal["softmax", "sigmoid", "none"]
@@ -211,11 +214,10 @@ async def run_head(
     """The rows of the model's head for each prompt; `head` "" gives hidden states. Each prompt is a request of its own,
     so a text's values don't depend on its neighbours. The first error ends them all."""
     deadline, body = service.deadline(), body or PoolingBody()
-    places = asyncio.Semaphore(MAX_AT_ONCE)
 
     async def run_one(prompt_ids: list[int]) -> Rows:
-        async with places:
-            return await service.pool.pool(
+        return await service.pool.pool(
+            PoolRequest(
                 model=model.names[0],
                 head=model.names[0] if head is None else head,
                 tokens=tokens,
@@ -224,13 +226,20 @@ async def run_head(
                 priority=body.priority,
                 cache_salt=body.cache_salt,
             )
+        )
 
-    return await all_of([run_one(prompt_ids) for prompt_ids in prompts])
+    return await side_by_side(run_one, prompts)
 
 
-async def all_of(work: Sequence[Any]) -> list[Any]:
-    """Results of coroutines that run side by side. The first error cancels the others and is raised as it is."""
-    tasks = [asyncio.ensure_future(one) for one in work]
+async def side_by_side(work: Callable[[T], Awaitable[R]], items: Iterable[T]) -> list[R]:
+    """The work's result for each, MAX_AT_ONCE at a time. The first error cancels the others and is raised as it is."""
+    places = asyncio.Semaphore(MAX_AT_ONCE)
+
+    async def run(item: T) -> R:
+        async with places:
+            return await work(item)
+
+    tasks = [asyncio.create_task(run(item)) for item in items]
     try:
         return await asyncio.gather(*tasks)
     finally:
