@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
@@ -102,36 +103,28 @@ def create_api(
     return api
 
 
+@dataclass(frozen=True, slots=True)
 class Front:
     """Every request passes here: an id, a key, a line in the log, and no exception gets past."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        service: Service,
-        keys: ApiKeys,
-        limits: KeyLimits,
-        sharing: monitoring.Sharing,
-        tracing: Tracing | None,
-    ) -> None:
-        self._app = app
-        self._service = service
-        self._keys = keys
-        self._limits = limits
-        self._sharing = sharing
-        self._tracing = tracing
+    app: ASGIApp
+    service: Service
+    keys: ApiKeys
+    limits: KeyLimits
+    sharing: monitoring.Sharing
+    tracing: Tracing | None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
-        await self._service.pool.start()
+        await self.service.pool.start()
         path, headers, began = scope["path"], Headers(scope=scope), time.monotonic()
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         is_work = scope["method"] == "POST" and path not in _FREE_PATHS
-        note = self._tracing.begin(path, headers, request_id) if self._tracing and is_work else RequestNote()
+        note = self.tracing.begin(path, headers, request_id) if self.tracing and is_work else RequestNote()
         REQUEST_ID.set(request_id)
         CURRENT.set(note)
         status, code = 0, None  # 0: no answer has begun
@@ -148,16 +141,16 @@ class Front:
 
         scope.setdefault("state", {})["request_id"] = request_id
         try:
-            client = self._keys.check(path, headers)
+            client = self.keys.check(path, headers)
             async with self._admission(is_work, client, request_id):
-                await self._app(scope, receive, send_with_id)
+                await self.app(scope, receive, send_with_id)
         except Exception as error:
             if not isinstance(error, ApiError):
                 logger.exception("the request failed")
                 error = ApiError(f"The server failed on this request; its id in the logs is {request_id}.")
             code = error.code
             if error.status in (401, 429, 503):
-                self._service.pool.metrics.rejected.labels(code or "other").inc()
+                self.service.pool.metrics.rejected.labels(code or "other").inc()
             if status:
                 raise error from None
             await error_answer(error, path)(scope, receive, send_with_id)
@@ -172,12 +165,12 @@ class Front:
         if not is_work:
             yield
             return
-        with self._service.admitted():
+        with self.service.admitted():
             try:
-                async with self._limits.admitted(client, request_id):
+                async with self.limits.admitted(client, request_id):
                     yield
             finally:
-                self._sharing.soon()
+                self.sharing.soon()
 
 
 def _log_access(scope: Scope, status: int, seconds: float, note: RequestNote) -> None:

@@ -64,7 +64,7 @@ class Supervisors:
         except Exception as error:
             raise _away(error) from None
 
-    # ---- SharedLedger: counts over all ingresses and all meshes ----------------------------------------
+    # ---- actors.ledger.Ledger in the first mesh's supervisor: counts over all ingresses and all meshes ----
 
     async def share(self, ingress_id: str, totals: Totals) -> Totals:
         return dict(await self._ask(next(iter(self._models)), "share", ingress_id, totals))
