@@ -10,10 +10,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from deploy.cli_options import fail
+from deploy.http_client import CallError
+from deploy.launch import StartError, running, wait_for_interrupt
+
+
+class Commands(TyperGroup):
+    """What a person, a file or the service got wrong ends a command with one red line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, CallError, StartError) as error:
+            fail(str(error))
+
 
 cli = typer.Typer(
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     help="Serve Qwen2-MoE models: routers run attention, shards hold experts, and a dead part costs a pause.",
@@ -78,10 +93,7 @@ def serve(
         for name, value in context.params.items()
         if name not in ("config", "print_config") and value not in ([], ())  # what may be repeated and is not there
     }
-    try:
-        loaded = load(file=config, environ=os.environ, flags=flags)
-    except ValueError as error:
-        fail(str(error))
+    loaded = load(file=config, environ=os.environ, flags=flags)
     if print_config:
         for name, value, source in loaded.explain():
             typer.echo(f"{name:32} {value!r:28} {source}")
@@ -91,21 +103,15 @@ def serve(
 
 def _serve(settings: Any) -> None:
     from deploy.auth import all_keys
-    from deploy.launch import StartError, running, wait_for_interrupt
     from deploy.service_record import recorded
 
-    try:
-        keys = all_keys(settings.server.api_keys, settings.server.api_key_file)
-    except ValueError as error:
-        fail(str(error))
+    keys = all_keys(settings.server.api_keys, settings.server.api_key_file)
     say = _speaker(settings.server.log_format)
     try:
         with running(settings, say) as service, recorded(service.url, settings.server.port):
             _greet(service, say, keys[0] if keys else None, settings.server.log_format == "text")
             wait_for_interrupt()
             say("stopping")
-    except (ValueError, StartError) as error:
-        fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted before the service was up")
 

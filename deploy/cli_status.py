@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,14 +10,14 @@ from typing import Annotated, Any
 
 import typer
 from prometheus_client.parser import text_string_to_metric_families
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from deploy.cli_options import LOCAL_URL, ApiKey, MeshModel, Url, fail, mesh_path
-from deploy.http_client import CallError, Client
+from deploy.cli_options import LOCAL_URL, ApiKey, MeshModel, Url, mesh_path
+from deploy.http_client import Client
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 PREFIX = "expertmesh_"
@@ -41,13 +42,11 @@ def status(
 ) -> None:
     """Live view: tokens/s, TTFT, ITL, KV use, shards, and where the experts' tokens go. Ctrl-C ends it."""
     client = Client(url=url, api_key=api_key, timeout_s=10.0)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         before = look(client, model)
         time.sleep(min(interval, 0.5))
         now = look(client, model)
         if once:
-            from rich.console import Console
-
             Console().print(view(before, now))
             return
         with Live(view(before, now), refresh_per_second=4, screen=True) as live:
@@ -55,10 +54,6 @@ def status(
                 time.sleep(interval)
                 before, now = now, look(client, model)
                 live.update(view(before, now))
-    except CallError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        return
 
 
 def look(client: Client, model: str | None) -> Snapshot:
