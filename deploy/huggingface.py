@@ -35,54 +35,47 @@ class HuggingFaceBody(RequestBody):
 
 class TextClassificationParameters(RequestBody):
     top_k: int | None = Field(default=None, ge=1)
-    function_to_apply: Literal["default", "sigmoid", "softmax", "none"] | None = None
+    function_to_apply: Literal["default", "sigmoid", "softmax", "none"] = "default"
 
 
 class TokenClassificationParameters(RequestBody):
     """`stride`: a text too long for the model is read in windows that share so many tokens."""
 
-    aggregation_strategy: aggregation.Strategy | None = None
-    ignore_labels: list[str] | None = None
+    aggregation_strategy: aggregation.Strategy = "simple"
+    ignore_labels: list[str] = Field(default=["O"])
     stride: int | None = Field(default=None, ge=0)
 
 
-class QuestionAnsweringParameters(RequestBody):
-    """The defaults of transformers' pipeline. `doc_stride` is how many context tokens two windows share."""
+class QuestionAnsweringParameters(spans.SpanOptions):
+    """`doc_stride` is how many context tokens two windows share."""
 
-    top_k: int | None = Field(default=None, ge=1, le=1000)
     doc_stride: int | None = Field(default=None, ge=0)
-    max_answer_len: int | None = Field(default=None, ge=1)
-    max_seq_len: int | None = Field(default=None, ge=1)
-    max_question_len: int | None = Field(default=None, ge=1)
-    handle_impossible_answer: bool | None = None
-    align_to_words: bool | None = None
+    max_seq_len: int = Field(default=384, ge=1)
+    max_question_len: int = Field(default=64, ge=1)
 
 
 class ZeroShotParameters(RequestBody):
     candidate_labels: list[str] = Field(min_length=1, max_length=1000)
     hypothesis_template: str | None = Field(default=None, max_length=10_000)
-    multi_label: bool | None = None
+    multi_label: bool = False
 
 
 async def text_classification(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
     """One list of {"label", "score"} for each text, the best first."""
     model = service.models.find_for(("sequence_classification",), name, "text classification")
     parameters = read_parameters(body, model, TextClassificationParameters)
-    function = parameters.function_to_apply
-    if function in (None, "default"):
-        function = activation_of(model)
+    function = activation_of(model) if parameters.function_to_apply == "default" else parameters.function_to_apply
     prompts = await _read(service, [_text_or_pair(one) for one in _inputs(body)], model)
     batch = await run_head(service, model, [_ids(tokens) for tokens in prompts])
     labels = [model.id2label[i] for i in sorted(model.id2label)]
-    return [_best_first(labels, activate(rows[0], function or "none"))[: parameters.top_k] for rows in batch]
+    return [_best_first(labels, activate(rows[0], function))[: parameters.top_k] for rows in batch]
 
 
 async def token_classification(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
     """The entities of each text. As the Hub's API and unlike the pipeline, neighbours are grouped by default."""
     model = service.models.find_for(("token_classification",), name, "token classification")
     parameters = read_parameters(body, model, TokenClassificationParameters)
-    strategy, stride = parameters.aggregation_strategy or "simple", parameters.stride
-    ignored = parameters.ignore_labels if parameters.ignore_labels is not None else ["O"]
+    strategy, stride = parameters.aggregation_strategy, parameters.stride
     if stride is not None and strategy == "none":
         raise invalid("stride", "it needs an aggregation_strategy other than none")
     texts = _texts(body)
@@ -95,7 +88,8 @@ async def token_classification(service: Service, body: HuggingFaceBody, name: st
 
     def aggregate(text: str, windows: Sequence[Window]) -> list[dict[str, Any]]:
         found = [
-            aggregation.entities(text, tokens, rows, model.id2label, strategy, ignored) for tokens, rows in windows
+            aggregation.entities(text, tokens, rows, model.id2label, strategy, parameters.ignore_labels)
+            for tokens, rows in windows
         ]
         if strategy == "none":
             return found[0]
@@ -115,17 +109,12 @@ async def question_answering(service: Service, body: HuggingFaceBody, name: str 
     pairs = [_question(one) for one in _inputs(body)]
     prompts = await _read(service, [*pairs], model, check=False)
     batch = await _run_parts(service, model, [_question_parts(service, model, parameters, one) for one in prompts])
-    options = spans.SpanOptions(
-        top_k=parameters.top_k or 1,
-        max_answer_len=parameters.max_answer_len or 15,
-        align_to_words=parameters.align_to_words is not False,
-        handle_impossible_answer=bool(parameters.handle_impossible_answer),
-    )
-    found = await service.run(
-        lambda: [spans.answers(context, windows, options) for (_, context), windows in zip(pairs, batch, strict=True)],
-        sum(len(context) for _, context in pairs),
-    )
-    return _one_or_many(body, [one if options.top_k > 1 else one[0] for one in found])
+
+    def find() -> list[list[dict[str, Any]]]:
+        return [spans.answers(context, windows, parameters) for (_, context), windows in zip(pairs, batch, strict=True)]
+
+    found = await service.run(find, sum(len(context) for _, context in pairs))
+    return _one_or_many(body, [one if parameters.top_k > 1 else one[0] for one in found])
 
 
 async def zero_shot_classification(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
@@ -156,10 +145,10 @@ def _question_parts(
     if first == len(tokens):
         raise invalid("inputs.context", "there is no text to find an answer in")
     question = [i for i, token in enumerate(tokens[:first]) if token.text_idx == 0]
-    cut = set(question[parameters.max_question_len or 64 :])  # its end goes, as a tokenizer's truncation takes it
+    cut = set(question[parameters.max_question_len :])  # its end goes, as a tokenizer's truncation takes it
     tokens = [token for i, token in enumerate(tokens) if i not in cut]
     first, last = split(tokens, 1)
-    max_seq_len = min(parameters.max_seq_len or 384, _window_size(model))
+    max_seq_len = min(parameters.max_seq_len, _window_size(model))
     size = max_seq_len - (len(tokens) - (last - first))
     if last - first <= size:
         return [tokens]
@@ -237,8 +226,9 @@ def _ids(tokens: list[PlacedToken]) -> list[int]:
 
 def read_parameters(body: HuggingFaceBody, model: ServedModel, kind: type[Parameters]) -> Parameters:
     """The parameters that are given, where None is as if left out, over the checkpoint's own defaults."""
-    given = {name: value for name, value in (body.parameters or {}).items() if value is not None}
-    return parse({**(model.task_parameters if model.head_kind != "causal_lm" else {}), **given}, kind)
+    defaults = model.task_parameters if model.head_kind != "causal_lm" else {}
+    given = [*defaults.items(), *(body.parameters or {}).items()]
+    return parse({name: value for name, value in given if value is not None}, kind)
 
 
 def _inputs(body: HuggingFaceBody) -> list[Any]:

@@ -8,21 +8,23 @@ in one window are one answer, with their scores added; of an answer found in sev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from deploy.openai_requests import RequestBody
 from deploy.placed_tokens import PlacedToken, split, trim
 
 Vector = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpanOptions:
-    top_k: int = 1
-    max_answer_len: int = 15
+class SpanOptions(RequestBody):
+    """The defaults of transformers' pipeline."""
+
+    top_k: int = Field(default=1, ge=1, le=1000)
+    max_answer_len: int = Field(default=15, ge=1)
     align_to_words: bool = True
     handle_impossible_answer: bool = False
 
