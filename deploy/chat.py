@@ -17,7 +17,6 @@ from deploy.generation_plan import (
     check_prompt,
     plan_requests,
     structured_spec,
-    text_options,
     truncate_prompt,
 )
 from deploy.logprobs import chat_logprobs, prompt_logprobs
@@ -74,7 +73,6 @@ async def plan_chat(service: Service, body: ChatCompletionRequest, answer_id: st
         body=body,
         model=model,
         requests=plan_requests(body, model, [prompt_ids], asked, service.settings.limits, service.deadline()),
-        options=text_options(body, model),
         use=use,
         echo=messages[-1]["content"] if body.echo and messages[-1]["role"] == "assistant" else "",
         head=answer_head(service, body, model, answer_id, "chat.completion"),

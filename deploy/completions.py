@@ -14,7 +14,6 @@ from deploy.generation_plan import (
     check_prompt,
     plan_requests,
     structured_spec,
-    text_options,
     truncate_prompt,
 )
 from deploy.logprobs import completion_logprobs, prompt_logprobs, prompt_tokens
@@ -53,7 +52,6 @@ async def plan_completion(service: Service, body: CompletionRequest, answer_id: 
         body=body,
         model=model,
         requests=plan_requests(body, model, prompts, asked, service.settings.limits, service.deadline()),
-        options=replace(text_options(body, model), hides_output=body.max_tokens == 0),
         texts=texts,
         head=answer_head(service, body, model, answer_id, "text_completion"),
     )

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deploy.errors import ContextTooLong, InvalidRequest, invalid
-from deploy.generation import TextOptions
 from deploy.openai_requests import GenerationBody
 from deploy.router_pool import GenerateRequest, new_id
 from deploy.served_model import ServedModel
@@ -84,17 +83,6 @@ def plan_requests(
             sampling = {**first.sampling, "seed": (seed + i) & SEED_MASK}
             requests.append(replace(first, sampling=sampling, first_id=first.request_id, request_id=new_id()))
     return requests
-
-
-def text_options(body: GenerationBody, model: ServedModel) -> TextOptions:
-    return TextOptions(
-        stops=body.stops,
-        include_stop=body.include_stop_str_in_output,
-        min_tokens=body.min_tokens or 0,
-        skip_special_tokens=body.skip_special_tokens,
-        stop_token_ids=frozenset(body.stop_token_ids or ()),
-        eos_token_ids=frozenset(model.eos_token_ids),
-    )
 
 
 def truncate_prompt(

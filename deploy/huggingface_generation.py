@@ -18,7 +18,7 @@ from actors.request import Alternatives
 from deploy.endpoints import TextEndpoint
 from deploy.errors import invalid
 from deploy.generation import Delta, TextPlan, Token, gather_all, stream_all
-from deploy.generation_plan import Asked, check_prompt, plan_requests, structured_spec, text_options
+from deploy.generation_plan import Asked, check_prompt, plan_requests, structured_spec
 from deploy.huggingface import HuggingFaceBody, read_parameters
 from deploy.logprobs import LOWEST, most_likely
 from deploy.openai_requests import INT64_MAX, CompletionRequest, RequestBody, StreamingBody, StructuredOutputs, parse
@@ -100,7 +100,7 @@ async def plan_text_generation(service: Service, body: TextGenerationRequest, _:
         model=model,
         prompt=prompt,
         requests=plan_requests(completion, model, [ids], asked, service.settings.limits, service.deadline()),
-        options=text_options(completion, model),
+        body=completion,
     )
 
 
@@ -124,7 +124,7 @@ async def stream_text(service: Service, plan: TextGenerationPlan) -> AsyncGenera
             waiting += delta.tokens
             is_last = delta.finish_reason is not None
             # A stop sequence may end the text without a further token: then the last token is still to be shown.
-            num_ready = len(waiting) - (1 if plan.options.stops and not is_last else 0)
+            num_ready = len(waiting) - (1 if plan.body.stops and not is_last else 0)
             for i in range(num_ready):
                 token, end = waiting[i], waiting[i + 1].text_offset if i + 1 < len(waiting) else len(text)
                 index += 1
