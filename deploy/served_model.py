@@ -9,13 +9,38 @@ from pathlib import Path
 from typing import Any
 
 from deploy.errors import InvalidRequest, ModelNotFound
-from deploy.tasks import TASKS, Task
 from model.config import ModelConfig
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 
 # What vLLM takes from generation_config.json.
 _SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+
+
+_EMBEDDING_PATHS = ("/v1/embeddings", "/pooling", "/score")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a kind of head is for. `name` is the Hub's; `endpoints` are the paths to POST to, the plainest first."""
+
+    name: str
+    endpoints: tuple[str, ...]
+
+
+TASKS: Mapping[str, Task] = {
+    "causal_lm": Task(
+        "text-generation",
+        (
+            *("/v1/chat/completions", "/v1/completions", "/v1/messages"),
+            *("/hf/text-generation", "/hf/zero-shot-classification", *_EMBEDDING_PATHS),
+        ),
+    ),
+    "sequence_classification": Task("text-classification", ("/classify", "/pooling", "/hf/text-classification")),
+    "token_classification": Task("token-classification", ("/hf/token-classification", "/pooling")),
+    "question_answering": Task("question-answering", ("/hf/question-answering",)),
+    "base": Task("feature-extraction", _EMBEDDING_PATHS),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
