@@ -17,7 +17,7 @@ from deploy.errors import ContextTooLong, invalid
 from deploy.label_likelihood import label_log_likelihoods
 from deploy.openai_requests import RequestBody, parse
 from deploy.placed_tokens import PlacedToken, place_tokens, split, window_starts
-from deploy.pooling import Rows, activate, activation_of, check_ids, check_length, check_number, encode, run_head
+from deploy.pooling import Rows, activate, activation_of, check_ids, check_length, check_number, run_head
 from deploy.served_model import ServedModel
 from deploy.service import Service
 
@@ -127,7 +127,7 @@ async def zero_shot_classification(service: Service, body: HuggingFaceBody, name
     template = "\n" + (parameters.hypothesis_template or "This example is {}.")
     prompts = [_ids(tokens) for tokens in await _read(service, [(text, None) for text in _texts(body)], model)]
     if parameters.multi_label:  # a line break is the shortest text that every tokenizer has tokens for
-        prompts.append(encode(model, "\n", True, "inputs"))
+        prompts.append(model.tokenizer.encode("\n"))
     rows = await label_log_likelihoods(service, model, prompts, labels, template)
     if parameters.multi_label:
         *rows, prior = rows

@@ -22,7 +22,7 @@ from deploy.generation_plan import Asked, check_prompt, plan_requests, structure
 from deploy.huggingface import HuggingFaceBody, read_parameters
 from deploy.logprobs import LOWEST, most_likely
 from deploy.openai_requests import INT64_MAX, CompletionRequest, RequestBody, StreamingBody, StructuredOutputs, parse
-from deploy.pooling import check_length, encode
+from deploy.pooling import check_length
 from deploy.service import Service
 from deploy.sse import event
 
@@ -82,7 +82,7 @@ async def plan_text_generation(service: Service, body: TextGenerationRequest, _:
     prompt: str = body.inputs
     if parameters.truncate is None:
         check_length(model, model.tokenizer.least_num_tokens(prompt), "inputs", "shorten it or set truncate")
-    ids = await service.run(lambda: encode(model, prompt, True, "inputs"), len(prompt))
+    ids = await service.encode(model, prompt, add_special_tokens=True)
     ids = ids if parameters.truncate is None else ids[-parameters.truncate :]
     check_prompt(ids, model, "inputs")
     completion = _completion(parameters)

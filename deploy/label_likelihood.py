@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 
 from deploy.errors import EngineError, InvalidRequest, invalid
-from deploy.pooling import PoolingBody, check_ids, encode, side_by_side
+from deploy.pooling import PoolingBody, check_ids, side_by_side
 from deploy.router_pool import GenerateRequest
 from deploy.served_model import ServedModel
 from deploy.service import Service
@@ -38,7 +38,7 @@ async def label_log_likelihoods(
     if (num_runs := len(prompts) * len(labels)) > service.settings.limits.max_prompts:
         limit = service.settings.limits.max_prompts
         raise InvalidRequest(f"labels: {num_runs} texts times labels are more than this server's {limit}")
-    endings = [encode(model, template.replace("{}", label), False, "labels") for label in labels]
+    endings = [model.tokenizer.encode(template.replace("{}", label), add_special_tokens=False) for label in labels]
     deadline, body = service.deadline(), body or PoolingBody()
 
     async def likelihood(pair: tuple[list[int], list[int]]) -> float:

@@ -145,7 +145,7 @@ async def read_inputs(
         if isinstance(text, str):
             if body.truncate_prompt_tokens is None:
                 check_length(model, model.tokenizer.least_num_tokens(text), param)
-            text = encode(model, text, body.add_special_tokens, param)
+            text = model.tokenizer.encode(text, add_special_tokens=body.add_special_tokens)
         ids = truncated(model, body, text)
         check_ids(model, ids, param)
         return ids
@@ -179,13 +179,6 @@ def truncated(model: ServedModel, body: PoolingBody, ids: list[int]) -> list[int
     if keep == 0:
         raise invalid("truncate_prompt_tokens", "0 leaves no text; use 1 or more, or -1")
     return ids if keep is None else ids[-(model.max_model_len if keep == -1 else keep) :]
-
-
-def encode(model: ServedModel, text: str, add_special_tokens: bool, param: str) -> list[int]:
-    try:
-        return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    except ValueError as error:
-        raise invalid(param, str(error)) from None
 
 
 def check_ids(model: ServedModel, ids: Sequence[int], param: str, remedy: str = _REMEDY) -> None:

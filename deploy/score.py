@@ -78,9 +78,7 @@ def _texts(value: Any, param: str) -> list[str]:
 
 async def _pair(service: Service, model: ServedModel, body: ScoreRequest, first: str, second: str) -> list[int]:
     tokens = await service.run(
-        lambda: place_tokens(
-            model.tokenizer, first, second, add_special_tokens=body.add_special_tokens, param="text_1"
-        ),
+        lambda: place_tokens(model.tokenizer, first, second, add_special_tokens=body.add_special_tokens),
         len(first) + len(second),
     )
     ids = [token.token_id for token in tokens]
