@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -18,9 +18,9 @@ from rich.text import Text
 
 from deploy.cli_options import LOCAL_URL, ApiKey, MeshModel, Url, mesh_path
 from deploy.http_client import Client
+from deploy.mesh_metrics import PREFIX, expert_tokens
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
-PREFIX = "expertmesh_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +106,7 @@ def heat_row(loads: Sequence[float], width: int = 64) -> str:
 def view(before: Snapshot, now: Snapshot) -> RenderableType:
     mesh = now.mesh
     parts: list[RenderableType] = [_headline(before, now), _shards(before, now)]
-    layers = _expert_loads(mesh)
-    if layers:
+    if layers := expert_tokens(mesh):
         heat = Text()
         for layer, loads in layers.items():
             heat.append(f"{layer:>4} ", style="dim")
@@ -174,16 +173,6 @@ def _shards(before: Snapshot, now: Snapshot) -> RenderableType:
             f"{router.get('running', 0)} run", f"{1e3 * step_s / steps:.1f} ms/step" if steps else "",
         )  # fmt: skip
     return table
-
-
-def _expert_loads(mesh: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Tokens of each expert by layer, over all routers."""
-    layers: dict[str, list[float]] = {}
-    for router in mesh.get("routers", ()):
-        for layer, counts in router.get("expert_tokens", {}).items():
-            sums = layers.setdefault(layer, [0.0] * len(counts))
-            layers[layer] = [a + b for a, b in zip(sums, counts, strict=True)]
-    return dict(sorted(layers.items(), key=lambda item: int(item[0])))
 
 
 def _ms(seconds: float | None) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deploy.endpoints import TextEndpoint
-from deploy.generation import Delta, TextPlan, Token, gather_all
+from deploy.generation import Delta, TextPlan, gather_all
 from deploy.generation_plan import (
     Asked,
     check_length,
@@ -101,7 +101,7 @@ class _Choice:
         if body.logprobs is None:
             logprobs = None
         else:
-            shown = list(tokens) if not body.echo else [_shifted(token, len(echo)) for token in tokens]
+            shown = [replace(token, text_offset=token.text_offset + len(echo)) for token in tokens]
             if body.echo and is_first and delta.prompt_logprobs is not None:
                 shown = prompt_tokens(prompt_ids, delta.prompt_logprobs, tokenizer) + shown
             logprobs = completion_logprobs(
@@ -142,10 +142,6 @@ def _read_prompts(
             is_whole = isinstance(prompt, str) and body.truncate_prompt_tokens is None
             texts.append(str(prompt) if is_whole else model.tokenizer.decode(ids))
     return prompts, texts
-
-
-def _shifted(token: Token, offset: int) -> Token:
-    return replace(token, text_offset=token.text_offset + offset)
 
 
 COMPLETIONS: TextEndpoint[CompletionRequest, CompletionPlan] = TextEndpoint(

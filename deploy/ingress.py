@@ -11,7 +11,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -77,8 +77,8 @@ def create_api(
 
     api = FastAPI(title="expertmesh", version=version, lifespan=lifespan)
     api.state.service = service
-    api.add_exception_handler(ApiError, _answer_api_error)
-    api.add_exception_handler(HTTPException, _answer_http_exception)
+    api.add_exception_handler(ApiError, _answer_error)
+    api.add_exception_handler(HTTPException, _answer_error)
     keys = ApiKeys(all_keys(settings.server.api_keys, settings.server.api_key_file))
     ledger = supervisors if settings.server.num_ingresses > 1 else None
     sharing = monitoring.Sharing(pool.metrics, ledger)
@@ -182,16 +182,14 @@ def _log_access(scope: Scope, status: int, seconds: float, note: RequestNote) ->
     access.info("%s %s %d in %.3f s", scope["method"], path, status, seconds, extra={"fields": fields})
 
 
-async def _answer_api_error(request: Request, error: Exception) -> Response:
+async def _answer_error(request: Request, error: Exception) -> Response:
+    """An endpoint's refusal, or the framework's own: no such path, no such method."""
+    path = request.url.path
+    headers: Mapping[str, str] = {}
+    if isinstance(error, HTTPException):
+        headers = error.headers or {}
+        error = HttpError(error.status_code, f"{request.method} {path}: {error.detail}")
     assert isinstance(error, ApiError)
-    return error_answer(error, request.url.path)
-
-
-async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    answer = error_answer(
-        HttpError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"), request.url.path
-    )
-    for name, value in (error.headers or {}).items():
-        answer.headers[name] = value
+    answer = error_answer(error, path)
+    answer.headers.update(headers)
     return answer

@@ -16,13 +16,12 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 
 from actors.ledger import Totals, add
-from deploy.mesh_metrics import mesh_families
+from deploy.mesh_metrics import PREFIX, mesh_families
 from deploy.tracing import CURRENT, RequestNote, SequenceNote
 
 if TYPE_CHECKING:
     from actors.request import Chunk
 
-PREFIX = "expertmesh_"
 TTFT_BUCKETS_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
     *(20.0, 40.0, 80.0, 160.0, 640.0),

@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-import pydantic_core
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -22,10 +22,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
 CLIENT_LEFT = 499  # nobody reads this; the status is nginx's, for access logs
-
-
-def to_json(value: Any) -> bytes:
-    return pydantic_core.to_json(value)
 
 
 def event(value: Any, name: str | None = None) -> bytes:
