@@ -13,11 +13,9 @@ from deploy.errors import InvalidRequest, invalid
 from deploy.generation import Delta, TextPlan, gather_all
 from deploy.generation_plan import (
     Asked,
-    check_length,
-    check_prompt,
     plan_requests,
+    read_prompt,
     structured_spec,
-    truncate_prompt,
 )
 from deploy.logprobs import chat_logprobs, prompt_logprobs
 from deploy.openai_requests import ChatCompletionRequest
@@ -47,20 +45,9 @@ async def plan_chat(service: Service, body: ChatCompletionRequest, answer_id: st
     elif use.mode in ("required", "named"):
         raise invalid("tool_choice", "a demanded call excludes response_format")
     messages = read_messages(body.messages)
-    prompt = await render(
-        service,
-        model,
-        messages,
-        use=use,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        variables=body.chat_template_kwargs,
-    )
+    prompt = await render(service, model, body, messages, use)
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    check_length(prompt, body, model, "messages")
-    prompt_ids = await service.encode(model, prompt, add_special_tokens=body.add_special_tokens)
-    prompt_ids = truncate_prompt(body, model, prompt_ids, max_tokens)
-    check_prompt(prompt_ids, model, "messages")
+    prompt_ids = await service.run(lambda: read_prompt(prompt, body, model, max_tokens, "messages"), len(prompt))
     asked = Asked(
         max_tokens=max_tokens,
         max_tokens_name="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",

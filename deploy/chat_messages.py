@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deploy.errors import InvalidRequest, invalid
+from deploy.openai_requests import ChatCompletionRequest, TokenizeRequest
 from deploy.served_model import ServedModel
 from deploy.service import Service
 from deploy.tools import ToolUse
@@ -24,18 +25,15 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 async def render(
     service: Service,
     model: ServedModel,
+    body: ChatCompletionRequest | TokenizeRequest,
     messages: Sequence[Mapping[str, Any]],
-    *,
     use: ToolUse,
-    add_generation_prompt: bool = True,
-    continue_final_message: bool = False,
-    variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The prompt of a chat. Raises InvalidRequest for what the template refuses."""
+    """The prompt of a chat, whose messages have been read. Raises InvalidRequest for what the template refuses."""
     template = model.tokenizer.chat_template
     if template is None:
         raise InvalidRequest(f"model {model.names[0]!r} has no chat template; use /v1/completions", param="messages")
-    if continue_final_message and messages[-1]["role"] != "assistant":
+    if body.continue_final_message and messages[-1]["role"] != "assistant":
         raise invalid("continue_final_message", "the last message must be the assistant's")
     tools = list(use.tools)
     if tools and not template.takes_tools():
@@ -46,9 +44,9 @@ async def render(
         return template.render(
             messages,
             tools=tools or None,
-            add_generation_prompt=add_generation_prompt and not continue_final_message,
-            continue_final_message=continue_final_message,
-            variables=variables,
+            add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+            continue_final_message=body.continue_final_message,
+            variables=body.chat_template_kwargs,
             max_chars=limits.max_template_chars,
             timeout_s=limits.template_timeout_s,
         )

@@ -10,11 +10,9 @@ from deploy.endpoints import TextEndpoint
 from deploy.generation import Delta, TextPlan, gather_all
 from deploy.generation_plan import (
     Asked,
-    check_length,
-    check_prompt,
     plan_requests,
+    read_prompt,
     structured_spec,
-    truncate_prompt,
 )
 from deploy.logprobs import completion_logprobs, prompt_logprobs, prompt_tokens
 from deploy.openai_requests import CompletionRequest
@@ -131,12 +129,7 @@ def _read_prompts(
     prompts: list[list[int]] = []
     texts: list[str] = []
     for prompt in sent:
-        ids = prompt
-        if isinstance(ids, str):
-            check_length(ids, body, model, "prompt")
-            ids = model.tokenizer.encode(ids, add_special_tokens=body.add_special_tokens)
-        ids = truncate_prompt(body, model, ids, body.max_tokens)
-        check_prompt(ids, model, "prompt")
+        ids = read_prompt(prompt, body, model, body.max_tokens, "prompt")
         prompts.append(ids)
         if body.echo:
             is_whole = isinstance(prompt, str) and body.truncate_prompt_tokens is None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deploy.errors import ContextTooLong, InvalidRequest, invalid
-from deploy.openai_requests import GenerationBody
+from deploy.openai_requests import ChatCompletionRequest, CompletionRequest, GenerationBody
 from deploy.router_pool import GenerateRequest, new_id
 from deploy.served_model import ServedModel
 from deploy.settings import LimitSettings
@@ -85,9 +85,23 @@ def plan_requests(
     return requests
 
 
-def truncate_prompt(
-    body: GenerationBody, model: ServedModel, prompt_ids: list[int], max_tokens: int | None
+def read_prompt(
+    prompt: str | list[int],
+    body: CompletionRequest | ChatCompletionRequest,
+    model: ServedModel,
+    max_tokens: int | None,
+    param: str,
 ) -> list[int]:
+    """Token ids of a text, or ids as they were sent, cut and checked. Raises InvalidRequest."""
+    if isinstance(prompt, str):
+        _check_length(prompt, body, model, param)
+        prompt = model.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
+    prompt_ids = _truncated(body, model, prompt, max_tokens)
+    check_prompt(prompt_ids, model, param)
+    return prompt_ids
+
+
+def _truncated(body: GenerationBody, model: ServedModel, prompt_ids: list[int], max_tokens: int | None) -> list[int]:
     """The last (or first) `truncate_prompt_tokens` of the prompt; -1 leaves room for the output."""
     keep = body.truncate_prompt_tokens
     if keep is None:
@@ -99,7 +113,7 @@ def truncate_prompt(
     return prompt_ids[:keep] if body.truncation_side == "right" else prompt_ids[-keep:]
 
 
-def check_length(text: str, body: GenerationBody, model: ServedModel, param: str) -> None:
+def _check_length(text: str, body: GenerationBody, model: ServedModel, param: str) -> None:
     """Refuses a text that is too long whatever its tokens are, before seconds go into finding them."""
     least = model.tokenizer.least_num_tokens(text)
     if least > model.max_model_len and body.truncate_prompt_tokens is None:

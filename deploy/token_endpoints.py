@@ -48,15 +48,8 @@ async def _tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
         raise invalid("prompt", "send either prompt or messages")
     text = body.prompt
     if body.messages is not None:
-        text = await render(
-            service,
-            model,
-            read_messages(body.messages),
-            use=read_tool_use(body.tools, None, is_parallel=True),
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            variables=body.chat_template_kwargs,
-        )
+        use = read_tool_use(body.tools, None, is_parallel=True)
+        text = await render(service, model, body, read_messages(body.messages), use)
     assert text is not None
     adds_special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     token_ids = await service.encode(model, text, add_special_tokens=adds_special)
