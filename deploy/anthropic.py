@@ -72,15 +72,7 @@ def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
     if messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
         chat["continue_final_message"] = True  # Anthropic's prefill
     if isinstance(body, MessagesRequest):
-        chat |= {
-            "max_tokens": body.max_tokens,
-            "stop": body.stop_sequences,
-            "temperature": body.temperature,
-            "top_p": body.top_p,
-            "top_k": body.top_k,
-        }
-    else:
-        chat["max_tokens"] = None
+        chat |= body.model_dump(include={"max_tokens", "temperature", "top_p", "top_k"}) | {"stop": body.stop_sequences}
     return parse(chat, ChatCompletionRequest)
 
 

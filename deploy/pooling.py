@@ -53,17 +53,11 @@ class PoolingRequest(EmbeddingRequest):
     task: Literal["embed", "classify", "token_classify", "token_embed"] | None = None
 
 
-_KINDS = {
+_KINDS = {  # of a model with several, the first is the default
     "embed": EMBEDDING_KINDS,
     "token_embed": EMBEDDING_KINDS,
     "classify": ("sequence_classification",),
     "token_classify": ("token_classification",),
-}
-_DEFAULT_TASKS = {
-    "causal_lm": "embed",
-    "base": "embed",
-    "sequence_classification": "classify",
-    "token_classification": "token_classify",
 }
 
 
@@ -78,10 +72,10 @@ async def embed(service: Service, body: EmbeddingRequest, answer_id: str) -> dic
 async def pool(service: Service, body: PoolingRequest, answer_id: str) -> dict[str, Any]:
     """One row of values for each text, or for each of its tokens."""
     if body.task is None:
-        model = service.models.find_for(tuple(_DEFAULT_TASKS), body.model, "pooling")
+        model = service.models.find_for([kind for kinds in _KINDS.values() for kind in kinds], body.model, "pooling")
     else:
         model = service.models.find_for(_KINDS[body.task], body.model, f"the pooling task {body.task}")
-    task = body.task or _DEFAULT_TASKS[model.head_kind]
+    task: str = body.task or next(name for name, kinds in _KINDS.items() if model.head_kind in kinds)
     prompts, values = await _pool(service, body, model, task)
     data = [
         {"index": index, "object": "pooling", "data": rows if task.startswith("token_") else rows[0]}
