@@ -11,7 +11,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ from deploy.key_limits import KeyLimits
 from deploy.ray_metrics import RayMetrics
 from deploy.router_pool import RouterPool
 from deploy.served_model import ModelList, ServedModel
-from deploy.service import Service
+from deploy.service import VERSION, Service
 from deploy.settings import Settings
 from deploy.sse import error_answer
 from deploy.supervisors import Supervisors
@@ -53,15 +53,13 @@ def create_api(
     *,
     supervisors: Supervisors | None = None,
     ray_metrics: RayMetrics | None = None,
-    version: str = "0.1.0",
-    now: Callable[[], float] = time.time,
 ) -> FastAPI:
     """The app. It starts the pool with its lifespan, or with the first request, and closes it with its lifespan.
 
     Without `supervisors` it tells of the mesh what its links know, and counts for itself alone."""
-    service = Service(settings, ModelList(models), pool, version, now)
+    service = Service(settings, ModelList(models), pool)
     exporter = exporter_to(settings.server.otlp_traces_endpoint)
-    tracing = Tracing(exporter, version) if exporter is not None else None
+    tracing = Tracing(exporter, VERSION) if exporter is not None else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -75,7 +73,7 @@ def create_api(
         if tracing is not None:
             tracing.close()
 
-    api = FastAPI(title="expertmesh", version=version, lifespan=lifespan)
+    api = FastAPI(title="expertmesh", version=VERSION, lifespan=lifespan)
     api.state.service = service
     api.add_exception_handler(ApiError, _answer_error)
     api.add_exception_handler(HTTPException, _answer_error)

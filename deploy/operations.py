@@ -11,6 +11,7 @@ from deploy.endpoints import Endpoints
 from deploy.errors import Unavailable
 from deploy.openai_requests import RequestBody
 from deploy.served_model import ServedModel
+from deploy.service import VERSION
 from deploy.settings import SECRETS
 from deploy.sse import JsonAnswer, event
 
@@ -50,7 +51,7 @@ def add_to(endpoints: Endpoints) -> None:
 
     @api.get("/version")
     async def version() -> Response:
-        return JsonAnswer({"version": service.version})
+        return JsonAnswer({"version": VERSION})
 
     @api.get("/load")
     async def load() -> Response:
@@ -78,7 +79,7 @@ def add_to(endpoints: Endpoints) -> None:
         for secret in SECRETS:
             section, field = secret.split(".")
             settings[section][field] = "********" if settings[section][field] else None
-        return JsonAnswer({"version": service.version, "settings": settings, "models": service.models.cards()})
+        return JsonAnswer({"version": VERSION, "settings": settings, "models": service.models.cards()})
 
     @api.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> Response:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import math
 import struct
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -66,7 +67,7 @@ async def embed(service: Service, body: EmbeddingRequest, answer_id: str) -> dic
     model = service.models.find_for(EMBEDDING_KINDS, body.model, "embeddings")
     prompts, values = await _pool(service, body, model, "embed")
     data = [{"index": index, "object": "embedding", "embedding": rows[0]} for index, rows in enumerate(values)]
-    return list_answer(service, answer_id, body, model, data, prompts)
+    return list_answer(answer_id, body, model, data, prompts)
 
 
 async def pool(service: Service, body: PoolingRequest, answer_id: str) -> dict[str, Any]:
@@ -81,7 +82,7 @@ async def pool(service: Service, body: PoolingRequest, answer_id: str) -> dict[s
         {"index": index, "object": "pooling", "data": rows if task.startswith("token_") else rows[0]}
         for index, rows in enumerate(values)
     ]
-    return list_answer(service, answer_id, body, model, data, prompts)
+    return list_answer(answer_id, body, model, data, prompts)
 
 
 async def _pool(
@@ -108,7 +109,6 @@ async def _pool(
 
 
 def list_answer(
-    service: Service,
     answer_id: str,
     body: PoolingBody,
     model: ServedModel,
@@ -121,7 +121,7 @@ def list_answer(
     return {
         "id": answer_id,
         "object": "list",
-        "created": int(service.now()),
+        "created": int(time.time()),
         "model": body.model or model.names[0],
         "data": data,
         "usage": {**usage, "prompt_tokens_details": None},

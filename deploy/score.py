@@ -52,7 +52,7 @@ async def score(service: Service, body: ScoreRequest, answer_id: str) -> dict[st
         batch = await run_head(service, model, prompts, body)
         scores = [activate(rows[0], function)[0] for rows in batch]
     data = [{"index": index, "object": "score", "score": value} for index, value in enumerate(scores)]
-    return list_answer(service, answer_id, body, model, data, prompts)
+    return list_answer(answer_id, body, model, data, prompts)
 
 
 def _find(service: Service, name: str | None) -> ServedModel:

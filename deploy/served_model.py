@@ -54,7 +54,6 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     head_kind: str = "causal_lm"
     root: str = ""
-    created: int = 0
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     id2label: Mapping[int, str] = field(default_factory=dict)
     problem_type: str | None = None
@@ -70,7 +69,6 @@ class ServedModel:
         chat_template_file: str | Path | None = None,
         max_model_len: int | None = None,
         use_generation_config: bool = True,
-        created: int = 0,
     ) -> ServedModel:
         """Reads config, tokenizer and generation_config.json. Raises ValueError with one line."""
         directory = Path(directory)
@@ -90,7 +88,6 @@ class ServedModel:
             eos_token_ids=config.eos_token_ids,
             head_kind=config.head_kind,
             root=str(directory),
-            created=created,
             sampling_defaults=_read_defaults(directory / "generation_config.json") if use_generation_config else {},
             id2label=config.id2label,
             problem_type=config.problem_type,
@@ -112,7 +109,7 @@ class ServedModel:
         return {
             "id": name,
             "object": "model",
-            "created": self.created,
+            "created": 0,
             "owned_by": "expertmesh",
             "root": self.root or self.names[0],
             "parent": None,

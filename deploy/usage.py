@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ def answer_head(
     return {
         "id": answer_id,
         "object": kind,
-        "created": int(service.now()),
+        "created": int(time.time()),
         "model": body.model or model.names[0],
         "system_fingerprint": service.fingerprint,
     }
