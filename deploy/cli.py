@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from deploy import cli_bench, cli_chat, cli_check, cli_down, cli_mesh, cli_plan, cli_status
 from deploy.cli_options import fail
 from deploy.http_client import CallError
 from deploy.launch import StartError, running, wait_for_interrupt
@@ -42,11 +43,6 @@ _NAMED_OTHERWISE = {
     "served_model_name": "model.served_names",
     "api_key": "server.api_keys",
 }
-
-
-@cli.callback()
-def root() -> None:
-    """Commands below."""
 
 
 @cli.command()
@@ -129,22 +125,6 @@ def _speaker(log_format: Any) -> Callable[[str], None]:
     return lambda line: screen.print(f"[dim]{time.monotonic() - began:6.1f} s[/dim]  {line}")
 
 
-# Below the application that they join.
-from deploy import cli_bench, cli_chat, cli_check, cli_down, cli_mesh, cli_plan, cli_status  # noqa: E402
-
-for _command in (
-    cli_chat.chat,
-    cli_chat.complete,
-    cli_status.status,
-    cli_check.check,
-    cli_bench.bench,
-    cli_plan.plan,
-    cli_mesh.scale,
-    cli_down.down,
-):
-    cli.command()(_command)
-
-
 def _greet(service: Any, say: Callable[[str], None], api_key: str | None, at_length: bool) -> None:
     """Answer one token ourselves, so that the time to the first token is a fact, and print what to try."""
     from deploy.http_client import Client
@@ -164,6 +144,19 @@ def _greet(service: Any, say: Callable[[str], None], api_key: str | None, at_len
         f"  curl {service.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'", err=True
     )
     typer.echo(f"  expertmesh chat --url {service.url}    or {service.url}/ in a browser; Ctrl-C ends it", err=True)
+
+
+for _command in (
+    cli_chat.chat,
+    cli_chat.complete,
+    cli_status.status,
+    cli_check.check,
+    cli_bench.bench,
+    cli_plan.plan,
+    cli_mesh.scale,
+    cli_down.down,
+):
+    cli.command()(_command)
 
 
 def main() -> None:
