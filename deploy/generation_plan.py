@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from deploy.errors import ContextTooLong, InvalidRequest, invalid
 from deploy.openai_requests import ChatCompletionRequest, CompletionRequest, GenerationBody
-from deploy.router_pool import GenerateRequest, new_id
+from deploy.router_pool import GenerateRequest
 from deploy.served_model import ServedModel
 from deploy.settings import LimitSettings
 from model.sampling_params import SamplingParams, StructuredSpec
@@ -62,26 +62,27 @@ def plan_requests(
     given = model.sampling_defaults.get("seed") if body.seed is None else body.seed
     seed = random.getrandbits(63) if given is None else given & SEED_MASK
     params = _sampling(body, model, asked)
+    common = params.to_dict()  # checked once: a logit_bias may be long, and prompts many
     requests = []
     for prompt_ids in prompts:
         max_tokens = _max_tokens(asked, model, len(prompt_ids))
-        try:
-            one = replace(params, max_tokens=max_tokens)
-        except ValueError as error:
-            raise _refusal(error) from None
-        first = GenerateRequest(
-            model=model.names[0],
-            prompt_ids=prompt_ids,
-            sampling=replace(one, seed=seed).to_dict(),
-            deadline=deadline,
-            priority=body.priority,
-            cache_salt=body.cache_salt,
-            return_routed_experts=body.return_routed_experts,
-        )
-        requests.append(first)
-        for i in range(1, n):
-            sampling = {**first.sampling, "seed": (seed + i) & SEED_MASK}
-            requests.append(replace(first, sampling=sampling, first_id=first.request_id, request_id=new_id()))
+        if params.min_tokens > max_tokens:
+            text = f"min_tokens must be less than or equal to max_tokens={max_tokens}, got {params.min_tokens}."
+            raise InvalidRequest(text, param="min_tokens")
+        first_id = None
+        for i in range(n):
+            request = GenerateRequest(
+                model=model.names[0],
+                prompt_ids=prompt_ids,
+                sampling={**common, "max_tokens": max_tokens, "seed": (seed + i) & SEED_MASK},
+                deadline=deadline,
+                priority=body.priority,
+                cache_salt=body.cache_salt,
+                return_routed_experts=body.return_routed_experts,
+                first_id=first_id,
+            )
+            first_id = first_id or request.request_id
+            requests.append(request)
     return requests
 
 
