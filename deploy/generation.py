@@ -126,23 +126,15 @@ async def stream_sequence(pool: RouterPool, plan: TextPlan, index: int) -> Async
     """The deltas of one sequence. A stop string, or closing the iterator, aborts the request at the router."""
     request = plan.requests[index]
     stream = TextStream(plan.model, plan.body)
-    watch = pool.metrics.watch(len(request.prompt_ids), request.model, request.sampling)
-    ended = "error"
-    try:
+    with pool.metrics.watch(len(request.prompt_ids), request.model, request.sampling) as watch:
         async with contextlib.aclosing(pool.generate(request)) as chunks:
             async for chunk in chunks:
                 watch.saw(chunk)
                 delta = stream.push(chunk, index)
-                ended = delta.finish_reason or "abort"  # in case nobody wants more
+                watch.ended = delta.finish_reason
                 yield delta
                 if delta.finish_reason is not None:
                     return
-                ended = "error"
-    except asyncio.CancelledError:
-        ended = "abort"
-        raise
-    finally:
-        watch.end(ended)
 
 
 async def stream_all(pool: RouterPool, plan: TextPlan) -> AsyncGenerator[Delta]:

@@ -7,9 +7,10 @@ those of routers and shards carry their id. No Prometheus server is needed, and 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
@@ -39,7 +40,9 @@ LENGTH_BUCKETS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
 
 
 class Watch:
-    """One sequence on its way. Call saw() for each chunk and end() once."""
+    """One sequence on its way, as a context. Call saw() for each chunk, and set `ended` to "stop" or "length".
+
+    What leaves without having ended is an abort when its reader left, and an error else."""
 
     def __init__(self, metrics: ServingMetrics, num_prompt_tokens: int, note: SequenceNote) -> None:
         self._metrics = metrics
@@ -49,7 +52,15 @@ class Watch:
         self._num_tokens = 0
         self._started = self._last = metrics.clock()
         self._first: float | None = None
+        self.ended: str | None = None
         metrics.running.inc()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        has_left = kind is not None and issubclass(kind, asyncio.CancelledError | GeneratorExit)
+        self._end(self.ended or ("abort" if has_left else "error"))
 
     def saw(self, chunk: Chunk) -> None:
         """It came just now."""
@@ -75,8 +86,7 @@ class Watch:
         self._num_tokens += num_tokens
         self._metrics.generation_tokens.inc(num_tokens)
 
-    def end(self, reason: str) -> None:
-        """reason: "stop", "length", "abort" (the client left) or "error"."""
+    def _end(self, reason: str) -> None:
         metrics = self._metrics
         self._note.end(reason, self._num_prompt_tokens, self._num_cached_tokens, self._num_tokens)
         metrics.running.dec()

@@ -117,19 +117,13 @@ class RouterPool:
 
     async def pool(self, request: PoolRequest) -> list[list[float]]:
         """The rows. Raises as `generate` does."""
-        watch, ended = self.metrics.watch(len(request.prompt_ids), request.model, {}), "error"
-        try:
+        with self.metrics.watch(len(request.prompt_ids), request.model, {}) as watch:
             async with contextlib.aclosing(self.generate(request)) as chunks:
                 async for chunk in chunks:
                     watch.saw(chunk)
                     if chunk.values is not None:
-                        ended = "stop"
+                        watch.ended = "stop"
                         return chunk.values
-        except asyncio.CancelledError:
-            ended = "abort"
-            raise
-        finally:
-            watch.end(ended)
         raise EngineError(500, "engine_error", f"head {request.head!r} returned no values")
 
     async def command(self, name: str, *, timeout_s: float = 10.0) -> dict[str, dict[str, Any]]:
