@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploy.errors import ContextTooLong, InvalidRequest, invalid
-from deploy.openai_requests import ChatCompletionRequest, CompletionRequest, GenerationBody
+from deploy.openai_requests import INT64_MAX, ChatCompletionRequest, CompletionRequest, GenerationBody
 from deploy.router_pool import GenerateRequest
 from deploy.served_model import ServedModel
 from deploy.settings import LimitSettings
 from model.sampling_params import SamplingParams, StructuredSpec
 
-SEED_MASK = 2**63 - 1
 MAX_BAD_WORD_CHARS = 20_000
 
 
@@ -60,7 +59,7 @@ def plan_requests(
         if value is not None and value > limits.max_logprobs:
             raise invalid(name, f"at most {limits.max_logprobs} per token, got {value}")
     given = model.sampling_defaults.get("seed") if body.seed is None else body.seed
-    seed = random.getrandbits(63) if given is None else given & SEED_MASK
+    seed = random.getrandbits(63) if given is None else given & INT64_MAX
     params = _sampling(body, model, asked)
     common = params.to_dict()  # checked once: a logit_bias may be long, and prompts many
     requests = []
@@ -74,7 +73,7 @@ def plan_requests(
             request = GenerateRequest(
                 model=model.names[0],
                 prompt_ids=prompt_ids,
-                sampling={**common, "max_tokens": max_tokens, "seed": (seed + i) & SEED_MASK},
+                sampling={**common, "max_tokens": max_tokens, "seed": (seed + i) & INT64_MAX},
                 deadline=deadline,
                 priority=body.priority,
                 cache_salt=body.cache_salt,
