@@ -18,11 +18,11 @@ from deploy.generation_plan import (
     structured_spec,
 )
 from deploy.logprobs import chat_logprobs, prompt_logprobs
+from deploy.openai_answers import Usage, answer_head, stream_chunks
 from deploy.openai_requests import ChatCompletionRequest
 from deploy.service import Service
 from deploy.tool_parser import CallStart, Content, HermesCalls, parser_for, read_whole
 from deploy.tools import ToolUse, read_tool_use
-from deploy.usage import Usage, answer_head, stream_chunks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,11 +15,11 @@ from deploy.generation_plan import (
     structured_spec,
 )
 from deploy.logprobs import completion_logprobs, prompt_logprobs, prompt_tokens
+from deploy.openai_answers import Usage, answer_head, stream_chunks
 from deploy.openai_requests import CompletionRequest
 from deploy.pooling import one_or_many
 from deploy.served_model import ServedModel
 from deploy.service import Service
-from deploy.usage import Usage, answer_head, stream_chunks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

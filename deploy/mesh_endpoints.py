@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from deploy.body import read_json
+from deploy.endpoints import read_json
 from deploy.errors import InvalidRequest, Unavailable, invalid
 from deploy.service import Service
 from deploy.sse import JsonAnswer
