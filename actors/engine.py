@@ -197,7 +197,9 @@ class Engine:
                 item.sequence.scheduled_at = started
         hidden_TH = self._run(work)
         self._recovery_s = self.exchange.recovery_s - recovery_s
-        draws = draw_tokens(work, hidden_TH, self.model.lm_head) if self.model.lm_head is not None else {}
+        draws: Mapping[int, Draw] = {}
+        if self.model.lm_head is not None:
+            draws = draw_tokens(work, hidden_TH, self.model.lm_head, self.model.decoder.kernels.draw_tokens)
         self._commit(work, draws)
         duration_s = self._clock() - started
         self._pace.observe(work, duration_s)

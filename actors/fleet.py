@@ -22,6 +22,7 @@ from cluster.view import Member
 log = logging.getLogger("expertmesh.fleet")
 T = TypeVar("T")
 AT_ONCE_S = 0.03
+TELL_EVERY_S = 5.0  # how a long load goes
 FORGIVEN_S = 30.0
 FORGIVEN_TIMES = 2
 
@@ -194,17 +195,21 @@ class Fleet:
         wanted = sorted(keys)
         began = self._clock()
         work = asyncio.ensure_future(shard.handle.load(wanted, self._order))
-        misses = 0
+        misses, told = 0, began
         while not (await asyncio.wait({work}, timeout=0.5))[0]:
             misses = 0 if not await self._state(shard.handle, self._timeouts.watch_ping_s) else misses + 1
             if misses >= 2 or self._clock() - began > self._timeouts.load_s:
                 work.cancel()
                 raise ShardLost(f"{shard_id} stopped answering while it loaded")
+            if self._clock() - told > TELL_EVERY_S and (info := await self.ask(shard.handle.info())) is not None:
+                told = self._clock()
+                held = f"{info['num_experts']} of {len(wanted)} experts"
+                self._progress(f"{shard_id}: {held}, {_amount(info['weight_bytes'], told - began)}")
         num_bytes = work.result()
         if self._held_bytes.get(shard_id) == num_bytes:  # it had them all
             return
         self._held_bytes[shard_id] = num_bytes
-        self._progress(f"{shard_id}: {len(wanted)} experts, {num_bytes / 1e6:.1f} MB in {self._clock() - began:.1f} s")
+        self._progress(f"{shard_id}: {len(wanted)} experts, {_amount(num_bytes, self._clock() - began)}")
 
     async def keep_only(self, wanted: Mapping[str, Iterable[ExpertKey]]) -> None:
         """Have every shard forget what it isn't wanted for."""
@@ -330,3 +335,9 @@ def _note_time(note: Mapping[str, Any]) -> float:
 
 def make_note(num_shards: int) -> dict[str, Any]:
     return {"num_shards": num_shards, "time": time.time()}
+
+
+def _amount(num_bytes: int, seconds: float) -> str:
+    """Bytes, time and rate."""
+    rate = f" ({num_bytes / 1e6 / seconds:,.0f} MB/s)" if seconds > 0 else ""
+    return f"{num_bytes / 1e6:,.1f} MB in {seconds:.1f} s{rate}"

@@ -73,10 +73,20 @@ def actor_name(mesh: str, part: str) -> str:
 
 def node_host() -> str:
     """This node's address on the cluster network, as Ray knows it; loopback where Ray was started on loopback."""
+    return str(_this_node()["NodeManagerAddress"])
+
+
+def granted_cores() -> int:
+    """This node's cores, as many as Ray was given (in a pod, its share) and this process may run on; 1 at the least."""
+    return max(1, min(int(_this_node()["Resources"].get("CPU", 0)), len(os.sched_getaffinity(0))))
+
+
+def _this_node() -> dict[str, Any]:
     node_id = ray.get_runtime_context().get_node_id()
-    for node in ray.nodes():  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    for node in nodes:
         if node["NodeID"] == node_id:
-            return str(node["NodeManagerAddress"])
+            return node
     raise RuntimeError(f"Ray does not list this node ({node_id})")
 
 

@@ -15,7 +15,7 @@ from model.heads import Head
 from model.logprobs import token_logprobs
 from model.moe import Exchange, Receipt
 from model.sampler_state import SamplingRow
-from model.sampling import sample
+from model.sampling import DrawTokens, sample
 
 SCORED_AT_ONCE = 64  # prompt tokens; bounds the logits held for prompt_logprobs
 
@@ -63,7 +63,7 @@ def wants_experts(sequence: Running) -> bool:
     return isinstance(sequence.request, GenerateRequest) and sequence.request.return_routed_experts
 
 
-def draw_tokens(work: Sequence[Scheduled], hidden_TH: Tensor, lm_head: Head) -> dict[int, Draw]:
+def draw_tokens(work: Sequence[Scheduled], hidden_TH: Tensor, lm_head: Head, draw: DrawTokens) -> dict[int, Draw]:
     """Draw for every sequence whose last known token went through; by index into work."""
     rows: dict[int, int] = {}  # index into work -> row of hidden
     row = 0
@@ -75,7 +75,7 @@ def draw_tokens(work: Sequence[Scheduled], hidden_TH: Tensor, lm_head: Head) -> 
         return {}
     wanted = torch.tensor(list(rows.values()), device=hidden_TH.device)
     logits_RV = lm_head.forward(hidden_TH.index_select(0, wanted))
-    output = sample(logits_RV, [_sampling_row(work[idx].sequence) for idx in rows])
+    output = sample(logits_RV, [_sampling_row(work[idx].sequence) for idx in rows], draw)
     drawn = zip(rows, output.token_ids, output.logprobs, output.errors, strict=True)
     return {idx: Draw(token, logprobs, error) for idx, token, logprobs, error in drawn}
 

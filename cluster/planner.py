@@ -275,7 +275,7 @@ def evaluate(model: ModelShape, device: Device, layout: Layout, targets: Targets
 
 
 def plans(
-    model: ModelShape, device: Device, targets: Targets, num_devices: int, replicas: Sequence[int] = (1, 2)
+    model: ModelShape, device: Device, targets: Targets, num_devices: int, replicas: Sequence[int] = (1, 2, 4, 8, 16)
 ) -> list[Plan]:
     """Every layout on num_devices that fits in memory, best first: those that meet the TPOT, then by throughput."""
     found = [

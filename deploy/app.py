@@ -26,7 +26,7 @@ from actors.logs import start_logging
 from actors.mesh_plan import MeshPlan
 from actors.model_source import load_config
 from actors.ray_mesh import RayMeshClient, ensure_supervisor
-from actors.ray_shards import NAMESPACE, actor_name, node_host, worker_environment
+from actors.ray_shards import NAMESPACE, actor_name, granted_cores, node_host, worker_environment
 from deploy import specs
 from deploy.ingress import create_api
 from deploy.ray_metrics import RayMetrics
@@ -60,7 +60,7 @@ class RouterReplica:
         runtime = ray.get_runtime_context()
         host = node_host()
         info = {"router_id": router_id, "host": host, "port": 0, "pid": os.getpid(), "node_id": runtime.get_node_id()}
-        spec = specs.router_spec(parsed)
+        spec = specs.router_spec(parsed, granted_cores())
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._router = Router(
             router_id,
@@ -112,6 +112,7 @@ class IngressReplica:
             RouterPool(supervisors.routers, settings),
             supervisors=supervisors,
             ray_metrics=RayMetrics(Gauge, with_mesh=serve.get_replica_context().rank.rank == 0),
+            behind_serve=True,
         )
 
 
@@ -164,7 +165,7 @@ def _bind_router(settings: Settings, name: str) -> serve.Application:
             "num_cpus": settings.mesh.router_cpus,
             "num_gpus": settings.mesh.router_gpus,
             "resources": settings.mesh.router_resources,
-            "runtime_env": {"env_vars": worker_environment(settings.engine.threads)},
+            "runtime_env": {"env_vars": worker_environment(settings.engine.threads or 1)},
         },
     )(RouterReplica)
     bound: serve.Application = router.bind(settings.model_dump(mode="json"))

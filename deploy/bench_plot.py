@@ -20,8 +20,8 @@ def draw(outcomes: Sequence[Outcome], summary: dict[str, Any], path: Path) -> No
     """Raises OSError where path can't be written."""
     good = [o for o in outcomes if o.error is None]
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    _cumulative(left, [1e3 * o.ttft_s for o in good], "TTFT, ms")
-    _cumulative(middle, [1e3 * itl for o in good for itl in o.itls_s], "ITL, ms")
+    _cumulative(left, [1e3 * o.ttft_s for o in good], "TTFT, ms", "share of requests")
+    _cumulative(middle, [1e3 * itl for o in good for itl in o.itls_s], "ITL, ms", "share of tokens")
     began = min((o.sent for o in good), default=0.0)
     times = sorted(t - began for o in good for t in o.token_times)
     if times:
@@ -36,7 +36,7 @@ def draw(outcomes: Sequence[Outcome], summary: dict[str, Any], path: Path) -> No
     pyplot.close(figure)
 
 
-def _cumulative(axes: Any, values: list[float], label: str) -> None:
+def _cumulative(axes: Any, values: list[float], label: str, share: str) -> None:
     """Share of the values up to each value."""
     ordered = sorted(values)
     if ordered:
@@ -45,3 +45,4 @@ def _cumulative(axes: Any, values: list[float], label: str) -> None:
             axes.set_xscale("log")
     axes.set_ylim(0, 1.02)
     axes.set_xlabel(label)
+    axes.set_ylabel(share)

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from deploy import cli_bench, cli_chat, cli_check, cli_down, cli_mesh, cli_plan, cli_status
 from deploy.cli_options import fail
 from deploy.http_client import CallError
-from deploy.launch import StartError, running, wait_for_interrupt
+from deploy.launch import LOOPBACK, StartError, running, wait_for_interrupt
 
 
 class Commands(TyperGroup):
@@ -62,6 +62,9 @@ def serve(
     local: Annotated[
         bool | None, typer.Option("--local", help="All in one process per router, no shards: for one GPU or CPU.")
     ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of a router; with --local all cores unless told, else one.")
+    ] = None,
     served_model_name: Annotated[list[str] | None, typer.Option(help="Name in the API; may be repeated.")] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="Key that clients must show; may be repeated.")] = None,
     api_key_file: Annotated[str | None, typer.Option(help="File with such keys, one a line.")] = None,
@@ -91,8 +94,10 @@ def serve(
     }
     loaded = load(file=config, environ=os.environ, flags=flags)
     if print_config:
-        for name, value, source in loaded.explain():
-            typer.echo(f"{name:32} {value!r:28} {source}")
+        rows = loaded.explain()
+        width = max(len(name) for name, _, _ in rows)
+        for name, value, source in rows:
+            typer.echo(f"{name:{width}} {value!r:28} {source}")
         return
     _serve(loaded.settings)
 
@@ -103,10 +108,13 @@ def _serve(settings: Any) -> None:
 
     keys = all_keys(settings.server.api_keys, settings.server.api_key_file)
     say = _speaker(settings.server.log_format)
+    if not keys and settings.server.host not in LOOPBACK:
+        say(f"whoever reaches {settings.server.host}:{settings.server.port} may use it: there is no --api-key-file")
     try:
         with running(settings, say) as service, recorded(service.url, settings.server.port):
-            _greet(service, say, keys[0] if keys else None, settings.server.log_format == "text")
-            wait_for_interrupt()
+            key, in_text = keys[0] if keys else None, settings.server.log_format == "text"
+            _greet(service, say, key, in_text)
+            _wait(service, key, in_text)
             say("stopping")
     except KeyboardInterrupt:
         fail("interrupted before the service was up")
@@ -139,11 +147,42 @@ def _greet(service: Any, say: Callable[[str], None], api_key: str | None, at_len
         return
     body = f'{{"model": "{service.model}", "messages": [{{"role": "user", "content": "What does ocean mean?"}}]}}'
     typer.secho(facts, fg=typer.colors.GREEN, bold=True, err=True)
-    typer.echo("try:", err=True)
-    typer.echo(
-        f"  curl {service.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'", err=True
-    )
+    headers = ["Content-Type: application/json"]
+    if api_key is not None:
+        headers.append("Authorization: Bearer $EXPERTMESH_API_KEY")
+    typer.echo("try:" if api_key is None else "try, with a key in EXPERTMESH_API_KEY:", err=True)
+    lines = [f"curl {service.url}/v1/chat/completions", *(f'-H "{header}"' for header in headers), f"-d '{body}'"]
+    typer.echo("  " + " \\\n    ".join(lines), err=True)
     typer.echo(f"  expertmesh chat --url {service.url}    or {service.url}/ in a browser; Ctrl-C ends it", err=True)
+
+
+def _wait(service: Any, api_key: str | None, in_text: bool) -> None:
+    """Until Ctrl-C; at a terminal with a status line."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    from deploy.cli_status import look, one_line
+    from deploy.http_client import Client
+
+    screen = Console(stderr=True, highlight=False)
+    if not (in_text and screen.is_terminal):
+        wait_for_interrupt()
+        return
+    client = Client(url=service.url, api_key=api_key, timeout_s=5.0)
+    with Live(console=screen, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False) as live:
+        before = None
+
+        def tell() -> None:
+            nonlocal before
+            try:
+                now = look(client, None)
+                line, before = one_line(before or now, now), now
+            except CallError as error:
+                line = str(error)
+            live.update(Text(line, style="dim"), refresh=True)
+
+        wait_for_interrupt(tell)
 
 
 for _command in (

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from deploy.launch import port_problem
+from deploy.launch import LOOPBACK, port_problem
 
 GB = 1e9
 
@@ -64,7 +64,8 @@ def findings(settings: Any, address: str | None) -> Iterator[Finding]:
         try:
             directories.append(str(specs.model_directory(one)))
             specs.router_spec(one)
-            text = f"model {one.model.path}, {one.mesh.routers} routers, {one.mesh.shards} shards"
+            shards = "no shards" if one.mesh.local else f"shards: {one.mesh.shards}"
+            text = f"model {one.model.path}, routers: {one.mesh.routers}, {shards}"
             yield Finding("ok", "settings", text)
         except ValueError as error:
             yield Finding("fail", "settings", str(error))
@@ -109,7 +110,7 @@ def requirements() -> Finding:
 def listening(host: str, port: int) -> Finding:
     if (problem := port_problem(host, port)) is not None:
         return Finding("fail", "port", problem)
-    if host not in ("127.0.0.1", "::1", "localhost"):
+    if host not in LOOPBACK:
         return Finding("warn", "port", f"{host}:{port} is free, and others can reach it: set API keys")
     return Finding("ok", "port", f"{host}:{port} is free")
 

@@ -61,9 +61,9 @@ def plan(
         f"{users * context * shape.kv_bytes_per_token / 1e9:.1f} GB. [bold]Computed, not measured.[/bold]",
         soft_wrap=True,
     )
-    table = Table(box=None, header_style="dim", padding=(0, 1), pad_edge=False)
-    for name in ("routers", "shards", "replicas", "micro", "TPOT ms", "tokens/s", "GB/router", "GB/shard"):
-        table.add_column(name, justify="right")
+    table = Table(box=None, header_style="dim", padding=(0, 1), pad_edge=False, collapse_padding=True)
+    for name in ("routers", "shards", "replicas", "micro-\nbatches", "TPOT\nms", "tokens/s", "router\nGB", "shard\nGB"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("bound by", no_wrap=True)
     for one in found[:5]:
         colour = "" if one.meets_tpot else "[red]"

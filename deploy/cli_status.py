@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ import typer
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -119,34 +120,52 @@ def view(before: Snapshot, now: Snapshot) -> RenderableType:
     return Group(*parts)
 
 
+def one_line(before: Snapshot, now: Snapshot) -> str:
+    """The least that `serve` shows while it runs."""
+    values, shards = now.values, now.mesh.get("shards", ())
+    parts = [
+        f"{rate(before, now, 'generation_tokens_total'):.0f} tokens/s",
+        f"{values.get('num_requests_running', 0):.0f} running",
+        f"{values.get('num_requests_waiting', 0):.0f} waiting",
+        f"KV {100 * values.get('kv_cache_usage_perc', 0):.1f} %",
+        f"{sum(shard['state'] == 'serving' for shard in shards)} shards",
+        f"epoch {now.mesh.get('epoch', '?')} {_state(now.mesh)}",
+    ]
+    return "  ".join(parts)
+
+
+def _state(mesh: Mapping[str, Any]) -> str:
+    return "no shards" if mesh.get("target_shards") == 0 else "complete" if mesh.get("complete") else "RECOVERING"
+
+
 def _headline(before: Snapshot, now: Snapshot) -> RenderableType:
     mesh, values = now.mesh, now.values
-    state = "no shards" if mesh.get("target_shards") == 0 else "complete" if mesh.get("complete") else "RECOVERING"
-    table = Table.grid(padding=(0, 3))
-    table.add_column(no_wrap=True)
+    state = _state(mesh)
     busy = quantile(before, now, "inter_token_latency_seconds", 0.5) is not None
     since = before if busy else None
     spans = [
-        f"{label} p50 {_ms(quantile(since, now, name, 0.5))}  p99 {_ms(quantile(since, now, name, 0.99))}"
+        f"{label} p50 {_ms(quantile(since, now, name, 0.5))} p99 {_ms(quantile(since, now, name, 0.99))}"
         for label, name in (("TTFT", "time_to_first_token_seconds"), ("ITL", "inter_token_latency_seconds"))
     ]
     queries = values.get("prefix_cache_queries_total", 0)
-    hits = f", prefix hits {100 * values.get('prefix_cache_hits_total', 0) / queries:.0f} %" if queries else ""
-    table.add_row(
-        f"[bold]{rate(before, now, 'generation_tokens_total'):.0f}[/bold] tokens/s out",
-        f"{rate(before, now, 'prompt_tokens_total'):.0f} tokens/s in",
+    hits = f", prefix {100 * values.get('prefix_cache_hits_total', 0) / queries:.0f} %" if queries else ""
+    out, into = (rate(before, now, f"{name}_tokens_total") for name in ("generation", "prompt"))
+    load = [
+        f"[bold]{out:.0f}[/bold] tokens/s out, {into:.0f} in",
         f"{values.get('num_requests_running', 0):.0f} running, {values.get('num_requests_waiting', 0):.0f} waiting",
         f"KV {100 * values.get('kv_cache_usage_perc', 0):.1f} %{hits}",
-    )
-    latency = Text.from_markup(f"{spans[0]}    {spans[1]}    [dim]{'now' if busy else 'since the start'}[/dim]")
+    ]
+    lines = ["  ".join(load), "  ".join([*spans, f"[dim]{'now' if busy else 'since the start'}[/dim]"])]
     colour = "red" if state == "RECOVERING" else "green"
-    title = f"expertmesh  epoch {mesh.get('epoch', '?')}  [{colour}]{state}[/{colour}]  {mesh.get('trouble', '')}"
-    return Panel(Group(table, latency), title=title, title_align="left", border_style="dim")
+    title = f"expertmesh  epoch {mesh.get('epoch', '?')}  [{colour}]{state}[/{colour}]"
+    if mesh.get("trouble"):
+        title += "  " + escape(mesh["trouble"])
+    return Panel(Text.from_markup("\n".join(lines)), title=title, title_align="left", border_style="dim")
 
 
 def _shards(before: Snapshot, now: Snapshot) -> RenderableType:
-    table = Table(box=None, header_style="dim", padding=(0, 1))
-    for name in ("", "state", "host", "pid", "experts", "weights", "tokens/s", "busy"):
+    table = Table(box=None, header_style="dim", padding=(0, 1), collapse_padding=True, pad_edge=False)
+    for name in ("", "state", "host", "pid", "experts", "memory", "tokens/s", "busy"):
         table.add_column(name, justify="left" if name in ("", "state", "host") else "right", no_wrap=True)
     earlier = {s["shard_id"]: s for s in before.mesh.get("shards", ())}
     span = max(now.at - before.at, 1e-9)
@@ -162,7 +181,7 @@ def _shards(before: Snapshot, now: Snapshot) -> RenderableType:
             shard.get("host", "?"),
             str(shard.get("pid", "")),
             str(shard.get("num_experts", "?")),
-            f"{shard.get('weight_bytes', 0) / 1e6:.1f} MB",
+            _amount(shard.get("weight_bytes", 0)),
             f"{tokens:.0f}",
             f"{100 * busy:.0f} %",
         )
@@ -170,9 +189,13 @@ def _shards(before: Snapshot, now: Snapshot) -> RenderableType:
         steps, step_s = router.get("num_steps", 0), router.get("step_s", 0.0)
         table.add_row(
             router["router_id"], "[green]router[/green]", router.get("host", "?"), str(router.get("pid", "")), "", "",
-            f"{router.get('running', 0)} run", f"{1e3 * step_s / steps:.1f} ms/step" if steps else "",
+            f"{router.get('running', 0)} run", f"{1e3 * step_s / steps:.1f} ms" if steps else "",
         )  # fmt: skip
     return table
+
+
+def _amount(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _ms(seconds: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,6 @@ PROBE_S = 3.0
 
 def connect(address: str) -> None:
     """Raises ValueError with one line where that can't be."""
-    import logging
     import os
 
     os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -43,13 +43,12 @@ def run_on_each_node(
         others = [(str(node["NodeManagerAddress"]), int(node["NodeManagerPort"])) for node in nodes]
         home = server.getsockname()[:2]
         probe = ray.remote(num_cpus=0, max_retries=0)(_inspect)
-        calls = {
-            str(node["NodeManagerAddress"]): probe.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(list(models), [*others, home])
-            for node in nodes
-        }
-        for name, call in calls.items():
+        calls = []
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            call = probe.options(scheduling_strategy=there).remote(list(models), [*others, home])
+            calls.append((str(node["NodeManagerAddress"]), call))
+        for name, call in calls:
             try:
                 yield name, ray.get(call, timeout=120)
             except Exception as error:
@@ -77,6 +76,7 @@ def end_service(app: str, mesh: str | None) -> list[str]:
 
     from actors.ray_shards import NAMESPACE, actor_name
 
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it tells of each step
     ended = []
     with contextlib.suppress(Exception):
         if app in serve.status().applications:

@@ -53,10 +53,12 @@ def create_api(
     *,
     supervisors: Supervisors | None = None,
     ray_metrics: RayMetrics | None = None,
+    behind_serve: bool = False,
 ) -> FastAPI:
     """The app. It starts the pool with its lifespan, or with the first request, and closes it with its lifespan.
 
-    Without `supervisors` it tells of the mesh what its links know, and counts for itself alone."""
+    Without `supervisors` it tells of the mesh what its links know, and counts for itself alone. behind_serve: Serve's
+    proxy gives a request its id where it has none, and adds it to the answer."""
     service = Service(settings, ModelList(models), pool)
     exporter = exporter_to(settings.server.otlp_traces_endpoint)
     tracing = Tracing(exporter, VERSION) if exporter is not None else None
@@ -81,7 +83,15 @@ def create_api(
     ledger = supervisors if settings.server.num_ingresses > 1 else None
     sharing = monitoring.Sharing(pool.metrics, ledger)
     limits = KeyLimits(settings.limits, ledger)
-    api.add_middleware(Front, service=service, keys=keys, limits=limits, sharing=sharing, tracing=tracing)
+    api.add_middleware(
+        Front,
+        service=service,
+        keys=keys,
+        limits=limits,
+        sharing=sharing,
+        tracing=tracing,
+        behind_serve=behind_serve,
+    )
     if settings.server.allowed_origins:
         api.add_middleware(
             CORSMiddleware,
@@ -111,6 +121,7 @@ class Front:
     limits: KeyLimits
     sharing: monitoring.Sharing
     tracing: Tracing | None
+    behind_serve: bool
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -132,7 +143,8 @@ class Front:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 answered = MutableHeaders(scope=message)
-                answered["x-request-id"] = request_id
+                if not (self.behind_serve and request_id == headers.get("x-request-id")):
+                    answered["x-request-id"] = request_id
                 if scope["path"].startswith("/v1/messages"):
                     answered["request-id"] = request_id  # where Anthropic's clients look
             await send(message)
@@ -140,7 +152,7 @@ class Front:
         scope.setdefault("state", {})["request_id"] = request_id
         try:
             client = self.keys.check(path, headers)
-            async with self._admission(is_work, client, request_id):
+            async with self._admission(is_work, client):
                 await self.app(scope, receive, send_with_id)
         except Exception as error:
             if not isinstance(error, ApiError):
@@ -158,14 +170,14 @@ class Front:
                 _log_access(scope, status, time.monotonic() - began, note)
 
     @asynccontextmanager
-    async def _admission(self, is_work: bool, client: str, request_id: str) -> AsyncIterator[None]:
+    async def _admission(self, is_work: bool, client: str) -> AsyncIterator[None]:
         """Requests for the mesh are counted until their answer has ended; looking around is free."""
         if not is_work:
             yield
             return
         with self.service.admitted():
             try:
-                async with self.limits.admitted(client, request_id):
+                async with self.limits.admitted(client):
                     yield
             finally:
                 self.sharing.soon()

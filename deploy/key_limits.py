@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -33,11 +34,12 @@ class KeyLimits:
         self._releases: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
-    async def admitted(self, key: str, request_id: str) -> AsyncGenerator[None]:
+    async def admitted(self, key: str) -> AsyncGenerator[None]:
         """Counts a request while it is served. Raises TooManyRequests."""
         if self._per_minute is None and self._at_once is None:
             yield
             return
+        request_id = uuid.uuid4().hex  # clients may give the same X-Request-Id to all of theirs
         refused, wait_s = await self._admit(key, request_id)
         if refused == "concurrency":
             raise TooManyRequests(
@@ -53,10 +55,14 @@ class KeyLimits:
             yield
         finally:
             self._own.release(key, request_id)
-            if self._shared is not None:
-                task = asyncio.create_task(_release(self._shared, key, request_id))  # the answer need not wait for it
-                self._releases.add(task)
-                task.add_done_callback(self._releases.discard)
+            self._release_later(key, request_id)
+
+    def _release_later(self, key: str, request_id: str) -> None:
+        """At the shared ledger, if there is one. No answer need wait for it."""
+        if self._shared is not None:
+            task = asyncio.create_task(_release(self._shared, key, request_id))
+            self._releases.add(task)
+            task.add_done_callback(self._releases.discard)
 
     async def _admit(self, key: str, request_id: str) -> tuple[str, float]:
         limits: dict[str, Any] = {"per_minute": self._per_minute, "at_once": self._at_once, "lease_s": self._lease_s}
@@ -66,6 +72,7 @@ class KeyLimits:
                     return await self._shared.admit(key, request_id, **limits)
             except Exception as error:
                 logger.warning("the shared limits can't be reached, own ones hold: %s", str(error)[:200])
+                self._release_later(key, request_id)  # a late answer: it may have been counted all the same
         return self._own.admit(key, request_id, **limits)
 
 

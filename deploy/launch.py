@@ -26,6 +26,7 @@ from deploy.tracing import exporter_to
 log = logging.getLogger("expertmesh.launch")
 
 START_S = 600.0
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 class StartError(RuntimeError):
@@ -104,13 +105,13 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
         yield Running(url, models[0].names[0], time.monotonic() - began)
 
 
-def wait_for_interrupt() -> None:
+def wait_for_interrupt(meanwhile: Callable[[], None] = lambda: None, every_s: float = 2.0) -> None:
     """Return at SIGINT or SIGTERM."""
     done = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: done.set())
-    while not done.wait(0.5):
-        pass
+    while not done.wait(every_s):
+        meanwhile()
 
 
 def port_problem(host: str, port: int) -> str | None:

@@ -17,6 +17,14 @@ from deploy.sse import JsonAnswer
 from deploy.supervisors import Supervisors
 
 PAGE = Path(__file__).parent / "pages" / "mesh.html"
+# A page brings everything itself; nothing else may run or be loaded, and it may not be framed.
+PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 async def show_mesh(service: Service, supervisors: Supervisors | None, model: str | None = None) -> dict[str, Any]:
@@ -45,7 +53,7 @@ def add_to(api: FastAPI, service: Service, supervisors: Supervisors | None) -> N
     async def view() -> Response:
         """The mesh as a page: who holds what, what is hot, what moved. It asks GET /mesh every second, with its own
         query, so /mesh/view?model=NAME draws another mesh."""
-        return HTMLResponse(page)
+        return HTMLResponse(page, headers=PAGE_HEADERS)
 
     @api.post("/mesh/scale", status_code=202)
     async def change_number_of_shards(request: Request) -> Response:
@@ -62,4 +70,5 @@ def add_to(api: FastAPI, service: Service, supervisors: Supervisors | None) -> N
         try:
             return JsonAnswer(await supervisors.scale(number, model), status_code=202)
         except ValueError as error:
-            raise InvalidRequest(str(error).strip().splitlines()[-1], param="shards") from None
+            message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")  # as Ray passes it on
+            raise InvalidRequest(message, param="shards") from None

@@ -145,7 +145,7 @@ def _membership(views: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
         level.add_metric(
             [mesh], balancedness([float(s["pairs"]) for s in shards if s.get("state") == "serving" and "pairs" in s])
         )
-        for state in ("serving", "standby", "unreachable"):
+        for state in ("serving", "standby", "silent", "unreachable"):
             states.add_metric([mesh, state], sum(s.get("state") == state for s in shards))
         rebalances.add_metric([mesh], float(view.get("num_rebalances", 0)))
     return [routers, epoch, complete, target, level, states, rebalances]

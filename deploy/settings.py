@@ -49,7 +49,7 @@ class ServerSettings(Section):
     """Where and for whom the HTTP API is."""
 
     host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=1, le=65535)
     api_keys: tuple[str, ...] = ()  # empty, and no api_key_file: no authentication
     api_key_file: str | None = None  # further keys, one a line; "#" begins a comment
     allowed_origins: tuple[str, ...] = ()  # browsers' origins that may call (CORS)
@@ -99,7 +99,7 @@ class EngineSettings(Section):
     max_num_batched_tokens: int = Field(default=2048, ge=1)
     max_waiting: int = Field(default=512, ge=0)  # requests in a router's queue; more are answered with queue_full
     prefix_cache: bool = True
-    threads: int = Field(default=1, ge=1)
+    threads: int | None = Field(default=None, ge=1)  # of a router; None: 1, or its part of the node with local
     seed: int | None = Field(default=None, ge=0, lt=2**63)  # of requests without one; None: another for each
 
 
@@ -231,7 +231,11 @@ def load(
     if file is not None:
         put_all(_read_yaml(file), f"file {file}")
     for variable, text in (environ or {}).items():
-        if variable.startswith(ENV_PREFIX) and "__" in variable:
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        if "__" not in variable:
+            _check_other_variable(variable, text)
+        else:
             name = variable[len(ENV_PREFIX) :].lower().replace("__", ".", 1)
             _check_name(name, f"environment {variable}")
             put(name, _from_text(name, text), f"environment {variable}")
@@ -267,6 +271,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _check_name(name: str, source: str) -> None:
     if name not in (known := field_names()):
         raise ValueError(f"unknown setting {name!r} ({source}){nearest(name, known)}")
+
+
+def _check_other_variable(variable: str, text: str) -> None:
+    """Clients and tests have variables of their own, but a setting without its section is a slip."""
+    if text.startswith("tcp://"):
+        return  # Kubernetes sets EXPERTMESH_PORT for a Service of that name
+    for name in field_names():
+        known = ENV_PREFIX + name.replace(".", "__").upper()
+        if variable in (known.replace("__", "_"), ENV_PREFIX + name.partition(".")[2].upper()):
+            raise ValueError(f"environment {variable} is no setting; did you mean {known}?")
 
 
 def _read_yaml(file: str | Path) -> dict[str, Any]:

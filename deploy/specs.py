@@ -88,9 +88,11 @@ def shard_resources(settings: Settings) -> ShardResources:
     )
 
 
-def router_spec(settings: Settings) -> RouterSpec:
-    """Raises ValueError where the limits contradict each other."""
+def router_spec(settings: Settings, num_cores: int = 1) -> RouterSpec:
+    """num_cores: of the router's node. Raises ValueError where the limits contradict each other."""
     engine, mesh = settings.engine, settings.mesh
+    # Beside shards more threads would take the cores that those compute on; with all experts here they are the speed.
+    threads = max(1, num_cores // mesh.routers) if mesh.local else 1
     return RouterSpec(
         model=model_path(settings),
         served_name=served_names(settings)[0],
@@ -113,7 +115,7 @@ def router_spec(settings: Settings) -> RouterSpec:
         timeouts=timeouts(settings),
         transport=mesh.transport,
         num_routers=mesh.routers,
-        num_threads=engine.threads,
+        num_threads=engine.threads or threads,
         local=mesh.local,
         token=mesh.token or "",
     )

@@ -14,6 +14,7 @@ from model.experts import ExpertWeights, run_experts
 from model.linear import Weight
 from model.native.kernels import NativeKernels
 from model.native.shared_object import load_shared_object
+from model.sampling import DrawTokens, draw_tokens_reference
 
 log = logging.getLogger("expertmesh.model")
 
@@ -33,12 +34,16 @@ class Kernels:
 
     paged_attention: PagedAttention
     run_experts: RunExperts
+    draw_tokens: DrawTokens
     pack_weight: Callable[[Weight], Weight]
     """A weight in the layout that `linear` and `run_experts` are fast with, for when it is loaded."""
 
 
 REFERENCE_KERNELS = Kernels(
-    paged_attention=paged_attention_reference, run_experts=run_experts, pack_weight=lambda weight: weight
+    paged_attention=paged_attention_reference,
+    run_experts=run_experts,
+    draw_tokens=draw_tokens_reference,
+    pack_weight=lambda weight: weight,
 )
 
 
@@ -59,5 +64,8 @@ def select_kernels(device: torch.device | str = "cpu", *, native: bool = True, n
         return REFERENCE_KERNELS
     kernels = NativeKernels(shared_object)
     return Kernels(
-        paged_attention=kernels.paged_attention, run_experts=kernels.run_experts, pack_weight=kernels.pack_weight
+        paged_attention=kernels.paged_attention,
+        run_experts=kernels.run_experts,
+        draw_tokens=kernels.draw_tokens,
+        pack_weight=kernels.pack_weight,
     )

@@ -12,7 +12,7 @@ _KEY_STEP = 0x9E3779B9
 _MASK32 = 0xFFFFFFFF
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int], device: torch.device) -> Tensor:
+def uniforms(seeds: Sequence[int], positions: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """One float64 in (0, 1) for each pair, never 0 or 1. Seeds are taken modulo 2**64, positions modulo 2**32.
 
     For one position this is a bijection of the seed, up to the last 12 bits, so no two seeds share a stream."""

@@ -1,17 +1,19 @@
 """Draws a step's tokens, one per row. A row's token depends on its own logits, parameters, seed and position only.
 
 1. Masks, bans, biases and penalties are applied to the logits (logit_edits).
-2. Greedy rows take the largest logit. For the others the head, the few hundred likeliest tokens, is found (candidates).
-3. temperature, min_p, top_k and top_p say what share of the probability mass is kept. Where they may keep tokens beyond
-   the head, the kept mass is known to lie between two bounds.
-4. One uniform number times the kept mass falls on a token of the cumulated weights, likeliest first.
-5. Only where the two bounds disagree about that token, or it lies beyond the head, are all tokens of the row looked at.
+2. Greedy rows take the largest logit.
+3. For the others the tokens are in order, likeliest first and equals by rising id. temperature, min_p, top_k and top_p
+   say how far into this order tokens are kept, and one uniform number times the kept mass falls on one of them.
+
+`draw_tokens_reference` does 2 and 3 in torch. The head, the few hundred likeliest tokens, is found (candidates). Where
+tokens beyond it may be kept, the kept mass is known to lie between two bounds; only where these disagree about the
+token, or it lies beyond the head, are all tokens of the row looked at. The native kernel does it in another way.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,9 @@ from model.logprobs import TokenLogprob, row_mass, token_logprobs
 from model.random_bits import uniforms
 from model.sampler_state import SamplingRow
 from model.sampling_params import SamplingParams
+
+DrawTokens = Callable[[Tensor, Sequence[SamplingRow]], tuple[list[int], list[float]]]
+"""`draw_tokens_reference` or its equal."""
 
 _HEAD = 256  # a head holds at least so many tokens, if so many are allowed
 _EVERY_TOKEN = 2**31
@@ -38,25 +43,19 @@ class SampleOutput:
     errors: list[str | None]
 
 
-def sample(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> SampleOutput:
-    """Draw one token for each row of float32 logits, which are edited in place."""
+def sample(logits_RV: Tensor, rows: Sequence[SamplingRow], draw_tokens: DrawTokens | None = None) -> SampleOutput:
+    """Draw one token for each row of float32 logits, which are edited in place. draw_tokens: the reference, or its
+    equal."""
     if len(logits_RV) != len(rows):
         raise ValueError(f"logits have {len(logits_RV)} rows for {len(rows)} requests; there must be one each.")
     if not rows:
         return SampleOutput(token_ids=[], logprobs=[], errors=[])
-    logits_RV = logits_RV.contiguous()
     params = [row.state.params for row in rows]
     wanted = [idx for idx, item in enumerate(params) if item.logprobs is not None]
     raw_RV = _before_edits(logits_RV, rows, wanted)
     edit_logits(logits_RV, rows)
-    maxima_RC = chunk_maxima(logits_RV)
-    errors = [_error(value) for value in maxima_RC.amax(1).tolist()]
-    token_ids: list[int] = first_argmax(logits_RV, maxima_RC).tolist()
-    drawn = [idx for idx, item in enumerate(params) if not item.is_greedy and errors[idx] is None]
-    if drawn:
-        drawn_rows = [rows[idx] for idx in drawn]
-        for idx, token in zip(drawn, _draw(_take(logits_RV, drawn), _take(maxima_RC, drawn), drawn_rows), strict=True):
-            token_ids[idx] = token
+    token_ids, largest = (draw_tokens or draw_tokens_reference)(logits_RV, rows)
+    errors = [_error(value) for value in largest]
     logprobs: list[list[TokenLogprob] | None] = [None] * len(rows)
     scored = [(at, idx) for at, idx in enumerate(wanted) if errors[idx] is None]
     if scored and raw_RV is not None:
@@ -89,6 +88,20 @@ def _error(largest_logit: float) -> str | None:
     if not math.isfinite(largest_logit):
         return _BROKEN.format(largest_logit)
     return None
+
+
+def draw_tokens_reference(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[float]]:
+    """A token for each row, and its largest logit (NaN if it holds one). A token means nothing if that isn't finite."""
+    logits_RV = logits_RV.contiguous()
+    maxima_RC = chunk_maxima(logits_RV)
+    largest: list[float] = maxima_RC.amax(1).tolist()
+    token_ids: list[int] = first_argmax(logits_RV, maxima_RC).tolist()
+    drawn = [idx for idx, row in enumerate(rows) if not row.state.params.is_greedy and math.isfinite(largest[idx])]
+    if drawn:
+        drawn_rows = [rows[idx] for idx in drawn]
+        for idx, token in zip(drawn, _draw(_take(logits_RV, drawn), _take(maxima_RC, drawn), drawn_rows), strict=True):
+            token_ids[idx] = token
+    return token_ids, largest
 
 
 def _draw(logits_RV: Tensor, maxima_RC: Tensor, rows: list[SamplingRow]) -> list[int]:
@@ -126,8 +139,7 @@ def _draw(logits_RV: Tensor, maxima_RC: Tensor, rows: list[SamplingRow]) -> list
     is_known_R = ((low_R1 == high_R1) & (high_R1 < weights_RW.shape[1])).flatten()
     tokens: list[int] = head.ids_RW.gather(1, low_R1.clamp(max=weights_RW.shape[1] - 1)).flatten().tolist()
     for idx in (~is_known_R).nonzero().flatten().tolist():
-        head_ids_W = head.ids_RW[idx, : int(head.counts_R[idx])]
-        tokens[idx] = draw_from_all(logits_RV[idx], head_ids_W, params[idx], uniforms_R1[idx])
+        tokens[idx] = draw_from_all(logits_RV[idx], params[idx], uniforms_R1[idx])
     return tokens
 
 
@@ -145,19 +157,14 @@ def _place(cumulated_RW: Tensor, uniforms_R1: Tensor, top_p_R1: Tensor, mass_R1:
     return torch.minimum(torch.searchsorted(cumulated_RW, uniforms_R1 * kept_R1, right=True), reached_R1)
 
 
-def draw_from_all(logits_V: Tensor, head_ids_W: Tensor, params: SamplingParams, uniform_1: Tensor) -> int:
-    """One row's token by the same rules over all tokens, those of the head first."""
-    weights_V = ((logits_V.double() - logits_V[head_ids_W[0]].double()) / params.temperature).exp_()
+def draw_from_all(logits_V: Tensor, params: SamplingParams, uniform_1: Tensor) -> int:
+    """One row's token by the same rules over all tokens."""
+    weights_V = ((logits_V.double() - logits_V.max().double()) / params.temperature).exp_()
     weights_V[weights_V < params.min_p] = 0
-    ids_V = torch.arange(len(logits_V), device=logits_V.device)
-    if params.top_k is None and params.top_p == 1:  # no rule needs the order of the tokens beyond the head
-        is_rest_V = torch.ones_like(ids_V, dtype=torch.bool).index_fill_(0, head_ids_W, False)
-        ids_V = torch.cat([head_ids_W, ids_V[is_rest_V]])
-    else:
-        keys_V = order_keys(logits_V, ids_V)
-        num = min(params.top_k or len(keys_V), len(keys_V))
-        # Rising integers are what torch sorts fastest, five times here.
-        ids_V = ids_of_keys(keys_V.topk(num).values if num < len(keys_V) else ~(~keys_V).sort().values)
+    keys_V = order_keys(logits_V, torch.arange(len(logits_V), device=logits_V.device))
+    num = min(params.top_k or len(keys_V), len(keys_V))
+    # Rising integers are what torch sorts fastest, five times here.
+    ids_V = ids_of_keys(keys_V.topk(num).values if num < len(keys_V) else ~(~keys_V).sort().values)
     cumulated_V = weights_V[ids_V].cumsum(0)
     reached = torch.searchsorted(cumulated_V, params.top_p * cumulated_V[-1:])
     at = torch.searchsorted(cumulated_V, uniform_1 * cumulated_V[reached], right=True)

@@ -17,13 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE_DIRECTORY = Path(__file__).parent
-_LEVEL_FLAGS = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c",
-    ],
-}  # fmt: skip
-_SOURCES_OF_EACH_LEVEL = ("linear.c", "experts.c", "attention.c")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
+_LEVEL_FLAGS = {"avx2": _AVX2, "avx512": _AVX512, "amx": (*_AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16")}
+_SOURCES_OF_EACH_LEVEL = ("linear.c", "experts.c", "attention.c", "sampling.c")
+_SOURCES_OF_LEVEL = {"amx": ("amx.c",)}
 _PLAIN_SOURCES = ("cpu.c", "pack.c", "threads.c")
 # No contraction: a multiply-add is fused where the source says so, or the two levels would round differently.
 _FLAGS = ["-O2", "-std=gnu11", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
@@ -54,9 +52,10 @@ def build(target_directory: Path = SOURCE_DIRECTORY) -> Path:
         raise RuntimeError("no C compiler found: install gcc, or set CC to one")
     target_directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target_directory, prefix=".build-") as scratch:
-        objects: list[tuple[str, list[str], str]] = [(source, [], f"{source}.o") for source in _PLAIN_SOURCES]
+        objects: list[tuple[str, tuple[str, ...], str]] = [(source, (), f"{source}.o") for source in _PLAIN_SOURCES]
         for level, flags in _LEVEL_FLAGS.items():
-            objects += [(source, flags, f"{source}.{level}.o") for source in _SOURCES_OF_EACH_LEVEL]
+            sources = _SOURCES_OF_EACH_LEVEL + _SOURCES_OF_LEVEL.get(level, ())
+            objects += [(source, flags, f"{source}.{level}.o") for source in sources]
         commands = [
             [*compiler, *_FLAGS, *flags, "-c", str(SOURCE_DIRECTORY / source), "-o", f"{scratch}/{name}"]
             for source, flags, name in objects

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from model.experts import ExpertWeights, run_experts
 from model.linear import DenseWeight, Int4Weight, Int8Weight, Weight
 from model.native.packed_weight import FORMATS, PANEL, PackedWeight
 from model.native.shared_object import AttentionStruct, SharedObject, pointer
+from model.random_bits import uniforms
+from model.sampler_state import SamplingRow
 
 # Inputs of an int8 weight that share one activation scale: an outlier coarsens 128 neighbours, not the whole row.
 INT8_ACTIVATION_BLOCK = 128
@@ -35,7 +38,8 @@ class NativeKernels:
         packed: dict[str, Any]
         if isinstance(weight, DenseWeight):
             matrix, name = weight.tensor, _FORMAT_OF_DTYPE[weight.tensor.dtype]
-            panels = torch.empty(num_panels, num_inputs, PANEL, dtype=matrix.dtype)
+            together = 2 if name == "bfloat16" else 1
+            panels = torch.empty(num_panels, -(-num_inputs // together), together * PANEL, dtype=matrix.dtype)
             packed = {}
         elif isinstance(weight, Int8Weight):
             matrix, name = weight.values, "int8"
@@ -141,6 +145,27 @@ class NativeKernels:
         )
         self.shared_object.paged_attention(ctypes.addressof(call), self.shared_object.num_threads)
         return out_TAD
+
+    def draw_tokens(self, logits_RV: Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[float]]:
+        """See `model.sampling.draw_tokens_reference`."""
+        random_R = uniforms([row.state.params.seed for row in rows], [row.state.position for row in rows])
+        draws = np.array(
+            [
+                (0 if p.is_greedy else 1 / p.temperature, p.top_k or 0, p.top_p, p.min_p, uniform)
+                for p, uniform in zip((row.state.params for row in rows), random_R.tolist(), strict=True)
+            ]
+        )
+        logits_RV = logits_RV.contiguous()
+        tokens_R, largest_R = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
+        self.shared_object.draw_tokens(
+            pointer(logits_RV),
+            *logits_RV.shape,
+            draws.ctypes.data,
+            tokens_R.ctypes.data,
+            largest_R.ctypes.data,
+            self.shared_object.num_threads,
+        )
+        return tokens_R.tolist(), largest_R.tolist()
 
 
 def _pad_rows(tensor: Tensor, num_panels: int) -> Tensor:

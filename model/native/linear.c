@@ -2,7 +2,8 @@
  *
  * A tile is R rows times C panels (2 * C vectors of outputs): its R * 2 * C sums stay in registers while the
  * panel streams by once. R is 12 with AVX-512 (24 sums, 2 weights, 1 broadcast of 32 registers), 6 with AVX2. Few rows
- * take several panels at once, so that enough sums are in flight to hide the latency of a multiply-add.
+ * take several panels at once, so that enough sums are in flight to hide the latency of a multiply-add, and enough
+ * reads that of the memory.
  *
  * Each output is summed over the inputs in one fixed order, whatever R and C are: a row has the same bits in any
  * batch.
@@ -12,30 +13,49 @@
 #include "linear.h"
 
 #if LANES == 16
-enum { MAX_TILE_ROWS = 12, FEW_ROWS = 3, FEW_ROWS_PANELS = 4 };
+enum { MAX_TILE_ROWS = 12, FEW_ROWS = 3, SOME_ROWS = 6 };
 #else
-enum { MAX_TILE_ROWS = 6, FEW_ROWS = 1, FEW_ROWS_PANELS = 4 };
+enum { MAX_TILE_ROWS = 6, FEW_ROWS = 1, SOME_ROWS = 1 };
 #endif
+enum { FEW_ROWS_PANELS = 4, SOME_ROWS_PANELS = 2 };
 enum { STRIPS = 16 / LANES }; /* one pass covers outputs [s, s + LANES) and [16 + s, 16 + s + LANES) of a panel */
 
-/* Bytes of a panel for one input, or for four of an integer format. */
-static int step_bytes(int format) { return format == FLOAT32 || format == INT8 ? 4 * PANEL : 2 * PANEL; }
+/* Bytes of a panel for the inputs that stand side by side. */
+static int step_bytes(int format) { return format == FLOAT16 || format == INT4 ? 2 * PANEL : 4 * PANEL; }
 
 static size_t panel_bytes(const struct weight *w) {
-    return (size_t)(is_integer(w) ? ceil_div(w->num_inputs, 4) : w->num_inputs) * step_bytes(w->format);
+    return (size_t)padded_inputs(w) / inputs_together(w->format) * step_bytes(w->format);
 }
 
 /* ---- packing activations ---- */
 
-static int tile_rows_for(int num_rows) { /* as even as possible: 13 rows are 7 + 6 (+ 1 of zeros) */
-    return ceil_div(num_rows, ceil_div(num_rows, MAX_TILE_ROWS));
+/* The sizes of packed rows, without memory. Tiles are as even as possible: 13 rows are 7 + 6 (+ 1 of zeros). */
+static struct packed_rows arrange(const struct weight *w, int num_rows) {
+    struct packed_rows rows = {.num_rows = num_rows, .run = is_integer(w) ? 4 : 1};
+    int num_packed = num_rows, most = MAX_TILE_ROWS;
+#ifdef __AMX_TILE__
+    if (amx_run(w, num_rows)) {
+        rows.run = amx_run(w, num_rows);
+        most = AMX_TILE_ROWS;
+        if (!is_integer(w)) num_packed *= AMX_PARTS;
+    }
+#endif
+    rows.tile_rows = ceil_div(num_packed, ceil_div(num_packed, most));
+    rows.num_tiles = ceil_div(num_packed, rows.tile_rows);
+    return rows;
+}
+
+/* Of one tile's values. */
+static size_t tile_bytes(const struct weight *w, const struct packed_rows *rows) {
+    int input_bytes = is_integer(w) ? 1 : rows->run > 1 ? 2 : 4;
+    return (size_t)rows->tile_rows * padded_inputs(w) * input_bytes;
 }
 
 size_t AT_LEVEL(packed_rows_bytes)(const struct weight *w, int num_rows) {
-    size_t padded_rows = (size_t)tile_rows_for(num_rows) * ceil_div(num_rows, tile_rows_for(num_rows));
-    if (!is_integer(w)) return padded_rows * w->num_inputs * sizeof(float);
-    size_t num_blocks = ceil_div(w->num_inputs, w->block_size);
-    return padded_rows * (ceil_div(w->num_inputs, 4) * 4 + num_blocks * 8) + 3 * 64;
+    struct packed_rows rows = arrange(w, num_rows);
+    size_t values = rows.num_tiles * tile_bytes(w, &rows);
+    if (!is_integer(w)) return values;
+    return values + (size_t)rows.num_tiles * rows.tile_rows * ceil_div(w->num_inputs, w->block_size) * 8 + 3 * 64;
 }
 
 /* Quantize n <= block_size inputs (a multiple of LANES, padded with zeros) to [-127, 127]. Returns the scale. */
@@ -44,13 +64,18 @@ static float quantize_block(const float *x, int n, int8_t *out, int32_t *sum) {
     for (int i = 0; i < n; i += LANES) largest = vmax(largest, absolute(load(x + i)));
     float max = max_of_lanes(largest);
     vec inverse = broadcast(max > 0.0f ? 127.0f / max : 0.0f);
-    for (int i = 0; i < n; i += LANES) store_as_i8(out + i, to_int(load(x + i) * inverse));
-    *sum = 0;
-    for (int i = 0; i < n; i++) *sum += out[i];
+    ivec total = ibroadcast(0);
+    for (int i = 0; i < n; i += LANES) {
+        ivec whole = to_int(load(x + i) * inverse);
+        store_as_i8(out + i, whole);
+        total = add_ints(total, whole);
+    }
+    *sum = sum_of_ints(total);
     return max / 127.0f;
 }
 
-static void pack_integer_row(const struct weight *w, const float *x, int R, int8_t *values, float *scales,
+/* A row's values [input / run][R][run], scales and sums [block][R]. */
+static void pack_integer_row(const struct weight *w, const float *x, int R, int run, int8_t *values, float *scales,
                              int32_t *sums) {
     int block = w->block_size, K = w->num_inputs;
     int padded_block = ceil_div(block, 16) * 16;
@@ -59,46 +84,56 @@ static void pack_integer_row(const struct weight *w, const float *x, int R, int8
     for (int b = 0; b * block < K; b++) {
         int n = at_most(block, K - b * block), padded = ceil_div(n, 16) * 16;
         const float *from = x + b * block;
-        memset(inputs + n, 0, (padded - n) * sizeof(float));
-        if (w->input_order == NULL) memcpy(inputs, from, n * sizeof(float));
-        else for (int i = 0; i < n; i++) inputs[i] = x[w->input_order[b * block + i]];
-        scales[b * R] = quantize_block(inputs, padded, quantized, sums + b * R);
-        for (int i = 0; i < n; i += 4) memcpy(values + (long)(b * block + i) * R, quantized + i, 4);
+        if (w->input_order != NULL || padded > n) {
+            memset(inputs + n, 0, (padded - n) * sizeof(float));
+            for (int i = 0; i < n; i++) inputs[i] = w->input_order ? x[w->input_order[b * block + i]] : from[i];
+            from = inputs;
+        }
+        scales[b * R] = quantize_block(from, padded, quantized, sums + b * R);
+        for (int i = 0; i < n; i += run) memcpy(values + (long)(b * block + i) * R, quantized + i, run);
+    }
+}
+
+static void pack_integer_rows(const struct weight *w, const float *x, const int32_t *row_ids, char *memory,
+                              struct packed_rows *rows) {
+    int R = rows->tile_rows, run = rows->run, num_blocks = ceil_div(w->num_inputs, w->block_size);
+    rows->values = take(&memory, rows->num_tiles * tile_bytes(w, rows));
+    rows->scales = take(&memory, (size_t)rows->num_tiles * R * num_blocks * sizeof(float));
+    rows->sums = take(&memory, (size_t)rows->num_tiles * R * num_blocks * sizeof(int32_t));
+    for (int i = 0; i < rows->num_tiles * R; i++) {
+        int t = i / R, r = i % R;
+        int8_t *values = (int8_t *)rows->values + t * tile_bytes(w, rows) + run * r;
+        float *scales = rows->scales + (long)t * R * num_blocks + r;
+        int32_t *sums = rows->sums + (long)t * R * num_blocks + r;
+        if (i < rows->num_rows) {
+            pack_integer_row(w, x + (long)(row_ids ? row_ids[i] : i) * w->num_inputs, R, run, values, scales, sums);
+        } else {
+            for (int k = 0; k < padded_inputs(w); k += run) memset(values + (long)k * R, 0, run);
+            for (int b = 0; b < num_blocks; b++) scales[b * R] = 0.0f, sums[b * R] = 0;
+        }
+    }
+}
+
+static void pack_float_rows(const struct weight *w, const float *x, const int32_t *row_ids, struct packed_rows *rows) {
+    int K = w->num_inputs, padded_K = padded_inputs(w), R = rows->tile_rows;
+    for (int i = 0; i < rows->num_tiles * R; i++) {
+        const float *row = i < rows->num_rows ? x + (long)(row_ids ? row_ids[i] : i) * K : NULL;
+        float *out = (float *)rows->values + (long)(i / R) * R * padded_K + i % R;
+        for (int k = 0; k < padded_K; k++) out[(long)k * R] = row && k < K ? row[k] : 0.0f;
     }
 }
 
 struct packed_rows AT_LEVEL(pack_rows)(const struct weight *w, const float *x, const int32_t *row_ids, int num_rows,
                                        char *memory) {
-    int K = w->num_inputs, R = tile_rows_for(num_rows), num_tiles = ceil_div(num_rows, R);
-    struct packed_rows rows = {.num_rows = num_rows, .tile_rows = R, .num_tiles = num_tiles};
-    if (!is_integer(w)) {
-        float *out = take(&memory, (size_t)num_tiles * R * K * sizeof(float));
-        rows.values = (char *)out;
-        for (int t = 0; t < num_tiles; t++, out += (long)R * K)
-            for (int r = 0; r < R; r++) {
-                int i = t * R + r;
-                const float *row = i < num_rows ? x + (long)(row_ids ? row_ids[i] : i) * K : NULL;
-                for (int k = 0; k < K; k++) out[(long)k * R + r] = row ? row[k] : 0.0f;
-            }
-        return rows;
-    }
-    int num_blocks = ceil_div(K, w->block_size), padded_inputs = ceil_div(K, 4) * 4;
-    rows.values = take(&memory, (size_t)num_tiles * R * padded_inputs);
-    rows.scales = take(&memory, (size_t)num_tiles * R * num_blocks * sizeof(float));
-    rows.sums = take(&memory, (size_t)num_tiles * R * num_blocks * sizeof(int32_t));
-    for (int t = 0; t < num_tiles; t++)
-        for (int r = 0; r < R; r++) {
-            int i = t * R + r;
-            int8_t *values = (int8_t *)rows.values + (long)t * R * padded_inputs + 4 * r;
-            float *scales = rows.scales + (long)t * R * num_blocks + r;
-            int32_t *sums = rows.sums + (long)t * R * num_blocks + r;
-            if (i < num_rows) {
-                pack_integer_row(w, x + (long)(row_ids ? row_ids[i] : i) * K, R, values, scales, sums);
-            } else {
-                for (int k = 0; k < padded_inputs; k += 4) memset(values + (long)k * R, 0, 4);
-                for (int b = 0; b < num_blocks; b++) scales[b * R] = 0.0f, sums[b * R] = 0;
-            }
-        }
+    struct packed_rows rows = arrange(w, num_rows);
+    rows.values = memory;
+    if (is_integer(w)) pack_integer_rows(w, x, row_ids, memory, &rows);
+#ifdef __AMX_TILE__
+    else if (rows.run > 1)
+        for (int i = 0; i < num_rows; i++)
+            amx_pack_row(&rows, x + (long)(row_ids ? row_ids[i] : i) * w->num_inputs, w->num_inputs, AMX_PARTS * i);
+#endif
+    else pack_float_rows(w, x, row_ids, &rows);
     return rows;
 }
 
@@ -136,16 +171,18 @@ static __attribute__((noinline)) void store_tile(const struct tile *t, int strip
     }
 }
 
-INLINE void load_weights(const char *p, int strip, int format, vec *a, vec *b) {
+/* The weights of one input, the `second` of its pair or not, for two vectors of outputs. */
+INLINE void load_weights(const char *p, int strip, int format, int second, vec *a, vec *b) {
     const float *f32 = (const float *)p + strip;
     const uint16_t *f16 = (const uint16_t *)p + strip;
     if (format == FLOAT32) *a = load(f32), *b = load(f32 + 16);
     else if (format == FLOAT16) *a = load_f16(f16), *b = load_f16(f16 + 16);
-    else load_bf16_pair(f16 + strip, a, b);
+    else *a = load_bf16_half(f32, second), *b = load_bf16_half(f32 + 16, second);
 }
 
 INLINE void float_tile(const struct tile *t, int format, const int R, const int C) {
-    int K = t->w->num_inputs, step = step_bytes(format);
+    int K = padded_inputs(t->w), step = step_bytes(format);
+    const int together = inputs_together(format);
     for (int strip = 0; strip < 16; strip += LANES) {
         const float *x = (const float *)t->values;
         const char *p = t->panel;
@@ -154,17 +191,20 @@ INLINE void float_tile(const struct tile *t, int format, const int R, const int 
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
             for (int c = 0; c < 2 * C; c++) sums[r][c] = broadcast(0.0f);
-        for (int k = 0; k < K; k++, p += step, x += R) {
-            vec w[2 * FEW_ROWS_PANELS];
+        for (int k = 0; k < K; k += together, p += step)
+#pragma GCC unroll 2
+            for (int i = 0; i < together; i++, x += R) {
+                vec w[2 * FEW_ROWS_PANELS];
 #pragma GCC unroll 4
-            for (int c = 0; c < C; c++) load_weights(p + c * t->panel_bytes, strip, format, &w[2 * c], &w[2 * c + 1]);
+                for (int c = 0; c < C; c++)
+                    load_weights(p + c * t->panel_bytes, strip, format, i, &w[2 * c], &w[2 * c + 1]);
 #pragma GCC unroll 12
-            for (int r = 0; r < R; r++) {
-                vec input = broadcast(x[r]);
+                for (int r = 0; r < R; r++) {
+                    vec input = broadcast(x[r]);
 #pragma GCC unroll 8
-                for (int c = 0; c < 2 * C; c++) sums[r][c] = fma_add(input, w[c], sums[r][c]);
+                    for (int c = 0; c < 2 * C; c++) sums[r][c] = fma_add(input, w[c], sums[r][c]);
+                }
             }
-        }
         vec result[R * 2 * C];
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++)
@@ -238,10 +278,11 @@ INLINE void integer_tile(const struct tile *t, int format, const int R, const in
         switch (R * 8 + C) { ALL_TILES(function, format) }      \
     }
 #if LANES == 16
-#define ALL_TILES(f, format)                                                                                      \
-    TILE(f, format, 1, 4) TILE(f, format, 2, 4) TILE(f, format, 3, 4) TILE(f, format, 1, 1) TILE(f, format, 2, 1)  \
-    TILE(f, format, 3, 1) TILE(f, format, 4, 1) TILE(f, format, 5, 1) TILE(f, format, 6, 1) TILE(f, format, 7, 1)  \
-    TILE(f, format, 8, 1) TILE(f, format, 9, 1) TILE(f, format, 10, 1) TILE(f, format, 11, 1) TILE(f, format, 12, 1)
+#define ALL_TILES(f, format)                                                                                       \
+    TILE(f, format, 1, 4) TILE(f, format, 2, 4) TILE(f, format, 3, 4) TILE(f, format, 4, 2) TILE(f, format, 5, 2)  \
+    TILE(f, format, 6, 2) TILE(f, format, 1, 1) TILE(f, format, 2, 1) TILE(f, format, 3, 1) TILE(f, format, 4, 1)  \
+    TILE(f, format, 5, 1) TILE(f, format, 6, 1) TILE(f, format, 7, 1) TILE(f, format, 8, 1) TILE(f, format, 9, 1)  \
+    TILE(f, format, 10, 1) TILE(f, format, 11, 1) TILE(f, format, 12, 1)
 #else
 #define ALL_TILES(f, format)                                                                                      \
     TILE(f, format, 1, 4) TILE(f, format, 1, 1) TILE(f, format, 2, 1) TILE(f, format, 3, 1) TILE(f, format, 4, 1)  \
@@ -259,15 +300,21 @@ static void (*const TILE_OF_FORMAT[])(const struct tile *, int, int) = {tile_f32
 
 void AT_LEVEL(multiply)(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
                         int first_panel, int last_panel) {
+#ifdef __AMX_TILE__
+    if (rows->run > 4) {
+        amx_multiply(w, rows, bias, y, first_panel, last_panel);
+        return;
+    }
+#endif
     int R = rows->tile_rows, num_blocks = is_integer(w) ? ceil_div(w->num_inputs, w->block_size) : 0;
-    long tile_bytes = is_integer(w) ? (long)R * ceil_div(w->num_inputs, 4) * 4 : (long)R * w->num_inputs * 4;
     struct tile t = {.w = w, .panel_bytes = panel_bytes(w), .bias = bias};
     for (int panel = first_panel, C; panel < last_panel; panel += C) {
-        C = R <= FEW_ROWS && last_panel - panel >= FEW_ROWS_PANELS ? FEW_ROWS_PANELS : 1;
+        C = R <= FEW_ROWS ? FEW_ROWS_PANELS : R <= SOME_ROWS ? SOME_ROWS_PANELS : 1;
+        if (last_panel - panel < C) C = 1;
         t.panel = (const char *)w->data + panel * t.panel_bytes;
         t.first_output = panel * PANEL;
         for (int i = 0; i < rows->num_tiles; i++) {
-            t.values = rows->values + i * tile_bytes;
+            t.values = rows->values + i * tile_bytes(w, rows);
             t.scales = rows->scales + (long)i * R * num_blocks;
             t.sums = rows->sums + (long)i * R * num_blocks;
             t.y = y + (long)i * R * w->num_outputs;
@@ -292,6 +339,9 @@ static void multiply_part(void *context, int i) {
                        at_most(first + call->panels_each, num_panels(call->w)));
 }
 
+/* Waking a thread takes some 30 us, in which the first reads half a megabyte. */
+enum { BYTES_WORTH_A_WAKE = 2 << 20 };
+
 /* y [num_rows, num_outputs] = x [num_rows, num_inputs] @ weight.T + bias (or NULL). */
 void AT_LEVEL(linear)(const struct weight *w, const float *x, int num_rows, const float *bias, float *y,
                       int num_threads) {
@@ -299,6 +349,7 @@ void AT_LEVEL(linear)(const struct weight *w, const float *x, int num_rows, cons
     char *memory = scratch(SCRATCH_CALL, AT_LEVEL(packed_rows_bytes)(w, num_rows));
     struct linear_call call = {.w = w, .bias = bias, .y = y};
     call.rows = AT_LEVEL(pack_rows)(w, x, NULL, num_rows, memory);
+    if (num_panels(w) * panel_bytes(w) * ceil_div(num_rows, 8) < BYTES_WORTH_A_WAKE) num_threads = 1;
     call.panels_each = num_threads > 1 ? FEW_ROWS_PANELS * 2 : num_panels(w);
     parallel_for(multiply_part, &call, ceil_div(num_panels(w), call.panels_each), num_threads);
 }

@@ -7,10 +7,12 @@
 
 /* Rows of activations, packed for a weight's format in tiles of `tile_rows` rows (the last one padded with zeros):
  *   float formats   values [tile][input][row] float32
- *   INT8, INT4      values [tile][input / 4][row][4] int8, scales [tile][block][row], sums [tile][block][row]
+ *   INT8, INT4      values [tile][input / run][row][run] int8, scales [tile][block][row], sums [tile][block][row]
+ *   BFLOAT16, AMX   values [tile][input / run][row][run] bf16, with three of these rows for each row of activations
  */
 struct packed_rows {
     int num_rows, tile_rows, num_tiles;
+    int run;        /* inputs of a row side by side: 1 or 4, with AMX a tile's 32 or 64 */
     char *values;
     float *scales;  /* row input = scales * value */
     int32_t *sums;  /* of the block's values */
@@ -25,5 +27,21 @@ struct packed_rows AT_LEVEL(pack_rows)(const struct weight *w, const float *x, c
 /* y[row][output] = sum over inputs + bias, for the outputs of panels [first_panel, last_panel). */
 void AT_LEVEL(multiply)(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
                         int first_panel, int last_panel);
+
+#ifdef __AMX_TILE__
+
+enum { AMX_TILE_ROWS = 16, AMX_PARTS = 3 };
+
+/* Inputs that a tile takes at once of so many rows times this weight; 0 where vectors do it. */
+int amx_run(const struct weight *w, int num_rows);
+
+/* Split a row's inputs into AMX_PARTS rows of bf16 that add up to it exactly: rows `first`, `first` + 1, .. of `rows`. */
+void amx_pack_row(const struct packed_rows *rows, const float *x, int num_inputs, int first);
+
+/* `multiply` for rows that were packed with amx_run. */
+void amx_multiply(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
+                  int first_panel, int last_panel);
+
+#endif
 
 #endif

@@ -10,8 +10,8 @@
  * reads a panel from one end to the other and needs no sum across lanes:
  *
  *   FLOAT32, FLOAT16   [panel][input][32]
- *   BFLOAT16           [panel][input][16][2]        output o next to output 16 + o: one load widens to two vectors
- *   INT8               [panel][input / 4][32][4]    weight + 128 as uint8; four inputs side by side for VNNI
+ *   BFLOAT16           [panel][input / 2][32][2]    two inputs side by side: one load widens to two vectors; for AMX
+ *   INT8               [panel][input / 4][32][4]    weight + 128 as uint8; four inputs side by side for VNNI and AMX
  *   INT4               [panel][input / 4][16][4]    low nibble: output o, high nibble: output 16 + o; 0..15
  *
  * INT8: weight = scales[output] * (byte - 128).
@@ -37,6 +37,12 @@ struct weight {
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 static inline int at_most(int a, int b) { return a < b ? a : b; }
 static inline int is_integer(const struct weight *w) { return w->format >= INT8; }
+/* Inputs that stand side by side in a panel; a number of inputs that it doesn't divide is padded with zeros. */
+static inline int inputs_together(int format) { return format >= INT8 ? 4 : format == BFLOAT16 ? 2 : 1; }
+static inline int padded_inputs(const struct weight *w) {
+    int together = inputs_together(w->format);
+    return ceil_div(w->num_inputs, together) * together;
+}
 static inline int num_panels(const struct weight *w) { return ceil_div(w->num_outputs, PANEL); }
 
 /* Call body(context, i) for i in [0, count), on up to num_threads threads. Waiting threads sleep. */
@@ -44,7 +50,7 @@ void parallel_for(void (*body)(void *context, int i), void *context, int count, 
 
 /* At least num_bytes of memory owned by the calling thread, aligned to 64 bytes, valid until its next call with the
  * same slot. Kept until the thread ends: steps of one model need the same sizes again and again. */
-enum scratch_slot { SCRATCH_CALL, SCRATCH_BODY, NUM_SCRATCH_SLOTS };
+enum scratch_slot { SCRATCH_CALL, SCRATCH_BODY, SCRATCH_TILES, NUM_SCRATCH_SLOTS };
 void *scratch(enum scratch_slot slot, size_t num_bytes);
 
 /* Cut the next num_bytes, rounded up to 64, off a block of scratch memory. */

@@ -3,24 +3,28 @@
 
 #include "native.h"
 
-/* Position of output o among the 32 of an input: BFLOAT16 has o and 16 + o side by side. */
-static int position(int format, int o) { return format == BFLOAT16 ? o % 16 * 2 + o / 16 : o; }
-
 /* Inputs at a time: what is written of a panel meanwhile stays in the first-level cache. */
 enum { INPUTS_AT_A_TIME = 128 };
 
 #define PACK_FLOATS(name, type)                                                                                    \
-    static void name(const type *rows, int num_rows, int K, int format, type *panel) {                             \
+    static void name(const type *rows, int num_rows, int K, type *panel) {                                         \
         if (num_rows < PANEL) memset(panel, 0, (size_t)K * PANEL * sizeof(type));                                  \
         for (int first = 0; first < K; first += INPUTS_AT_A_TIME)                                                  \
             for (int o = 0; o < num_rows; o++) {                                                                   \
-                type *out = panel + position(format, o);                                                           \
                 int last = at_most(K, first + INPUTS_AT_A_TIME);                                                   \
-                for (int k = first; k < last; k++) out[(long)k * PANEL] = rows[(long)o * K + k];                   \
+                for (int k = first; k < last; k++) panel[(long)k * PANEL + o] = rows[(long)o * K + k];             \
             }                                                                                                      \
     }
-PACK_FLOATS(pack_32_bits, uint32_t)
-PACK_FLOATS(pack_16_bits, uint16_t)
+PACK_FLOATS(pack_float32, uint32_t)
+PACK_FLOATS(pack_float16, uint16_t)
+
+static void pack_bfloat16(const uint16_t *rows, int num_rows, int K, uint16_t *panel) {
+    if (num_rows < PANEL || K % 2) memset(panel, 0, (size_t)ceil_div(K, 2) * 2 * PANEL * sizeof(uint16_t));
+    for (int first = 0; first < K; first += INPUTS_AT_A_TIME)
+        for (int o = 0; o < num_rows; o++)
+            for (int k = first; k < at_most(K, first + INPUTS_AT_A_TIME); k += 2)
+                memcpy(panel + (long)k * PANEL + 2 * o, rows + (long)o * K + k, at_most(2, K - k) * sizeof(uint16_t));
+}
 
 /* The integer formats keep four inputs of an output side by side: `quad` is where those of output 0 go. */
 static void pack_int8(const int8_t *rows, int num_rows, int K, uint8_t *panel) {
@@ -59,12 +63,14 @@ void pack(const void *matrix, int N, int K, int format, void *packed) {
     char *panel = packed;
     int bits = format == FLOAT32 ? 32 : format == INT8 ? 8 : format == INT4 ? 4 : 16;
     size_t row_bytes = format == INT4 ? (size_t)ceil_div(K, 2) : (size_t)K * (bits / 8);
-    size_t panel_bytes = (size_t)(format >= INT8 ? ceil_div(K, 4) * 4 : K) * PANEL * bits / 8;
+    int together = inputs_together(format);
+    size_t panel_bytes = (size_t)ceil_div(K, together) * together * PANEL * bits / 8;
     for (int first = 0; first < N; first += PANEL, rows += PANEL * row_bytes, panel += panel_bytes) {
         int num_rows = at_most(PANEL, N - first);
-        if (format == FLOAT32) pack_32_bits((const uint32_t *)rows, num_rows, K, format, (uint32_t *)panel);
+        if (format == FLOAT32) pack_float32((const uint32_t *)rows, num_rows, K, (uint32_t *)panel);
         else if (format == INT8) pack_int8((const int8_t *)rows, num_rows, K, (uint8_t *)panel);
         else if (format == INT4) pack_int4((const uint8_t *)rows, num_rows, K, (uint8_t *)panel);
-        else pack_16_bits((const uint16_t *)rows, num_rows, K, format, (uint16_t *)panel);
+        else if (format == BFLOAT16) pack_bfloat16((const uint16_t *)rows, num_rows, K, (uint16_t *)panel);
+        else pack_float16((const uint16_t *)rows, num_rows, K, (uint16_t *)panel);
     }
 }

@@ -24,7 +24,8 @@ class PackedWeight:
     format: str
     shape: tuple[int, int]
     panels: Tensor
-    """float32, bfloat16 or float16 [panels, K, 32]; uint8 [panels, K / 4, 128] (int8) or [panels, K / 4, 64] (int4)."""
+    """float32 or float16 [panels, K, 32]; bfloat16 [panels, K / 2, 64]; uint8 [panels, K / 4, 128] (int8) or
+    [panels, K / 4, 64] (int4)."""
     scales: Tensor | None = None
     """float32 [32 panels] (int8) or float16 [panels, groups, 32] (int4)."""
     zeros: Tensor | None = None
@@ -69,8 +70,8 @@ class PackedWeight:
         panels_T, outputs_T = ids_T // PANEL, ids_T % PANEL
         num_inputs = self.shape[1]
         if self.format == "bfloat16":
-            pairs = self.panels.view(len(self.panels), num_inputs, 16, 2)
-            return pairs[panels_T, :, outputs_T % 16, outputs_T // 16].float()
+            pairs_TP2 = self.panels.view(len(self.panels), -1, PANEL, 2)[panels_T, :, outputs_T]
+            return pairs_TP2.flatten(1)[:, :num_inputs].float()
         if self.format == "int8":
             assert self.scales is not None
             quads_TQ4 = self.panels.view(len(self.panels), -1, PANEL, 4)[panels_T, :, outputs_T]
@@ -84,7 +85,7 @@ class PackedWeight:
         if self.format in ("float32", "float16"):
             values = self.panels.transpose(1, 2)
         elif self.format == "bfloat16":
-            values = self.panels.view(num_panels, num_inputs, 16, 2).permute(0, 3, 2, 1)
+            values = self.panels.view(num_panels, -1, PANEL, 2).transpose(1, 2)
         elif self.format == "int8":
             values = self.panels.view(num_panels, -1, PANEL, 4).transpose(1, 2)
         else:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from model.native.build import shared_object_path
 
-LEVELS = ("avx2", "avx512")
-"""From slow to fast. Both give the same bits."""
+LEVELS = ("avx2", "avx512", "amx")
+"""From slow to fast. All give the same bits, but that products with bfloat16 weights round otherwise in AMX's tiles."""
 
 
 class WeightStruct(ctypes.Structure):
@@ -66,6 +66,7 @@ class SharedObject:
     linear: Any
     run_experts: Any
     paged_attention: Any
+    draw_tokens: Any
     pack: Any
 
 
@@ -109,5 +110,8 @@ def load_shared_object(level: str | None = None, num_threads: int = 1, path: Pat
             *(address, integer, address, integer, integer, address, address, address, integer, address, integer),
         ),
         paged_attention=function(f"paged_attention_{level}", None, address, integer),
+        draw_tokens=function(
+            f"draw_tokens_{level}", None, address, integer, integer, address, address, address, integer
+        ),
         pack=function("pack", None, address, integer, integer, integer, address),
     )

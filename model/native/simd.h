@@ -1,7 +1,8 @@
 /* The vector operations that the kernels are written in, for AVX-512 (16 lanes) and for AVX2 (8 lanes).
  *
- * Every kernel is compiled twice from the same source. Additions happen in the same order at both widths, so both
- * give the same bits: a router with AVX2 can take over a request from one with AVX-512.
+ * Every kernel is compiled for each level from the same source. Additions happen in the same order at both widths, so
+ * both give the same bits: a router with AVX2 can take over a request from one with AVX-512. The level AMX is AVX-512
+ * with tiles (amx.c) where a weight allows.
  */
 #ifndef EXPERTMESH_SIMD_H
 #define EXPERTMESH_SIMD_H
@@ -14,7 +15,11 @@
 
 #ifdef __AVX512F__
 
+#ifdef __AMX_TILE__
+#define AT_LEVEL(name) name##_amx
+#else
 #define AT_LEVEL(name) name##_avx512
+#endif
 #define LANES 16
 typedef __m512 vec;
 typedef __m512i ivec;
@@ -50,11 +55,11 @@ INLINE vec load_bf16(const uint16_t *p) {
     ivec wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
-/* 2 * LANES bf16 numbers: those at even positions, those at odd ones. */
-INLINE void load_bf16_pair(const uint16_t *p, vec *even, vec *odd) {
+/* LANES pairs of bf16 numbers: the first or the second of each. */
+INLINE vec load_bf16_half(const void *p, int second) {
     ivec both = _mm512_loadu_si512(p);
-    *even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-    *odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
+    return _mm512_castsi512_ps(second ? _mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000))
+                                      : _mm512_slli_epi32(both, 16));
 }
 
 INLINE ivec ibroadcast(int32_t a) { return _mm512_set1_epi32(a); }
@@ -72,6 +77,8 @@ INLINE ivec dot_bytes(ivec acc, ivec w, ivec x) {
     return acc;
 }
 
+INLINE ivec add_ints(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
+INLINE int32_t sum_of_ints(ivec a) { return _mm512_reduce_add_epi32(a); }
 INLINE __m256 fold_add(vec a) { return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
 INLINE float max_of_lanes(vec a) { return _mm512_reduce_max_ps(a); }
 
@@ -143,10 +150,10 @@ INLINE vec load_bf16(const uint16_t *p) {
     ivec wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
-INLINE void load_bf16_pair(const uint16_t *p, vec *even, vec *odd) {
+INLINE vec load_bf16_half(const void *p, int second) {
     ivec both = _mm256_loadu_si256((const __m256i *)p);
-    *even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-    *odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32((int)0xffff0000)));
+    return _mm256_castsi256_ps(second ? _mm256_and_si256(both, _mm256_set1_epi32((int)0xffff0000))
+                                      : _mm256_slli_epi32(both, 16));
 }
 
 INLINE ivec ibroadcast(int32_t a) { return _mm256_set1_epi32(a); }
@@ -168,6 +175,12 @@ INLINE ivec dot_bytes(ivec acc, ivec w, ivec x) { /* through 16 bits: u8 * s8 su
     return _mm256_add_epi32(acc, _mm256_madd_epi16(w_odd, x_odd));
 }
 
+INLINE ivec add_ints(ivec a, ivec b) { return _mm256_add_epi32(a, b); }
+INLINE int32_t sum_of_ints(ivec a) {
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
 INLINE __m256 fold_add(vec a) { return a; }
 INLINE float max_of_lanes(vec a) {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,28 @@ def test_plan_reads_a_config_alone_and_says_that_it_computed(tmp_path: Path) -> 
     done = CliRunner().invoke(cli, ["plan", str(tmp_path), "--devices", "2"])
     assert done.exit_code == 1 and "can't hold it" in done.output
     assert "choose one of" in CliRunner().invoke(cli, ["plan", str(tmp_path), "--device", "abacus"]).output
+
+
+def test_more_copies_make_use_of_more_devices_than_there_are_experts() -> None:
+    targets = Targets(users=32_000, context=2048, tpot_s=0.05)
+    best = plans(QWEN2_57B, A100, targets, 1020)[0]
+    assert best.layout.shards > 900 and best.layout.replicas == 16
+    assert best.tokens_per_s > 5 * plans(QWEN2_57B, A100, targets, 1020, replicas=(1, 2))[0].tokens_per_s
+
+
+def test_the_worked_examples_in_the_docs_are_what_plan_says() -> None:
+    text = (Path(__file__).parent.parent.parent / "deploy" / "README.md").read_text()
+    numbers = r"\| (\d+) x A100 80 GB \| ([\d,]+) \| (\d+) \| (\d+) \| (\d+) ms \| ([\d,]+) \| ([\d,]+) \| ([\w ]+) \|"
+    rows = [(*(int(part.replace(",", "")) for part in row[:7]), row[7]) for row in re.findall(numbers, text)]
+    assert [row[0] for row in rows] == [8, 64]
+    for devices, users, routers, shards, step_ms, rate, uneven_rate, bound_by in rows:
+        targets = Targets(users=users, context=2048, tpot_s=0.05)
+        best = plans(QWEN2_57B, A100, targets, devices)[0]
+        assert (best.layout.routers, best.layout.shards, best.times.bound_by) == (routers, shards, bound_by)
+        assert best.times.step_s == pytest.approx(step_ms / 1e3, rel=0.03)
+        assert best.tokens_per_s == pytest.approx(rate, rel=0.03)
+        seen = simulate(QWEN2_57B, A100, best.layout, targets, Trouble(skew=0.5), num_steps=30, num_layers=4)
+        assert seen.tokens_per_s == pytest.approx(uneven_rate, rel=0.03)
 
 
 def test_the_shared_expert_hides_the_shards_as_far_as_it_goes() -> None:

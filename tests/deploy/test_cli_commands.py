@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import random
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from deploy.bench import Outcome, percentile, summarize
@@ -17,7 +19,7 @@ from deploy.bench_load import Workload, arrivals, jobs
 from deploy.cli import cli
 from deploy.cli_chat import Conversation, converse
 from deploy.cli_check import listening, of_node, requirements
-from deploy.cli_status import Snapshot, heat_row, quantile
+from deploy.cli_status import Snapshot, heat_row, one_line, quantile, view
 from deploy.http_client import CallError, Client
 from deploy.node_report import check_checkpoint, code_hash
 from deploy.service_record import recorded, services
@@ -157,6 +159,21 @@ def test_quantiles_come_from_buckets_as_in_prometheus() -> None:
     assert quantile(None, now, "x", 0.75) == pytest.approx(0.15)
     assert quantile(now, now, "x", 0.5) is None, "nothing came between the two looks"
     assert heat_row([0, 4, 8]) == " ▄█" and len(heat_row([1.0] * 1000)) <= 64
+
+
+def test_the_status_fits_a_small_terminal_and_shows_any_trouble_as_it_is() -> None:
+    shard = {"shard_id": "shard-0", "state": "serving", "host": "192.168.100.10", "pid": 123456, "weight_bytes": 42e8}
+    router = {"router_id": "router-es6yjo42", "host": "192.168.100.10", "pid": 4242, "num_steps": 10, "step_s": 0.1}
+    mesh = {"epoch": 3, "complete": True, "trouble": "[/not markup]", "shards": [shard], "routers": [router]}
+    screen = Console(width=80, file=io.StringIO())
+    screen.print(view(Snapshot(0.0, {}, {}, mesh), Snapshot(1.0, {"prefix_cache_queries_total": 1.0}, {}, mesh)))
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    for whole in ("192.168.100.10 123456", "4.2 GB", "router-es6yjo42 router", "10.0 ms", "[/not markup]"):
+        assert whole in text, text
+    assert "…" not in text
+    now = Snapshot(1.0, {"generation_tokens_total": 40.0, "num_requests_running": 3.0}, {}, mesh)
+    line = "40 tokens/s  3 running  0 waiting  KV 0.0 %  1 shards  epoch 3 complete"
+    assert one_line(Snapshot(0.0, {}, {}, mesh), now) == line
 
 
 def test_a_checkpoint_is_whole_or_named_what_it_lacks(tmp_path: Path) -> None:

@@ -206,9 +206,8 @@ def test_an_ingress_holds_only_so_many_requests(served: ServedModel) -> None:
 
         def begin(key: str) -> Any:
             body = {"prompt": "x", "max_tokens": 300, "stream": True}
-            return http.stream(
-                "POST", api.url + "/v1/completions", json=body, headers={"authorization": f"Bearer {key}"}
-            )
+            headers = {"authorization": f"Bearer {key}", "x-request-id": "always-the-same"}
+            return http.stream("POST", api.url + "/v1/completions", json=body, headers=headers)
 
         with begin("a") as first:
             assert first.status_code == 200

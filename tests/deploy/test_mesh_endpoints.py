@@ -140,7 +140,9 @@ def test_of_several_meshes_one_is_scaled_or_shown_by_a_name_of_its_model():
 
 
 def test_the_page_asks_for_nothing_from_elsewhere():
-    page = TestClient(api_with(only=Supervisor())).get("/mesh/view").text
+    answer = TestClient(api_with(only=Supervisor())).get("/mesh/view")
+    page = answer.text
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "http://" not in page and "https://" not in page and "<script src" not in page and "<link" not in page
 
 

@@ -199,17 +199,32 @@ def test_limits_hold_across_ingresses_and_fall_back_to_each_alone() -> None:
         shared = Shared()
         limits = LimitSettings(max_requests_per_key=1)
         one, two = KeyLimits(limits, shared), KeyLimits(limits, shared)
-        async with one.admitted("k", "a"):
+        async with one.admitted("k"):
             with pytest.raises(TooManyRequests, match="1 requests in flight"):
-                async with two.admitted("k", "b"):
+                async with two.admitted("k"):
                     pass
         await asyncio.sleep(0.01)
-        async with two.admitted("k", "c"):
+        async with two.admitted("k"):
             pass
         shared.is_up = False
-        async with one.admitted("k", "d"), two.admitted("k", "e"):
+        async with one.admitted("k"), two.admitted("k"):
             with pytest.raises(TooManyRequests):
-                async with one.admitted("k", "f"):
+                async with one.admitted("k"):
                     pass
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_the_ledger_counted_too_late_does_not_stay_counted() -> None:
+    class Late(Shared):
+        async def admit(self, key: str, request_id: str, **limits: Any) -> tuple[str, float]:
+            await super().admit(key, request_id, **limits)
+            raise TimeoutError
+
+    async def scenario() -> None:
+        shared = Late()
+        async with KeyLimits(LimitSettings(max_requests_per_key=1), shared).admitted("k"):
+            await asyncio.sleep(0.01)
+            assert shared.ledger.admit("k", "next", per_minute=None, at_once=1, lease_s=1.0) == ("", 0.0)
 
     asyncio.run(scenario())

@@ -7,6 +7,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from deploy import specs
 from deploy.app import served_models
 from deploy.cli import cli
 from deploy.served_model import ServedModel
@@ -66,6 +67,10 @@ def test_mistakes_are_named_in_one_line(tmp_path: Path, yaml: str, message: str)
 def test_unknown_environment_and_flags_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(ValueError, match=r"'mesh\.shards'"):
         load(environ={"EXPERTMESH_MESH__SHARD": "1"})
+    for slip in ("EXPERTMESH_SHARDS", "EXPERTMESH_MESH_SHARDS"):
+        with pytest.raises(ValueError, match="EXPERTMESH_MESH__SHARDS"):
+            load(environ={slip: "1"})
+    load(environ={"EXPERTMESH_URL": "http://127.0.0.1:9"})  # of other commands
     with pytest.raises(ValueError, match=r"'mesh\.shards'"):
         load(flags={"mesh.shrads": 1})
 
@@ -82,6 +87,7 @@ def test_every_flag_of_serve_is_a_setting_and_is_shown_with_its_source() -> None
         "--max-model-len": "64", "--max-num-seqs": "3", "--max-num-batched-tokens": "77", "--block-size": "32",
         "--quantization": "int8", "--seed": "5", "--chat-template": "t", "--revision": "r", "--download-dir": "d",
         "--shards": "3", "--routers": "2", "--replicas": "2", "--transport": "star", "--log-format": "json",
+        "--threads": "2",
     }  # fmt: skip
     flags = [part for pair in given.items() for part in pair]
     shown = CliRunner().invoke(cli, ["serve", "/models/a", *flags, "--print-config"])
@@ -89,6 +95,17 @@ def test_every_flag_of_serve_is_a_setting_and_is_shown_with_its_source() -> None
     rows = [line.split() for line in shown.output.splitlines() if line.endswith(" flag")]
     assert len(rows) == len(given) + 1
     assert ["engine.seed", "5", "flag"] in rows and ["server.api_keys", "'********'", "flag"] in rows
+
+
+def test_a_router_computes_on_one_core_beside_shards_and_on_its_part_of_all_without_them() -> None:
+    def threads(**flags: object) -> int:
+        return specs.router_spec(load(flags=flags).settings, num_cores=8).num_threads
+
+    assert threads() == 1
+    assert threads(**{"mesh.local": True}) == 8
+    assert threads(**{"mesh.local": True, "mesh.routers": 3}) == 2
+    assert threads(**{"mesh.local": True, "mesh.routers": 9}) == 1
+    assert threads(**{"mesh.local": True, "engine.threads": 3}) == threads(**{"engine.threads": 3}) == 3
 
 
 def test_the_seed_is_that_of_requests_without_one(model_dir: Path) -> None:

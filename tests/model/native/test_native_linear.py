@@ -11,7 +11,7 @@ from model.native.kernels import NativeKernels
 from model.native.packed_weight import PackedWeight
 from model.quantize import quantize_int4, quantize_int8
 
-SHAPES = [(1, 8), (32, 16), (33, 20), (96, 64), (130, 257), (200, 130), (7, 384)]
+SHAPES = [(1, 8), (32, 16), (33, 20), (96, 64), (130, 257), (200, 130), (7, 384), (50, 320)]
 STORAGES = ["float32", "bfloat16", "float16", "int8", "int4", "int4_act_order"]
 INTEGERS = ["int8", "int4", "int4_act_order"]
 
@@ -136,6 +136,24 @@ def test_both_vector_widths_give_the_same_bits(levels: list[NativeKernels], stor
     x_TK = torch.randn(17, 200)
     first, second = (linear(x_TK, kernels.pack_weight(weight), bias) for kernels in levels)
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("storage", [*INTEGERS, "float32", "float16"])
+@pytest.mark.parametrize("num_rows", [1, 5, 40])
+def test_tiles_give_the_bits_of_vectors(
+    native: NativeKernels, levels: list[NativeKernels], storage: str, num_rows: int
+) -> None:
+    weight, x_TK = _weight(storage, 70, 384), torch.randn(num_rows, 384)
+    first, second = (linear(x_TK, kernels.pack_weight(weight)) for kernels in (native, levels[-1]))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_rows_beyond_the_cache_have_the_same_bits(native: NativeKernels, storage: str) -> None:
+    packed, x_TK = native.pack_weight(_weight(storage, 34, 5632)), torch.randn(300, 5632)
+    together = linear(x_TK, packed)
+    for first in (0, 100, 299):
+        assert torch.equal(linear(x_TK[first : first + 7], packed), together[first : first + 7])
 
 
 @pytest.mark.parametrize("storage", STORAGES)

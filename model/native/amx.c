@@ -1,0 +1,264 @@
+/* Rows times a packed weight in AMX tiles: 16 rows x 64 bytes of inputs times as many inputs x 16 outputs at a time.
+ *
+ * INT8, INT4: the sum over a block of inputs is an exact integer, so a row has the bits of the other levels.
+ * BFLOAT16: a float32 input is exactly the sum of three bf16 numbers of 8 bits each. These are rows of a tile like any
+ * other, and an output is the sum of its three. Products are exact, sums are float32 in the order of the hardware,
+ * which no other row has a part in: a row has the same bits in any batch, though not those of the other levels.
+ *
+ * Tiles: 0-3 sums, 4-5 rows, 6-7 weights of outputs 0-15 and 16-31 of a panel. A panel's inputs are its tiles' rows as
+ * they lie, 128 bytes apart (see native.h); INT4 is unpacked to the same layout, a block at a time.
+ */
+#include <string.h>
+
+#include "linear.h"
+
+enum { SUMS = 16 * 16, WEIGHT_STRIDE = 4 * PANEL, STEP_BYTES = 16 * WEIGHT_STRIDE };
+enum { FEW_INTEGER_ROWS = 3 }; /* below, vectors are as fast as the memory */
+enum { GROUP_BYTES = 1200 << 10 }; /* of packed rows, which stay in the second-level cache for all panels */
+enum { STEPS_AT_A_TIME = 8 };  /* whose weights, 16 KB, stay in the first-level cache for all rows */
+
+int amx_run(const struct weight *w, int num_rows) {
+    int K = w->num_inputs, block = at_most(w->block_size, K);
+    if (w->format == BFLOAT16) return K % 32 ? 0 : 32;
+    if (!is_integer(w) || num_rows <= FEW_INTEGER_ROWS) return 0;
+    for (int run = 64; run >= 32; run /= 2)
+        if (K % run == 0 && block % run == 0) return run;
+    return 0;
+}
+
+struct tile_config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t num_rows[16];
+} __attribute__((packed));
+
+static void configure(int num_rows, int run_bytes) {
+    struct tile_config config = {.palette = 1};
+    for (int i = 0; i < 4; i++) config.num_rows[i] = num_rows, config.row_bytes[i] = 64;
+    for (int i = 4; i < 6; i++) config.num_rows[i] = num_rows, config.row_bytes[i] = run_bytes;
+    for (int i = 6; i < 8; i++) config.num_rows[i] = run_bytes / 4, config.row_bytes[i] = 64;
+    _tile_loadconfig(&config);
+}
+
+/* ---- bfloat16 ---- */
+
+static __m256i high_halves(vec a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(a), 16)); }
+static vec without_low_halves(vec a) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), ibroadcast((int)0xffff0000)));
+}
+
+void amx_pack_row(const struct packed_rows *rows, const float *x, int num_inputs, int first) {
+    int R = rows->tile_rows;
+    char *out[AMX_PARTS];
+    for (int part = 0; part < AMX_PARTS; part++) {
+        int row = first + part;
+        out[part] = rows->values + (long)(row / R) * R * num_inputs * 2 + row % R * 64;
+    }
+    for (int k = 0; k < num_inputs; k += 16) {
+        vec rest = load(x + k);
+        long at = (long)(k / 32) * R * 64 + k % 32 * 2;
+        for (int part = 0; part < AMX_PARTS; part++) {
+            vec high = without_low_halves(rest);
+            _mm256_storeu_si256((__m256i *)(out[part] + at), high_halves(high));
+            rest -= high; /* exact */
+        }
+    }
+}
+
+/* Steps [first, last) of tile t and, if `two`, of t + 1. sums: [tile][half of the panel][16][16]. Meanwhile `num_ahead`
+ * lines of the weights `ahead` bytes on are fetched in each step. */
+INLINE void bfloat16_steps(const struct packed_rows *rows, const char *panel, int num_inputs, int t, const int two,
+                           int first, int last, float *sums, int ahead, int num_ahead) {
+    long step_bytes = (long)rows->tile_rows * 64;
+    const char *x = rows->values + t * step_bytes * (num_inputs / 32), *next = x + step_bytes * (num_inputs / 32);
+    if (first == 0) memset(sums, 0, (two ? 4 : 2) * SUMS * sizeof(float));
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + SUMS, 64);
+    if (two) {
+        _tile_loadd(2, sums + 2 * SUMS, 64);
+        _tile_loadd(3, sums + 3 * SUMS, 64);
+    }
+    for (int s = first; s < last; s++) {
+        const char *weights = panel + (long)s * STEP_BYTES;
+        for (int i = 0; i < num_ahead; i++) _mm_prefetch(weights + ahead + 64 * i, _MM_HINT_T1);
+        _tile_loadd(6, weights, WEIGHT_STRIDE);
+        _tile_loadd(4, x + s * step_bytes, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, weights + 64, WEIGHT_STRIDE);
+        _tile_dpbf16ps(1, 4, 7);
+        if (two) {
+            _tile_loadd(5, next + s * step_bytes, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + SUMS, 64);
+    if (two) {
+        _tile_stored(2, sums + 2 * SUMS, 64);
+        _tile_stored(3, sums + 3 * SUMS, 64);
+    }
+}
+
+/* totals [row][32] of the whole panel. sums: memory for two halves of every tile. */
+static void bfloat16_panel(const struct weight *w, const struct packed_rows *rows, const char *panel, float *sums,
+                           float *totals) {
+    int num_steps = w->num_inputs / 32, num_tiles = rows->num_tiles, R = rows->tile_rows;
+    int at_a_time = num_tiles > 2 ? STEPS_AT_A_TIME : num_steps;
+    int num_ahead = ceil_div(STEP_BYTES / 64, ceil_div(num_tiles, 2)); /* every pair of tiles fetches its share */
+    for (int first = 0; first < num_steps; first += at_a_time) {
+        int last = at_most(first + at_a_time, num_steps), ahead = STEPS_AT_A_TIME * STEP_BYTES;
+        float *of_pair = sums;
+        for (int t = 0; t < num_tiles; t += 2, of_pair += 4 * SUMS, ahead += 64 * num_ahead)
+            if (t + 1 < num_tiles)
+                bfloat16_steps(rows, panel, w->num_inputs, t, 1, first, last, of_pair, ahead, num_ahead);
+            else
+                bfloat16_steps(rows, panel, w->num_inputs, t, 0, first, last, of_pair, ahead, num_ahead);
+    }
+    for (int i = 0; i < rows->num_rows; i++)
+        for (int half = 0; half < 2; half++) {
+            vec part[AMX_PARTS];
+            for (int p = 0; p < AMX_PARTS; p++) {
+                int row = AMX_PARTS * i + p;
+                part[p] = load(sums + (long)(row / R) * 2 * SUMS + half * SUMS + row % R * 16);
+            }
+            store(totals + (long)i * PANEL + half * 16, part[0] + (part[1] + part[2]));
+        }
+}
+
+/* ---- integers ---- */
+
+/* 16 bytes of low and high nibbles -> the layout of INT8. */
+static void unpack_nibbles(const char *from, int num_inputs, char *out) {
+    for (int k = 0; k < num_inputs; k += 4, from += 64, out += WEIGHT_STRIDE) {
+        ivec both = load_bytes(from);
+        _mm512_storeu_si512(out, low_nibbles(both));
+        _mm512_storeu_si512(out + 64, high_nibbles(both));
+    }
+}
+
+/* Add a block's integer sums, scaled, to the totals [16][32] of a tile: the operations of integer_tile in linear.c. */
+INLINE void add_block(const int32_t *sums, const float *x_scales, const int32_t *x_sums, int R, int format,
+                      const vec *scales, const vec *zeros, float *totals) {
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            ivec whole = load_bytes(sums + half * SUMS + r * 16);
+            vec sum, scale = broadcast(x_scales[r]), total = load(totals + r * PANEL + half * 16);
+            if (format == INT8) {
+                sum = to_float(_mm512_sub_epi32(whole, ibroadcast(128 * x_sums[r])));
+            } else {
+                sum = fma_sub(zeros[half], broadcast((float)x_sums[r]), to_float(whole));
+                scale = scale * scales[half];
+            }
+            store(totals + r * PANEL + half * 16, fma_add(sum, scale, total));
+        }
+}
+
+/* Integer sums [half of the panel][16][16] of the rows of one tile over inputs [first, last). */
+INLINE void multiply_block(const char *x, int R, int run, const char *weights, int first, int last, int32_t *sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int k = first; k < last; k += run, weights += (long)run * PANEL) {
+        _tile_loadd(4, x + (long)k * R, run);
+        _tile_loadd(6, weights, WEIGHT_STRIDE);
+        _tile_dpbsud(0, 4, 6);
+        _tile_loadd(7, weights + 64, WEIGHT_STRIDE);
+        _tile_dpbsud(1, 4, 7);
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + SUMS, 64);
+}
+
+/* Tiles are multiplied one ahead of adding their sums, which so need not be waited for. */
+INLINE void integer_panel(const struct weight *w, const struct packed_rows *rows, int format, int panel_idx,
+                          const char *panel, char *unpacked, float *totals) {
+    int K = w->num_inputs, R = rows->tile_rows, num_tiles = rows->num_tiles, block = w->block_size;
+    int num_blocks = ceil_div(K, block);
+    int32_t sums[2][2 * SUMS] __attribute__((aligned(64)));
+    vec scales[2], zeros[2];
+    memset(totals, 0, (size_t)num_tiles * R * PANEL * sizeof(float));
+    for (int i = 0; i <= num_blocks * num_tiles; i++) {
+        if (i < num_blocks * num_tiles) {
+            int b = i / num_tiles, t = i % num_tiles, first = b * block, last = at_most(K, first + block);
+            const char *weights = format == INT4 ? unpacked : panel + (long)first * PANEL;
+            if (format == INT4 && t == 0) unpack_nibbles(panel + (long)first * PANEL / 2, last - first, unpacked);
+            multiply_block(rows->values + (long)t * R * K, R, rows->run, weights, first, last, sums[i % 2]);
+        }
+        if (i > 0) {
+            int b = (i - 1) / num_tiles, t = (i - 1) % num_tiles;
+            long at = ((long)t * num_blocks + b) * R;
+            if (format == INT4 && t == 0)
+                for (int half = 0; half < 2; half++) {
+                    long group = ((long)panel_idx * num_blocks + b) * PANEL + 16 * half;
+                    scales[half] = load_f16((const uint16_t *)w->scales + group);
+                    zeros[half] = load_u8_as_float(w->zeros + group);
+                }
+            add_block(sums[(i - 1) % 2], rows->scales + at, rows->sums + at, R, format, scales, zeros,
+                      totals + (long)t * R * PANEL);
+        }
+    }
+    if (format == INT8)
+        for (int i = 0; i < rows->num_rows; i++)
+            for (int half = 0; half < 2; half++) {
+                float *total = totals + (long)i * PANEL + half * 16;
+                store(total, load(total) * load((const float *)w->scales + panel_idx * PANEL + half * 16));
+            }
+}
+
+/* ---- whole matrices ---- */
+
+static void store_rows(const struct weight *w, int num_rows, const float *totals, const float *bias, int panel,
+                       float *y) {
+    int first = panel * PANEL, n = at_most(PANEL, w->num_outputs - first);
+    y += first;
+    for (int i = 0; i < num_rows; i++, y += w->num_outputs, totals += PANEL)
+        for (int o = 0; o < n; o += 16) {
+            __mmask16 there = n - o < 16 ? (1 << (n - o)) - 1 : 0xffff;
+            vec total = load(totals + o);
+            if (bias) total += _mm512_maskz_loadu_ps(there, bias + first + o);
+            _mm512_mask_storeu_ps(y + o, there, total);
+        }
+}
+
+/* Some tiles of `rows`, which must begin with a whole row of activations. */
+static struct packed_rows some_tiles(const struct weight *w, const struct packed_rows *rows, int first, int most) {
+    struct packed_rows some = *rows;
+    int parts = w->format == BFLOAT16 ? AMX_PARTS : 1, R = rows->tile_rows;
+    some.num_tiles = at_most(most, rows->num_tiles - first);
+    some.num_rows = at_most(some.num_tiles * R / parts, rows->num_rows - first * R / parts);
+    some.values += (long)first * R * w->num_inputs * (parts > 1 ? 2 : 1);
+    if (parts == 1) {
+        long num_blocks = ceil_div(w->num_inputs, w->block_size);
+        some.scales += first * R * num_blocks;
+        some.sums += first * R * num_blocks;
+    }
+    return some;
+}
+
+void amx_multiply(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
+                  int first_panel, int last_panel) {
+    int R = rows->tile_rows, is_bfloat16 = w->format == BFLOAT16, K = w->num_inputs;
+    int tile_bytes = R * K * (is_bfloat16 ? 2 : 1);
+    int at_a_time = ceil_div(GROUP_BYTES / AMX_PARTS, tile_bytes) * AMX_PARTS; /* tiles; whole rows of activations */
+    size_t totals_bytes = (size_t)at_a_time * R * PANEL * sizeof(float);
+    size_t other_bytes = is_bfloat16 ? (size_t)at_a_time * 2 * SUMS * sizeof(float)
+                                     : (size_t)at_most(w->block_size, K) * PANEL;
+    char *memory = scratch(SCRATCH_TILES, totals_bytes + other_bytes + 2 * 64);
+    float *totals = take(&memory, totals_bytes);
+    char *other = take(&memory, other_bytes);
+    size_t panel_bytes = (size_t)K * PANEL * (is_bfloat16 ? 4 : w->format == INT8 ? 2 : 1) / 2;
+    configure(R, is_bfloat16 ? 2 * rows->run : rows->run);
+    for (int first = 0; first < rows->num_tiles; first += at_a_time) {
+        struct packed_rows some = some_tiles(w, rows, first, at_a_time);
+        for (int i = first_panel; i < last_panel; i++) {
+            const char *panel = (const char *)w->data + i * panel_bytes;
+            if (is_bfloat16) bfloat16_panel(w, &some, panel, (float *)other, totals);
+            else if (w->format == INT8) integer_panel(w, &some, INT8, i, panel, other, totals);
+            else integer_panel(w, &some, INT4, i, panel, other, totals);
+            store_rows(w, some.num_rows, totals, bias, i, y);
+        }
+        y += (long)some.num_rows * w->num_outputs;
+    }
+    _tile_release();
+}
