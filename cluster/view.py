@@ -7,7 +7,6 @@ next epoch's name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +44,3 @@ class MeshView:
             "reason": self.reason,
             "shards": [{name: getattr(m, name) for name in Member.__dataclass_fields__} for m in self.shards],
         }
-
-
-def member_from(data: Mapping[str, Any]) -> Member:
-    return Member(**{name: data[name] for name in Member.__dataclass_fields__})

@@ -43,9 +43,7 @@ def entities(
     """The pipeline's answer for one window of the text; `outputs_TL` are the head's raw outputs, T tokens x L labels.
 
     Entities of several tokens still begin with the space before a word; see `trimmed`."""
-    outputs = np.asarray(outputs_TL, dtype=np.float64)
-    powers = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
-    scores_TL = powers / powers.sum(axis=-1, keepdims=True)
+    scores_TL = softmax(np.asarray(outputs_TL, dtype=np.float64), axis=-1)
     mine = [(i, token) for i, token in enumerate(tokens) if token.text_idx is not None]
 
     def best(scores_L: Scores) -> tuple[str, float]:
@@ -76,6 +74,12 @@ def entities(
         name = group[0][1].split("-", 1)[-1]
         found.append({"entity_group": name, "score": score, "word": text[start:end], "start": start, "end": end})
     return [entity for entity in found if entity["entity_group"] not in ignore_labels]
+
+
+def softmax(outputs: Scores, axis: int) -> Scores:
+    powers = np.exp(outputs - outputs.max(axis=axis, keepdims=True))
+    scores: Scores = powers / powers.sum(axis=axis, keepdims=True)
+    return scores
 
 
 def longest_of_overlapping(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,20 +8,18 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deploy.body import read_json
 from deploy.chat import ChatPlan, plan_chat
-from deploy.errors import InvalidRequest
+from deploy.endpoints import Endpoints, TextEndpoint
+from deploy.errors import InvalidRequest, invalid
 from deploy.generation import Delta, gather_all, stream_all
 from deploy.openai_requests import INT64_MAX, ChatCompletionRequest, RequestBody, StreamingBody, parse
 from deploy.service import Service
 from deploy.sse import JsonAnswer, event
-from deploy.text_endpoints import TextEndpoint
-from deploy.tool_parser import CallArguments, CallStart, Content, Piece, parser_for
+from deploy.tool_parser import CallArguments, CallStart, Piece, parser_for, read_whole
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -47,18 +45,13 @@ class MessagesRequest(CountTokensRequest, StreamingBody):
     top_k: int | None = Field(default=None, ge=0, le=INT64_MAX)
 
 
-def add_to(api: FastAPI, service: Service) -> None:
-    max_bytes = service.settings.limits.max_body_bytes
-
-    @api.post("/v1/messages")
-    async def messages(request: Request) -> Response:
-        return await MESSAGES.serve(request, service)
-
-    @api.post("/v1/messages/count_tokens")
-    async def count_tokens(request: Request) -> Response:
-        body = parse(await read_json(request, max_bytes), CountTokensRequest)
-        plan = await plan_chat(service, to_chat(body), "")
+def add_to(endpoints: Endpoints) -> None:
+    async def count_tokens(_: Request, body: CountTokensRequest) -> Response:
+        plan = await plan_chat(endpoints.service, to_chat(body), "")
         return JsonAnswer({"input_tokens": len(plan.requests[0].prompt_ids)})
+
+    endpoints.add_text("/v1/messages", MESSAGES)
+    endpoints.add("/v1/messages/count_tokens", CountTokensRequest, count_tokens)
 
 
 def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
@@ -79,15 +72,7 @@ def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
     if messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
         chat["continue_final_message"] = True  # Anthropic's prefill
     if isinstance(body, MessagesRequest):
-        chat |= {
-            "max_tokens": body.max_tokens,
-            "stop": body.stop_sequences,
-            "temperature": body.temperature,
-            "top_p": body.top_p,
-            "top_k": body.top_k,
-        }
-    else:
-        chat["max_tokens"] = None
+        chat |= body.model_dump(include={"max_tokens", "temperature", "top_p", "top_k"}) | {"stop": body.stop_sequences}
     return parse(chat, ChatCompletionRequest)
 
 
@@ -95,13 +80,11 @@ def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """One message becomes several: each tool result is a message of its own in a chat."""
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
-        raise InvalidRequest(
-            f"{where}.role: {str(role)[:80]!r} is not user, assistant or system", param=f"{where}.role"
-        )
+        raise invalid(f"{where}.role", f"{str(role)[:80]!r} is not user, assistant or system")
     if isinstance(content, str):
         return [{"role": role, "content": content}]
     if not isinstance(content, list):
-        raise InvalidRequest(f"{where}.content: expected a string or a list of blocks", param=f"{where}.content")
+        raise invalid(f"{where}.content", "expected a string or a list of blocks")
     results, texts, calls = [], [], []
     for i, block in enumerate(content):
         kind = block.get("type") if isinstance(block, dict) else None
@@ -116,10 +99,7 @@ def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
             text = f"Error: {text}" if block.get("is_error") else text
             results.append({"role": "tool", "tool_call_id": str(block.get("tool_use_id") or ""), "content": text})
         elif kind not in ("thinking", "redacted_thinking") or role != "assistant":  # another model's earlier thoughts
-            raise InvalidRequest(
-                f"{place}: {role}'s blocks of type {str(kind)[:80]!r} are not supported; use text and tools",
-                param=place,
-            )
+            raise invalid(place, f"{role}'s blocks of type {str(kind)[:80]!r} are not supported; use text and tools")
     said = [{"role": role, "content": "\n".join(texts)}] if texts or calls or not results else []
     if calls:
         said[0]["tool_calls"] = calls
@@ -132,7 +112,7 @@ def _texts(content: str | Sequence[Any], where: str) -> str:
     texts = []
     for block in content:
         if not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str):
-            raise InvalidRequest(f"{where}: only text blocks are supported here", param=where)
+            raise invalid(where, "only text blocks are supported here")
         texts.append(block["text"])
     return "\n".join(texts)
 
@@ -166,38 +146,28 @@ def _output_format(config: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     given = config.get("format")
     if set(config) != {"format"} or not isinstance(given, dict) or given.get("type") != "json_schema":
-        raise InvalidRequest("output_config: only format with type json_schema is supported", param="output_config")
+        raise invalid("output_config", "only format with type json_schema is supported")
     schema = {"name": "output", "schema": given.get("schema")}
     return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
 async def _answer(service: Service, plan: ChatPlan) -> dict[str, Any]:
-    (delta,) = await gather_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
-    parser = parser_for(plan.use)
-    text, calls = "", []
-    for piece in [*parser.feed(delta.text), *parser.finish()]:
-        if isinstance(piece, Content):
-            text += piece.text
-        elif isinstance(piece, CallStart):
-            calls.append({**_tool_block(piece), "input": ""})
-        else:
-            calls[piece.index]["input"] += piece.text
-    for call in calls:
+    (delta,) = await gather_all(service.pool, plan)
+    text, calls = read_whole(plan.use, delta.text)
+    blocks: list[dict[str, Any]] = [{"type": "text", "text": text}] if text or not calls else []
+    for name, arguments in calls:
         try:
-            call["input"] = json.loads(call["input"])
+            blocks.append(_tool_block(name, json.loads(arguments)))
         except ValueError:
-            call["input"] = {}  # cut off by max_tokens, as stop_reason says
-    blocks = [{"type": "text", "text": text}] if text or not calls else []
-    return {**_head(plan, delta), "content": [*blocks, *calls], **_end(delta, has_calls=bool(calls))}
+            blocks.append(_tool_block(name, {}))  # cut off by max_tokens, as stop_reason says
+    return {**_head(plan, delta), "content": blocks, **_end(delta, has_calls=bool(calls))}
 
 
 async def _stream(service: Service, plan: ChatPlan) -> AsyncGenerator[bytes]:
     blocks = _Blocks()
     parser = parser_for(plan.use)
     is_first, num_cached = True, 0
-    async with contextlib.aclosing(
-        stream_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
-    ) as deltas:
+    async with contextlib.aclosing(stream_all(service.pool, plan)) as deltas:
         async for delta in deltas:
             if is_first:
                 is_first, num_cached = False, delta.num_cached_tokens
@@ -243,7 +213,7 @@ class _Blocks:
             return [self._delta({"type": "input_json_delta", "partial_json": piece.text})]
         if isinstance(piece, CallStart):
             self.has_calls = True
-            return [*self.close(), self._begin(piece.index, {**_tool_block(piece), "input": {}})]
+            return [*self.close(), self._begin(piece.index, _tool_block(piece.name, {}))]
         begun = [] if self._open == "text" else [*self.close(), self._begin("text", {"type": "text", "text": ""})]
         return [*begun, self._delta({"type": "text_delta", "text": piece.text})]
 
@@ -266,16 +236,16 @@ def _event(kind: str, **values: Any) -> bytes:
     return event({"type": kind, **values}, kind)
 
 
-def _tool_block(call: CallStart) -> dict[str, Any]:
-    return {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex[:24]}", "name": call.name}
+def _tool_block(name: str, arguments: Any) -> dict[str, Any]:
+    return {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex[:24]}", "name": name, "input": arguments}
 
 
 def _head(plan: ChatPlan, delta: Delta) -> dict[str, Any]:
     return {
-        "id": plan.answer_id,
+        "id": plan.head["id"],
         "type": "message",
         "role": "assistant",
-        "model": plan.body.model or plan.model.names[0],
+        "model": plan.head["model"],
         "stop_reason": None,
         "stop_sequence": None,
         "usage": _usage(plan, delta.num_tokens, delta.num_cached_tokens),

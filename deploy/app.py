@@ -30,7 +30,7 @@ from actors.ray_shards import NAMESPACE, actor_name, granted_cores, node_host, w
 from deploy import specs
 from deploy.ingress import create_api
 from deploy.ray_metrics import RayMetrics
-from deploy.router_pool import PoolOptions, RouterPool
+from deploy.router_pool import RouterPool
 from deploy.served_model import ServedModel
 from deploy.settings import Settings, load
 from deploy.supervisors import Supervisors
@@ -106,17 +106,10 @@ class IngressReplica:
             {mesh: [name for model in models for name in model.names] for mesh, models in by_mesh.items()},
             lambda mesh: ray.get_actor(actor_name(mesh, "supervisor"), NAMESPACE),
         )
-        options = PoolOptions(
-            token=settings.mesh.token,
-            discover_interval_s=settings.mesh.discover_interval_s,
-            connect_timeout_s=settings.mesh.connect_timeout_s,
-            router_silence_s=settings.mesh.router_silence_s,
-            router_wait_s=settings.limits.router_wait_s,
-        )
         return create_api(
             settings,
             [model for models in by_mesh.values() for model in models],
-            RouterPool(supervisors.routers, options),
+            RouterPool(supervisors.routers, settings),
             supervisors=supervisors,
             ray_metrics=RayMetrics(Gauge, with_mesh=serve.get_replica_context().rank.rank == 0),
             behind_serve=True,

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deploy.errors import InvalidRequest
+from deploy.errors import InvalidRequest, invalid
+from deploy.openai_requests import ChatCompletionRequest, TokenizeRequest
 from deploy.served_model import ServedModel
 from deploy.service import Service
 from deploy.tools import ToolUse
@@ -24,21 +25,16 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 async def render(
     service: Service,
     model: ServedModel,
+    body: ChatCompletionRequest | TokenizeRequest,
     messages: Sequence[Mapping[str, Any]],
-    *,
     use: ToolUse,
-    add_generation_prompt: bool = True,
-    continue_final_message: bool = False,
-    variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The prompt of a chat. Raises InvalidRequest for what the template refuses."""
+    """The prompt of a chat, whose messages have been read. Raises InvalidRequest for what the template refuses."""
     template = model.tokenizer.chat_template
     if template is None:
         raise InvalidRequest(f"model {model.names[0]!r} has no chat template; use /v1/completions", param="messages")
-    if continue_final_message and messages[-1]["role"] != "assistant":
-        raise InvalidRequest(
-            "continue_final_message: the last message must be the assistant's", param="continue_final_message"
-        )
+    if body.continue_final_message and messages[-1]["role"] != "assistant":
+        raise invalid("continue_final_message", "the last message must be the assistant's")
     tools = list(use.tools)
     if tools and not template.takes_tools():
         messages, tools = with_preamble(messages, use.preamble()), []
@@ -48,9 +44,9 @@ async def render(
         return template.render(
             messages,
             tools=tools or None,
-            add_generation_prompt=add_generation_prompt and not continue_final_message,
-            continue_final_message=continue_final_message,
-            variables=variables,
+            add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+            continue_final_message=body.continue_final_message,
+            variables=body.chat_template_kwargs,
             max_chars=limits.max_template_chars,
             timeout_s=limits.template_timeout_s,
         )
@@ -73,17 +69,15 @@ def with_preamble(messages: Sequence[Mapping[str, Any]], preamble: str) -> list[
 def _read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     role = message.get("role")
     if role not in ("system", "developer", "user", "assistant", "tool"):
-        raise InvalidRequest(
-            f"{where}.role: {str(role)[:80]!r} is not system, developer, user, assistant or tool", param=f"{where}.role"
-        )
+        raise invalid(f"{where}.role", f"{str(role)[:80]!r} is not system, developer, user, assistant or tool")
     if unknown := sorted(message.keys() - _FIELDS - _IGNORED):
-        raise InvalidRequest(f"{where}: unknown field {unknown[0][:80]!r}", param=where)
+        raise invalid(where, f"unknown field {unknown[0][:80]!r}")
     for name in ("audio", "function_call"):
         if message.get(name) is not None:
-            raise InvalidRequest(f"{where}.{name}: not supported; use text and tool_calls", param=f"{where}.{name}")
+            raise invalid(f"{where}.{name}", "not supported; use text and tool_calls")
     content = message.get("content")
     if content is None and role != "assistant":
-        raise InvalidRequest(f"{where}.content: this field is required", param=f"{where}.content")
+        raise invalid(f"{where}.content", "this field is required")
     read: dict[str, Any] = {
         "role": "system" if role == "developer" else role,  # the newer word for it; templates know the older
         "content": "" if content is None else _text(content, f"{where}.content"),
@@ -91,11 +85,11 @@ def _read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name in ("name", "tool_call_id", "reasoning_content"):
         if message.get(name) is not None:
             if not isinstance(message[name], str):
-                raise InvalidRequest(f"{where}.{name}: expected a string", param=f"{where}.{name}")
+                raise invalid(f"{where}.{name}", "expected a string")
             read[name] = message[name]
     if message.get("tool_calls") is not None:
         if role != "assistant" or not isinstance(message["tool_calls"], list):
-            raise InvalidRequest(f"{where}.tool_calls: a list in an assistant's message", param=f"{where}.tool_calls")
+            raise invalid(f"{where}.tool_calls", "a list in an assistant's message")
         read["tool_calls"] = [
             _tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(message["tool_calls"])
         ]
@@ -107,15 +101,14 @@ def _text(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise InvalidRequest(f"{where}: expected a string or a list of text parts", param=where)
+        raise invalid(where, "expected a string or a list of text parts")
     texts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get(_TEXT_PARTS.get(str(kind), "")) if isinstance(part, dict) else None
         if not isinstance(text, str):
-            raise InvalidRequest(
-                f"{where}[{i}]: a part of type {str(kind)[:80]!r} is not supported; these models read text only",
-                param=f"{where}[{i}]",
+            raise invalid(
+                f"{where}[{i}]", f"a part of type {str(kind)[:80]!r} is not supported; these models read text only"
             )
         texts.append(text)
     return "\n".join(texts)

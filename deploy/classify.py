@@ -39,4 +39,4 @@ async def classify(service: Service, body: ClassifyRequest, answer_id: str) -> d
         probs = activate(row, "none" if body.use_activation is False else function)
         best = max(range(len(row)), key=row.__getitem__)
         data.append({"index": index, "label": labels[best], "probs": probs, "num_classes": len(labels)})
-    return list_answer(service, answer_id, body, model, data, prompts)
+    return list_answer(answer_id, body, model, data, prompts)

@@ -10,10 +10,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from deploy import cli_bench, cli_chat, cli_check, cli_down, cli_mesh, cli_plan, cli_status
 from deploy.cli_options import fail
+from deploy.http_client import CallError
+from deploy.launch import LOOPBACK, StartError, running, wait_for_interrupt
+
+
+class Commands(TyperGroup):
+    """What a person, a file or the service got wrong ends a command with one red line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, CallError, StartError) as error:
+            fail(str(error))
+
 
 cli = typer.Typer(
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     help="Serve Qwen2-MoE models: routers run attention, shards hold experts, and a dead part costs a pause.",
@@ -27,11 +43,6 @@ _NAMED_OTHERWISE = {
     "served_model_name": "model.served_names",
     "api_key": "server.api_keys",
 }
-
-
-@cli.callback()
-def root() -> None:
-    """Commands below."""
 
 
 @cli.command()
@@ -81,10 +92,7 @@ def serve(
         for name, value in context.params.items()
         if name not in ("config", "print_config") and value not in ([], ())  # what may be repeated and is not there
     }
-    try:
-        loaded = load(file=config, environ=os.environ, flags=flags)
-    except ValueError as error:
-        fail(str(error))
+    loaded = load(file=config, environ=os.environ, flags=flags)
     if print_config:
         rows = loaded.explain()
         width = max(len(name) for name, _, _ in rows)
@@ -96,13 +104,9 @@ def serve(
 
 def _serve(settings: Any) -> None:
     from deploy.auth import all_keys
-    from deploy.launch import LOOPBACK, StartError, running
     from deploy.service_record import recorded
 
-    try:
-        keys = all_keys(settings.server.api_keys, settings.server.api_key_file)
-    except ValueError as error:
-        fail(str(error))
+    keys = all_keys(settings.server.api_keys, settings.server.api_key_file)
     say = _speaker(settings.server.log_format)
     if not keys and settings.server.host not in LOOPBACK:
         say(f"whoever reaches {settings.server.host}:{settings.server.port} may use it: there is no --api-key-file")
@@ -112,8 +116,6 @@ def _serve(settings: Any) -> None:
             _greet(service, say, key, in_text)
             _wait(service, key, in_text)
             say("stopping")
-    except (ValueError, StartError) as error:
-        fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted before the service was up")
 
@@ -129,22 +131,6 @@ def _speaker(log_format: Any) -> Callable[[str], None]:
 
     screen, began = Console(stderr=True, highlight=False), time.monotonic()
     return lambda line: screen.print(f"[dim]{time.monotonic() - began:6.1f} s[/dim]  {line}")
-
-
-# Below the application that they join.
-from deploy import cli_bench, cli_chat, cli_check, cli_down, cli_mesh, cli_plan, cli_status  # noqa: E402
-
-for _command in (
-    cli_chat.chat,
-    cli_chat.complete,
-    cli_status.status,
-    cli_check.check,
-    cli_bench.bench,
-    cli_plan.plan,
-    cli_mesh.scale,
-    cli_down.down,
-):
-    cli.command()(_command)
 
 
 def _greet(service: Any, say: Callable[[str], None], api_key: str | None, at_length: bool) -> None:
@@ -177,8 +163,7 @@ def _wait(service: Any, api_key: str | None, in_text: bool) -> None:
     from rich.text import Text
 
     from deploy.cli_status import look, one_line
-    from deploy.http_client import CallError, Client
-    from deploy.launch import wait_for_interrupt
+    from deploy.http_client import Client
 
     screen = Console(stderr=True, highlight=False)
     if not (in_text and screen.is_terminal):
@@ -198,6 +183,19 @@ def _wait(service: Any, api_key: str | None, in_text: bool) -> None:
             live.update(Text(line, style="dim"), refresh=True)
 
         wait_for_interrupt(tell)
+
+
+for _command in (
+    cli_chat.chat,
+    cli_chat.complete,
+    cli_status.status,
+    cli_check.check,
+    cli_bench.bench,
+    cli_plan.plan,
+    cli_mesh.scale,
+    cli_down.down,
+):
+    cli.command()(_command)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import typer
 
 from deploy.bench_load import Workload, jobs
 from deploy.cli_options import LOCAL_URL, ApiKey, Model, fail
-from deploy.http_client import CallError, Client
+from deploy.http_client import Client
 
 WORDS = "the expert of a router goes to each shard and every token finds its way home again, over land and under sea: "
 
@@ -48,30 +48,27 @@ def bench(
     from deploy.bench import Target, run, summarize
 
     client = Client(url=base_url, api_key=api_key)
-    try:
-        if dataset_name not in ("sharegpt", "random"):
-            raise ValueError(f"dataset_name={dataset_name!r} must be sharegpt or random")
-        percents = [float(part) for part in metric_percentiles.split(",")]
-        workload = Workload(
-            num_prompts=num_prompts,
-            rate=None if request_rate == float("inf") else request_rate,
-            burstiness=None if burstiness == float("inf") else burstiness,
-            dataset=dataset_name,  # type: ignore[arg-type]
-            input_len=random_input_len,
-            output_len=random_output_len,
-            range_ratio=random_range_ratio,
-            prefix_len=random_prefix_len,
-            num_prefixes=num_prefixes,
-            seed=seed,
-        )
-        cards = client.get("/v1/models")["data"]
-        card = next((c for c in cards if c["id"] == model), None) if model else cards[0]
-        if card is None:
-            raise ValueError(f"model {model!r} is not served; there are {', '.join(c['id'] for c in cards)}")
-        vocabulary = sorted(set(client.post("/tokenize", {"prompt": WORDS, "model": card["id"]})["tokens"]))
-        work = jobs(workload, vocabulary, int(card["max_model_len"]))
-    except (ValueError, CallError) as error:
-        fail(str(error))
+    if dataset_name not in ("sharegpt", "random"):
+        fail(f"dataset_name={dataset_name!r} must be sharegpt or random")
+    percents = [float(part) for part in metric_percentiles.split(",")]
+    workload = Workload(
+        num_prompts=num_prompts,
+        rate=None if request_rate == float("inf") else request_rate,
+        burstiness=None if burstiness == float("inf") else burstiness,
+        dataset=dataset_name,  # type: ignore[arg-type]
+        input_len=random_input_len,
+        output_len=random_output_len,
+        range_ratio=random_range_ratio,
+        prefix_len=random_prefix_len,
+        num_prefixes=num_prefixes,
+        seed=seed,
+    )
+    cards = client.get("/v1/models")["data"]
+    card = next((c for c in cards if c["id"] == model), None) if model else cards[0]
+    if card is None:
+        fail(f"model {model!r} is not served; there are {', '.join(c['id'] for c in cards)}")
+    vocabulary = sorted(set(client.post("/tokenize", {"prompt": WORDS, "model": card["id"]})["tokens"]))
+    work = jobs(workload, vocabulary, int(card["max_model_len"]))
     body: dict[str, Any] = {"temperature": temperature, "ignore_eos": ignore_eos}
     target = Target(url=base_url, model=card["id"], api_key=api_key, max_concurrency=max_concurrency, body=body)
     from rich.progress import Progress

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.cli_options import LOCAL_URL, ApiKey, MaxTokens, Model, Seed, Temperature, TopP, Url, fail
+from deploy.cli_options import LOCAL_URL, ApiKey, MaxTokens, Model, Seed, Temperature, TopP, Url
 from deploy.http_client import CallError, Client
 
 HELP = """/reset          forget the conversation
@@ -77,10 +77,7 @@ def chat(
 ) -> None:
     """Talk with the model. /help shows the commands; Ctrl-C stops an answer."""
     client = Client(url=url, api_key=api_key)
-    try:
-        name = model or client.first_model()
-    except CallError as error:
-        fail(str(error))
+    name = model or client.first_model()
     sampling = sampling_fields(max_tokens, temperature, top_p, seed)
     conversation = Conversation(client, name, sampling, system_prompt)
     if sys.stdin.isatty():
@@ -127,10 +124,9 @@ def _obey(conversation: Conversation, command: str, rest: str) -> str:
 
 def _answer(conversation: Conversation, line: str, show: Callable[[str], None]) -> None:
     pieces = conversation.ask(line)
-    began, num_pieces = time.monotonic(), 0
+    began = time.monotonic()
     try:
         for piece in pieces:
-            num_pieces += 1
             show(piece)
         show("\n")
     except KeyboardInterrupt:
@@ -166,8 +162,6 @@ def complete(
             for choice in event.get("choices", ()):
                 _show(choice["text"])
         _show("\n")
-    except CallError as error:
-        fail(str(error))
     except KeyboardInterrupt:
         _show("\n")
 

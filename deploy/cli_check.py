@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from deploy.cli_options import fail
 from deploy.launch import LOOPBACK, port_problem
 
 GB = 1e9
@@ -42,10 +41,7 @@ def check(
     from deploy.settings import load
 
     flags = {"model.path": model, "server.host": host, "server.port": port}
-    try:
-        settings = load(file=config, environ=os.environ, flags=flags).settings
-    except ValueError as error:
-        fail(str(error))
+    settings = load(file=config, environ=os.environ, flags=flags).settings
     screen = Console(highlight=False)
     levels = []
     for finding in findings(settings, address):

@@ -25,10 +25,7 @@ def down(
         return
     from deploy.service_record import services
 
-    try:
-        found = [s for s in services() if port is None or s.url.endswith(f":{port}")]
-    except RuntimeError as error:
-        fail(str(error))
+    found = [s for s in services() if port is None or s.url.endswith(f":{port}")]
     if not found:
         fail("no service of yours runs here" + (f" on port {port}" if port is not None else ""))
     for service in found:
@@ -47,10 +44,7 @@ def _down_on_cluster(address: str, name: str | None) -> None:
     from deploy.app import APP_NAME
     from deploy.cluster_access import connect, end_service
 
-    try:
-        connect(address)
-    except ValueError as error:
-        fail(str(error))
+    connect(address)
     ended = end_service(APP_NAME, name)
     if not ended:
         fail(f"no service on {address}")

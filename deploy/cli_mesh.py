@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from deploy.cli_options import LOCAL_URL, ApiKey, MeshModel, Url, fail, mesh_path
-from deploy.http_client import CallError, Client
+from deploy.http_client import Client
 
 
 def scale(
@@ -20,15 +20,12 @@ def scale(
 ) -> None:
     """Start or drain shards until there are so many. Requests go on meanwhile."""
     client = Client(url=url, api_key=api_key, timeout_s=30.0)
-    try:
-        client.post("/mesh/scale", {"shards": shards, "model": model})
-        end = time.monotonic() + wait
-        while wait and not _is_done(mesh := client.get(mesh_path(model)), shards):
-            if time.monotonic() > end:
-                fail(f"not done after {wait:g} s: {mesh['trouble'] or 'still under way'}; GET /mesh shows how it goes")
-            time.sleep(0.2)
-    except CallError as error:
-        fail(str(error))
+    client.post("/mesh/scale", {"shards": shards, "model": model})
+    end = time.monotonic() + wait
+    while wait and not _is_done(mesh := client.get(mesh_path(model)), shards):
+        if time.monotonic() > end:
+            fail(f"not done after {wait:g} s: {mesh['trouble'] or 'still under way'}; GET /mesh shows how it goes")
+        time.sleep(0.2)
     typer.echo(f"{shards} shards" if wait else f"going to {shards} shards")
 
 

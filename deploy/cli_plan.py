@@ -46,10 +46,7 @@ def plan(
     )
     if efficiency is not None:
         hardware = replace(hardware, efficiency=efficiency)
-    try:
-        shape = model_shape(model, quantization)
-    except ValueError as error:
-        fail(str(error))
+    shape = model_shape(model, quantization)
     targets = Targets(users=users, context=context, tpot_s=tpot / 1e3)
     found = plans(shape, hardware, targets, devices)
     screen = Console(highlight=False)

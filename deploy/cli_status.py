@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,18 +10,18 @@ from typing import Annotated, Any
 
 import typer
 from prometheus_client.parser import text_string_to_metric_families
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from deploy.cli_options import LOCAL_URL, ApiKey, MeshModel, Url, fail, mesh_path
-from deploy.http_client import CallError, Client
+from deploy.cli_options import LOCAL_URL, ApiKey, MeshModel, Url, mesh_path
+from deploy.http_client import Client
+from deploy.mesh_metrics import PREFIX, expert_tokens
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
-PREFIX = "expertmesh_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +43,11 @@ def status(
 ) -> None:
     """Live view: tokens/s, TTFT, ITL, KV use, shards, and where the experts' tokens go. Ctrl-C ends it."""
     client = Client(url=url, api_key=api_key, timeout_s=10.0)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         before = look(client, model)
         time.sleep(min(interval, 0.5))
         now = look(client, model)
         if once:
-            from rich.console import Console
-
             Console().print(view(before, now))
             return
         with Live(view(before, now), refresh_per_second=4, screen=True) as live:
@@ -56,10 +55,6 @@ def status(
                 time.sleep(interval)
                 before, now = now, look(client, model)
                 live.update(view(before, now))
-    except CallError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        return
 
 
 def look(client: Client, model: str | None) -> Snapshot:
@@ -112,8 +107,7 @@ def heat_row(loads: Sequence[float], width: int = 64) -> str:
 def view(before: Snapshot, now: Snapshot) -> RenderableType:
     mesh = now.mesh
     parts: list[RenderableType] = [_headline(before, now), _shards(before, now)]
-    layers = _expert_loads(mesh)
-    if layers:
+    if layers := expert_tokens(mesh):
         heat = Text()
         for layer, loads in layers.items():
             heat.append(f"{layer:>4} ", style="dim")
@@ -198,16 +192,6 @@ def _shards(before: Snapshot, now: Snapshot) -> RenderableType:
             f"{router.get('running', 0)} run", f"{1e3 * step_s / steps:.1f} ms" if steps else "",
         )  # fmt: skip
     return table
-
-
-def _expert_loads(mesh: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Tokens of each expert by layer, over all routers."""
-    layers: dict[str, list[float]] = {}
-    for router in mesh.get("routers", ()):
-        for layer, counts in router.get("expert_tokens", {}).items():
-            sums = layers.setdefault(layer, [0.0] * len(counts))
-            layers[layer] = [a + b for a, b in zip(sums, counts, strict=True)]
-    return dict(sorted(layers.items(), key=lambda item: int(item[0])))
 
 
 def _amount(num_bytes: float) -> str:

@@ -38,9 +38,10 @@ def run_on_each_node(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    with _listener() as port:
+    # A port of ours too, so that each node tries the way back.
+    with socket.create_server((str(ray.util.get_node_ip_address()), 0)) as server:  # type: ignore[no-untyped-call]
         others = [(str(node["NodeManagerAddress"]), int(node["NodeManagerPort"])) for node in nodes]
-        home = (_own_address(), port)
+        home = server.getsockname()[:2]
         probe = ray.remote(num_cpus=0, max_retries=0)(_inspect)
         calls = []
         for node in nodes:
@@ -66,19 +67,6 @@ def _inspect(models: Sequence[str], others: Sequence[tuple[str, int]]) -> dict[s
         except OSError as error:
             unreachable.append(f"{host}:{port} ({error.strerror or error})")
     return {"report": node_report(models), "unreachable": unreachable}
-
-
-def _own_address() -> str:
-    import ray
-
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-
-
-@contextlib.contextmanager
-def _listener() -> Iterator[int]:
-    """A port on this node that others may try."""
-    with socket.create_server((_own_address(), 0)) as server:
-        yield int(server.getsockname()[1])
 
 
 def end_service(app: str, mesh: str | None) -> list[str]:

@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deploy.errors import InvalidRequest
-from deploy.generation import Delta, TextOptions, Token, gather_all, stream_all
+from deploy.endpoints import TextEndpoint
+from deploy.generation import Delta, TextPlan, gather_all
 from deploy.generation_plan import (
     Asked,
-    check_length,
-    check_prompt,
     plan_requests,
+    read_prompt,
     structured_spec,
-    text_options,
-    truncate_prompt,
 )
 from deploy.logprobs import completion_logprobs, prompt_logprobs, prompt_tokens
+from deploy.openai_answers import Usage, answer_head, stream_chunks
 from deploy.openai_requests import CompletionRequest
 from deploy.pooling import one_or_many
-from deploy.router_pool import GenerateRequest
 from deploy.served_model import ServedModel
 from deploy.service import Service
-from deploy.usage import Usage, events_with_usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionPlan:
-    """A validated request, ready to run. `texts` are the prompts as text when they were sent so."""
+class CompletionPlan(TextPlan):
+    """`texts` are the prompts as text, to echo; `head` is what every chunk of the answer begins with."""
 
     body: CompletionRequest
-    model: ServedModel
-    requests: list[GenerateRequest]
-    options: TextOptions
     texts: list[str]
     head: dict[str, Any]
-
-    @property
-    def n(self) -> int:
-        return self.body.n or 1
 
 
 async def plan_completion(service: Service, body: CompletionRequest, answer_id: str) -> CompletionPlan:
     """Tokenizes and checks everything. Raises ApiError."""
     model = service.models.find_generator(body.model)
-    if body.stream and body.prompt_logprobs is not None:
-        raise InvalidRequest("prompt_logprobs: not available with stream; set stream to false", param="prompt_logprobs")
     sent = one_or_many(body.prompt, "prompt")
     prompts, texts = await service.run(lambda: _read_prompts(body, model, sent), sum(len(prompt) for prompt in sent))
     asked_prompt_logprobs = body.prompt_logprobs
@@ -64,22 +50,15 @@ async def plan_completion(service: Service, body: CompletionRequest, answer_id: 
         body=body,
         model=model,
         requests=plan_requests(body, model, prompts, asked, service.settings.limits, service.deadline()),
-        options=replace(text_options(body, model), hides_output=body.max_tokens == 0),
         texts=texts,
-        head={
-            "id": answer_id,
-            "object": "text_completion",
-            "created": int(service.now()),
-            "model": body.model or model.names[0],
-            "system_fingerprint": service.fingerprint,
-        },
+        head=answer_head(service, body, model, answer_id, "text_completion"),
     )
 
 
 async def complete(service: Service, plan: CompletionPlan) -> dict[str, Any]:
     """The whole answer."""
-    deltas = await gather_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
-    usage = Usage.of_prompts(plan.requests, plan.n)
+    deltas = await gather_all(service.pool, plan)
+    usage = Usage(plan.requests)
     choices = []
     for index, delta in enumerate(deltas):
         usage.count(delta)
@@ -87,21 +66,16 @@ async def complete(service: Service, plan: CompletionPlan) -> dict[str, Any]:
     return {**plan.head, "choices": choices, "usage": usage.to_dict()}
 
 
-async def complete_stream(service: Service, plan: CompletionPlan) -> AsyncGenerator[bytes]:
+def complete_stream(service: Service, plan: CompletionPlan) -> AsyncGenerator[bytes]:
     """The answer as server-sent events."""
     choices = [_Choice(plan, index) for index in range(len(plan.requests))]
-    usage = Usage.of_prompts(plan.requests, plan.n)
 
     def show(delta: Delta) -> Iterator[dict[str, Any]]:
         choice = choices[delta.index]
         if choice.has_news(delta):
             yield {"choices": [choice.render(delta, streaming=True)]}
 
-    async with contextlib.aclosing(
-        stream_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
-    ) as deltas:
-        async for one in events_with_usage(deltas, show, plan.head, usage, plan.body.stream_options):
-            yield one
+    return stream_chunks(service, plan, plan.head, plan.body.stream_options, show)
 
 
 class _Choice:
@@ -121,11 +95,11 @@ class _Choice:
         prompt_ids = plan.requests[self._index].prompt_ids
         is_first, self._is_first = self._is_first, False
         tokens, text = delta.tokens, delta.text
-        echo = plan.texts[self._index // plan.n] if body.echo else ""
+        echo = plan.texts[self._index // (body.n or 1)] if body.echo else ""
         if body.logprobs is None:
             logprobs = None
         else:
-            shown = list(tokens) if not body.echo else [_shifted(token, len(echo)) for token in tokens]
+            shown = [replace(token, text_offset=token.text_offset + len(echo)) for token in tokens]
             if body.echo and is_first and delta.prompt_logprobs is not None:
                 shown = prompt_tokens(prompt_ids, delta.prompt_logprobs, tokenizer) + shown
             logprobs = completion_logprobs(
@@ -155,12 +129,7 @@ def _read_prompts(
     prompts: list[list[int]] = []
     texts: list[str] = []
     for prompt in sent:
-        ids = prompt
-        if isinstance(ids, str):
-            check_length(ids, body, model, "prompt")
-            ids = model.tokenizer.encode(ids, add_special_tokens=body.add_special_tokens)
-        ids = truncate_prompt(body, model, ids, body.max_tokens)
-        check_prompt(ids, model, "prompt")
+        ids = read_prompt(prompt, body, model, body.max_tokens, "prompt")
         prompts.append(ids)
         if body.echo:
             is_whole = isinstance(prompt, str) and body.truncate_prompt_tokens is None
@@ -168,5 +137,6 @@ def _read_prompts(
     return prompts, texts
 
 
-def _shifted(token: Token, offset: int) -> Token:
-    return replace(token, text_offset=token.text_offset + offset)
+COMPLETIONS: TextEndpoint[CompletionRequest, CompletionPlan] = TextEndpoint(
+    body=CompletionRequest, id_prefix="cmpl-", plan=plan_completion, answer=complete, stream=complete_stream
+)

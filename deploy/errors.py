@@ -36,8 +36,8 @@ class ApiError(Exception):
     """An error with an HTTP status and the four fields of OpenAI's error object."""
 
     status = 500
-    type = "server_error"
     code: str | None = "internal_error"
+    retry_after_s: float | None = None
 
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: float | None = None
@@ -45,8 +45,14 @@ class ApiError(Exception):
         super().__init__(message)
         self.message = bounded(message)
         self.param = param
-        self.code = code if code is not None else type(self).code
-        self.retry_after_s = retry_after_s
+        self.code = code if code is not None else self.code
+        self.retry_after_s = retry_after_s if retry_after_s is not None else self.retry_after_s
+
+    @property
+    def type(self) -> str:
+        if self.status == 429:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
 
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
@@ -66,7 +72,7 @@ class ApiError(Exception):
 
 
 class InvalidRequest(ApiError):
-    status, type = 400, "invalid_request_error"
+    status = 400
     code: str | None = None
 
 
@@ -75,40 +81,34 @@ class ContextTooLong(InvalidRequest):
 
 
 class InvalidApiKey(ApiError):
-    status, type, code = 401, "invalid_request_error", "invalid_api_key"
+    status, code = 401, "invalid_api_key"
 
     def headers(self) -> dict[str, str]:
         return {"WWW-Authenticate": "Bearer"}
 
 
 class ModelNotFound(ApiError):
-    status, type, code = 404, "invalid_request_error", "model_not_found"
+    status, code = 404, "model_not_found"
 
 
 class BodyTooLarge(ApiError):
-    status, type, code = 413, "invalid_request_error", "body_too_large"
+    status, code = 413, "body_too_large"
 
 
 class UnsupportedMedia(ApiError):
-    status, type, code = 415, "invalid_request_error", "unsupported_media_type"
+    status, code = 415, "unsupported_media_type"
 
 
 class TooManyRequests(ApiError):
-    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
-
-    def __init__(self, message: str, *, retry_after_s: float = 1.0):
-        super().__init__(message, retry_after_s=retry_after_s)
+    status, code, retry_after_s = 429, "rate_limit_exceeded", 1.0
 
 
 class Unavailable(ApiError):
-    status, type, code = 503, "server_error", "service_unavailable"
-
-    def __init__(self, message: str, *, code: str | None = None, retry_after_s: float = 1.0):
-        super().__init__(message, code=code, retry_after_s=retry_after_s)
+    status, code, retry_after_s = 503, "service_unavailable", 1.0
 
 
 class DeadlineExceeded(ApiError):
-    status, type, code = 504, "server_error", "deadline_exceeded"
+    status, code = 504, "deadline_exceeded"
 
 
 class EngineError(ApiError):
@@ -117,7 +117,6 @@ class EngineError(ApiError):
     def __init__(self, status: int, code: str, message: str):
         super().__init__(message, code=code, retry_after_s=1.0 if status in (429, 503) else None)
         self.status = status
-        self.type = "invalid_request_error" if status < 500 else "server_error"
 
 
 class HttpError(ApiError):
@@ -126,7 +125,11 @@ class HttpError(ApiError):
     def __init__(self, status: int, message: str):
         super().__init__(message, code={404: "not_found", 405: "method_not_allowed"}.get(status))
         self.status = status
-        self.type = "invalid_request_error" if status < 500 else "server_error"
+
+
+def invalid(param: str | None, rule: str, *, code: str | None = None) -> InvalidRequest:
+    """One field is wrong: the message begins with its name."""
+    return InvalidRequest(f"{param}: {rule}", param=param, code=code)
 
 
 def bounded(message: str) -> str:
@@ -145,7 +148,5 @@ def from_validation(error: ValidationError) -> InvalidRequest:
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     rule = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
-        return InvalidRequest(f"{param}: this field is required", param=param, code="missing_required_parameter")
-    return InvalidRequest(
-        f"{param}: {rule}" + (f" (got {shown})" if first["type"] != "value_error" else ""), param=param
-    )
+        return invalid(param, "this field is required", code="missing_required_parameter")
+    return invalid(param, rule if first["type"] == "value_error" else f"{rule} (got {shown})")

@@ -9,24 +9,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.request import Alternatives, Chunk
+from deploy.openai_requests import GenerationBody
 from deploy.router_pool import GenerateRequest, RouterPool
+from deploy.served_model import ServedModel
 from deploy.stop_strings import StopMatch, StopStrings
-from model.tokenizer import Tokenizer
 
 SEQUENCES_AT_ONCE = 256  # of one request: a batch neither fills a router's queue nor keeps others out of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextOptions:
-    """How tokens become text, and where text ends. hides_output: only the prompt is asked for; what is drawn is not."""
+class TextPlan:
+    """A validated request, ready to run: the sequences to generate, and the body that says how to show them."""
 
-    stops: tuple[str, ...] = ()
-    include_stop: bool = False
-    min_tokens: int = 0
-    skip_special_tokens: bool = True
-    stop_token_ids: frozenset[int] = frozenset()
-    eos_token_ids: frozenset[int] = frozenset()
-    hides_output: bool = False
+    model: ServedModel
+    requests: list[GenerateRequest]
+    body: GenerationBody
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +55,12 @@ class TextStream:
 
     A token is given out with the text it begins in; at the end all of them are."""
 
-    def __init__(self, tokenizer: Tokenizer, options: TextOptions) -> None:
-        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=options.skip_special_tokens)
-        self._options = options
-        self._stops = StopStrings(options.stops)
+    def __init__(self, model: ServedModel, body: GenerationBody) -> None:
+        self._detokenizer = model.tokenizer.detokenizer(skip_special_tokens=body.skip_special_tokens)
+        self._body = body
+        self._stop_ids = frozenset(body.stop_token_ids or ())
+        self._end_ids = self._stop_ids.union(model.eos_token_ids)
+        self._stops = StopStrings(body.stops)
         self._held_text = ""
         self._held_tokens: list[Token] = []
         self._num_shown = 0  # characters given out
@@ -69,28 +68,29 @@ class TextStream:
 
     def push(self, chunk: Chunk, index: int = 0) -> Delta:
         """The delta of a chunk. It has a finish reason when the router finished, or when a stop string was found."""
-        options = self._options
+        body = self._body
         match: StopMatch | None = None
         for i, token_id in enumerate(chunk.token_ids):
             self._num_tokens += 1
             alternatives = chunk.logprobs[i] if chunk.logprobs is not None else None
             self._held_tokens.append(Token(token_id, self._num_shown + len(self._held_text), alternatives))
-            is_last = chunk.finish_reason is not None and i == len(chunk.token_ids) - 1
-            if is_last and chunk.finish_reason == "stop" and not options.include_stop and self._ends(token_id):
+            is_last = chunk.finish_reason == "stop" and i == len(chunk.token_ids) - 1
+            if is_last and token_id in self._end_ids and not body.include_stop_str_in_output:
                 break  # the token that ended it is no text
             match = self._grow(self._detokenizer.push(token_id))
             if match is not None:
                 break
         finish_reason = chunk.finish_reason
-        stop_reason: int | str | None = self._stop_reason(chunk)
+        # The token id for a stop token of the request; nothing for the model's own end, as vLLM has it.
+        stop_reason: int | str | None = chunk.stop_reason if chunk.stop_reason in self._stop_ids else None
         if match is None and finish_reason is not None:
             match = self._grow(self._detokenizer.finish())
         if match is not None:
             finish_reason, stop_reason = "stop", match.stop
-            end = match.end if options.include_stop else match.start
+            end = match.end if body.include_stop_str_in_output else match.start
             self._held_text = self._held_text[: end - self._num_shown]
         text, tokens = self._release(everything=finish_reason is not None)
-        if options.hides_output:
+        if body.max_tokens == 0:  # only the prompt is asked for; what is drawn is not
             text, tokens, self._num_tokens, stop_reason = "", [], 0, None
             finish_reason = "length" if finish_reason else None
         return Delta(
@@ -107,7 +107,7 @@ class TextStream:
 
     def _grow(self, text: str) -> StopMatch | None:
         self._held_text += text
-        return self._stops.feed(text, search=self._num_tokens > self._options.min_tokens)
+        return self._stops.feed(text, search=self._num_tokens > (self._body.min_tokens or 0))
 
     def _release(self, *, everything: bool) -> tuple[str, list[Token]]:
         num_held = 0 if everything else self._stops.num_held
@@ -121,44 +121,26 @@ class TextStream:
         self._held_tokens = self._held_tokens[len(shown) :]
         return text, shown
 
-    def _ends(self, token_id: int) -> bool:
-        return token_id in self._options.stop_token_ids or token_id in self._options.eos_token_ids
 
-    def _stop_reason(self, chunk: Chunk) -> int | None:
-        """The token id for a stop token of the request; nothing for the model's own end, as vLLM has it."""
-        return chunk.stop_reason if chunk.stop_reason in self._options.stop_token_ids else None
-
-
-async def stream_sequence(
-    pool: RouterPool, request: GenerateRequest, tokenizer: Tokenizer, options: TextOptions, index: int
-) -> AsyncGenerator[Delta]:
+async def stream_sequence(pool: RouterPool, plan: TextPlan, index: int) -> AsyncGenerator[Delta]:
     """The deltas of one sequence. A stop string, or closing the iterator, aborts the request at the router."""
-    stream = TextStream(tokenizer, options)
-    watch = pool.metrics.watch(len(request.prompt_ids), request.model, request.sampling)
-    ended = "error"
-    try:
+    request = plan.requests[index]
+    stream = TextStream(plan.model, plan.body)
+    with pool.metrics.watch(len(request.prompt_ids), request.model, request.sampling) as watch:
         async with contextlib.aclosing(pool.generate(request)) as chunks:
             async for chunk in chunks:
                 watch.saw(chunk)
                 delta = stream.push(chunk, index)
-                ended = delta.finish_reason or "abort"  # in case nobody wants more
+                watch.ended = delta.finish_reason
                 yield delta
                 if delta.finish_reason is not None:
                     return
-                ended = "error"
-    except asyncio.CancelledError:
-        ended = "abort"
-        raise
-    finally:
-        watch.end(ended)
 
 
-async def stream_all(
-    pool: RouterPool, requests: Sequence[GenerateRequest], tokenizer: Tokenizer, options: TextOptions
-) -> AsyncGenerator[Delta]:
+async def stream_all(pool: RouterPool, plan: TextPlan) -> AsyncGenerator[Delta]:
     """The deltas of several sequences as they come; `index` says whose. The first error ends them all."""
-    if len(requests) == 1:
-        async with contextlib.aclosing(stream_sequence(pool, requests[0], tokenizer, options, 0)) as deltas:
+    if len(plan.requests) == 1:
+        async with contextlib.aclosing(stream_sequence(pool, plan, 0)) as deltas:
             async for delta in deltas:
                 yield delta
         return
@@ -166,16 +148,15 @@ async def stream_all(
     seats = asyncio.Semaphore(SEQUENCES_AT_ONCE)
 
     async def drain(index: int) -> None:
-        sequence = stream_sequence(pool, requests[index], tokenizer, options, index)
         try:
-            async with seats, contextlib.aclosing(sequence) as deltas:
+            async with seats, contextlib.aclosing(stream_sequence(pool, plan, index)) as deltas:
                 async for delta in deltas:
                     queue.put_nowait(delta)
             queue.put_nowait(None)
         except Exception as error:
             queue.put_nowait(error)
 
-    tasks = [asyncio.create_task(drain(index)) for index in range(len(requests))]
+    tasks = [asyncio.create_task(drain(index)) for index in range(len(plan.requests))]
     try:
         num_open = len(tasks)
         while num_open:
@@ -192,12 +173,10 @@ async def stream_all(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def gather_all(
-    pool: RouterPool, requests: Sequence[GenerateRequest], tokenizer: Tokenizer, options: TextOptions
-) -> list[Delta]:
+async def gather_all(pool: RouterPool, plan: TextPlan) -> list[Delta]:
     """All sequences, finished: one delta each with everything."""
-    found: list[list[Delta]] = [[] for _ in requests]
-    async with contextlib.aclosing(stream_all(pool, requests, tokenizer, options)) as deltas:
+    found: list[list[Delta]] = [[] for _ in plan.requests]
+    async with contextlib.aclosing(stream_all(pool, plan)) as deltas:
         async for delta in deltas:
             found[delta.index].append(delta)
     return [_joined(deltas) for deltas in found]

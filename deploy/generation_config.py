@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from deploy.errors import InvalidRequest
+from deploy.errors import InvalidRequest, invalid
 
 # transformers.GenerationConfig -> our field. A field that the body sets itself wins.
 _FIELDS: Mapping[str, str] = {
@@ -33,9 +33,9 @@ def from_generation_config(config: Any) -> dict[str, Any]:
         try:
             config = json.loads(config)
         except (ValueError, RecursionError):
-            raise InvalidRequest(f"{param}: not JSON", param=param) from None
+            raise invalid(param, "not JSON") from None
     if not isinstance(config, dict):
-        raise InvalidRequest(f"{param}: expected an object, got {type(config).__name__}", param=param)
+        raise invalid(param, f"expected an object, got {type(config).__name__}")
     fields: dict[str, Any] = {}
     for name, value in config.items():
         if value is None or name in _IGNORED or name.startswith("_"):

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from deploy.errors import ContextTooLong, InvalidRequest
-from deploy.generation import TextOptions
-from deploy.openai_requests import GenerationBody
-from deploy.router_pool import GenerateRequest, new_id
+from deploy.errors import ContextTooLong, InvalidRequest, invalid
+from deploy.openai_requests import INT64_MAX, ChatCompletionRequest, CompletionRequest, GenerationBody
+from deploy.router_pool import GenerateRequest
 from deploy.served_model import ServedModel
 from deploy.settings import LimitSettings
 from model.sampling_params import SamplingParams, StructuredSpec
 
-SEED_MASK = 2**63 - 1
 MAX_BAD_WORD_CHARS = 20_000
 
 
@@ -46,73 +44,76 @@ def plan_requests(
     Raises InvalidRequest for every value that can't be obeyed."""
     n = body.n or 1
     if body.stream_options is not None and not body.stream:
-        raise InvalidRequest("stream_options: only with stream; set stream to true", param="stream_options")
+        raise invalid("stream_options", "only with stream; set stream to true")
+    if body.stream and body.prompt_logprobs is not None:
+        raise invalid("prompt_logprobs", "not available with stream; set stream to false")
     if n > limits.max_n:
-        raise InvalidRequest(f"n: {n} is more than this server's {limits.max_n} choices per prompt", param="n")
+        raise invalid("n", f"{n} is more than this server's {limits.max_n} choices per prompt")
     if n * len(prompts) > limits.max_prompts:
-        raise InvalidRequest(
-            f"prompt: {len(prompts)} prompts with n={n} are more than this server's {limits.max_prompts} per request",
-            param="prompt",
+        raise invalid(
+            "prompt", f"{len(prompts)} prompts with n={n} are more than this server's {limits.max_prompts} per request"
         )
     if len(body.stops) > limits.max_stop_strings:
-        raise InvalidRequest(f"stop: at most {limits.max_stop_strings} strings, got {len(body.stops)}", param="stop")
+        raise invalid("stop", f"at most {limits.max_stop_strings} strings, got {len(body.stops)}")
     for name, value in (("logprobs", asked.logprobs), ("prompt_logprobs", asked.prompt_logprobs)):
         if value is not None and value > limits.max_logprobs:
-            raise InvalidRequest(f"{name}: at most {limits.max_logprobs} per token, got {value}", param=name)
+            raise invalid(name, f"at most {limits.max_logprobs} per token, got {value}")
     given = model.sampling_defaults.get("seed") if body.seed is None else body.seed
-    seed = random.getrandbits(63) if given is None else given & SEED_MASK
+    seed = random.getrandbits(63) if given is None else given & INT64_MAX
     params = _sampling(body, model, asked)
+    common = params.to_dict()  # checked once: a logit_bias may be long, and prompts many
     requests = []
     for prompt_ids in prompts:
         max_tokens = _max_tokens(asked, model, len(prompt_ids))
-        try:
-            one = replace(params, max_tokens=max_tokens)
-        except ValueError as error:
-            raise _refusal(error) from None
-        first = GenerateRequest(
-            model=model.names[0],
-            prompt_ids=prompt_ids,
-            sampling=replace(one, seed=seed).to_dict(),
-            deadline=deadline,
-            priority=body.priority,
-            cache_salt=body.cache_salt,
-            return_routed_experts=body.return_routed_experts,
-        )
-        requests.append(first)
-        for i in range(1, n):
-            sampling = {**first.sampling, "seed": (seed + i) & SEED_MASK}
-            requests.append(replace(first, sampling=sampling, first_id=first.request_id, request_id=new_id()))
+        if params.min_tokens > max_tokens:
+            text = f"min_tokens must be less than or equal to max_tokens={max_tokens}, got {params.min_tokens}."
+            raise InvalidRequest(text, param="min_tokens")
+        first_id = None
+        for i in range(n):
+            request = GenerateRequest(
+                model=model.names[0],
+                prompt_ids=prompt_ids,
+                sampling={**common, "max_tokens": max_tokens, "seed": (seed + i) & INT64_MAX},
+                deadline=deadline,
+                priority=body.priority,
+                cache_salt=body.cache_salt,
+                return_routed_experts=body.return_routed_experts,
+                first_id=first_id,
+            )
+            first_id = first_id or request.request_id
+            requests.append(request)
     return requests
 
 
-def text_options(body: GenerationBody, model: ServedModel) -> TextOptions:
-    return TextOptions(
-        stops=body.stops,
-        include_stop=body.include_stop_str_in_output,
-        min_tokens=body.min_tokens or 0,
-        skip_special_tokens=body.skip_special_tokens,
-        stop_token_ids=frozenset(body.stop_token_ids or ()),
-        eos_token_ids=frozenset(model.eos_token_ids),
-    )
-
-
-def truncate_prompt(
-    body: GenerationBody, model: ServedModel, prompt_ids: list[int], max_tokens: int | None
+def read_prompt(
+    prompt: str | list[int],
+    body: CompletionRequest | ChatCompletionRequest,
+    model: ServedModel,
+    max_tokens: int | None,
+    param: str,
 ) -> list[int]:
+    """Token ids of a text, or ids as they were sent, cut and checked. Raises InvalidRequest."""
+    if isinstance(prompt, str):
+        _check_length(prompt, body, model, param)
+        prompt = model.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
+    prompt_ids = _truncated(body, model, prompt, max_tokens)
+    check_prompt(prompt_ids, model, param)
+    return prompt_ids
+
+
+def _truncated(body: GenerationBody, model: ServedModel, prompt_ids: list[int], max_tokens: int | None) -> list[int]:
     """The last (or first) `truncate_prompt_tokens` of the prompt; -1 leaves room for the output."""
     keep = body.truncate_prompt_tokens
     if keep is None:
         return prompt_ids
     if keep == 0:
-        raise InvalidRequest(
-            "truncate_prompt_tokens: 0 leaves no prompt; use 1 or more, or -1", param="truncate_prompt_tokens"
-        )
+        raise invalid("truncate_prompt_tokens", "0 leaves no prompt; use 1 or more, or -1")
     if keep == -1:
         keep = max(1, model.max_model_len - max(1, max_tokens or 1))
     return prompt_ids[:keep] if body.truncation_side == "right" else prompt_ids[-keep:]
 
 
-def check_length(text: str, body: GenerationBody, model: ServedModel, param: str) -> None:
+def _check_length(text: str, body: GenerationBody, model: ServedModel, param: str) -> None:
     """Refuses a text that is too long whatever its tokens are, before seconds go into finding them."""
     least = model.tokenizer.least_num_tokens(text)
     if least > model.max_model_len and body.truncate_prompt_tokens is None:
@@ -126,10 +127,10 @@ def check_length(text: str, body: GenerationBody, model: ServedModel, param: str
 def check_prompt(prompt_ids: Sequence[int], model: ServedModel, param: str) -> None:
     """Raises InvalidRequest for an empty prompt or an id that the model hasn't got."""
     if not prompt_ids:
-        raise InvalidRequest(f"{param}: the prompt has no tokens; send at least one", param=param)
+        raise invalid(param, "the prompt has no tokens; send at least one")
     if not 0 <= min(prompt_ids) <= max(prompt_ids) < model.vocab_size:
         wrong = next(one for one in prompt_ids if not 0 <= one < model.vocab_size)
-        raise InvalidRequest(f"{param}: token id {wrong} is not in the vocabulary of {model.vocab_size}", param=param)
+        raise invalid(param, f"token id {wrong} is not in the vocabulary of {model.vocab_size}")
 
 
 def structured_spec(body: GenerationBody) -> StructuredSpec | None:
@@ -148,25 +149,18 @@ def structured_spec(body: GenerationBody) -> StructuredSpec | None:
         if options.grammar is not None:
             found.append(_spec("grammar", options.grammar))
         if len(found) != 1:
-            raise InvalidRequest(
-                "structured_outputs: give exactly one of json, json_object, regex, choice and grammar",
-                param="structured_outputs",
-            )
+            raise invalid("structured_outputs", "give exactly one of json, json_object, regex, choice and grammar")
     kind = (body.response_format or {"type": "text"}).get("type")
     if kind not in ("text", "json_object", "json_schema"):
-        raise InvalidRequest(
-            f"response_format.type: {str(kind)[:80]!r} is not supported; use text, json_object or json_schema",
-            param="response_format.type",
+        raise invalid(
+            "response_format.type", f"{str(kind)[:80]!r} is not supported; use text, json_object or json_schema"
         )
     if kind == "json_object":
         found.append(StructuredSpec("json_object"))
     elif kind == "json_schema":
         given = (body.response_format or {}).get("json_schema")
         if not isinstance(given, dict) or not isinstance(given.get("name"), str):
-            raise InvalidRequest(
-                "response_format.json_schema: an object with name and schema is required",
-                param="response_format.json_schema",
-            )
+            raise invalid("response_format.json_schema", "an object with name and schema is required")
         schema = given.get("schema")
         found.append(_schema_spec({} if schema is None else schema, "response_format.json_schema.schema"))
     if len(found) > 1:
@@ -181,20 +175,20 @@ def _schema_spec(schema: Any, param: str) -> StructuredSpec:
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError):
-            raise InvalidRequest(f"{param}: the schema is not JSON", param=param) from None
+            raise invalid(param, "the schema is not JSON") from None
     if not isinstance(schema, dict | bool):
-        raise InvalidRequest(f"{param}: a JSON schema is an object, not {type(schema).__name__}", param=param)
+        raise invalid(param, f"a JSON schema is an object, not {type(schema).__name__}")
     try:
         return StructuredSpec("json_schema", json.dumps(schema, ensure_ascii=False, allow_nan=False))
     except ValueError:
-        raise InvalidRequest(f"{param}: the schema has a number that JSON can't carry", param=param) from None
+        raise invalid(param, "the schema has a number that JSON can't carry") from None
 
 
 def _spec(kind: Any, payload: str) -> StructuredSpec:
     try:
         return StructuredSpec(kind, payload)
     except ValueError as error:
-        raise InvalidRequest(f"structured_outputs.{kind}: {error}", param=f"structured_outputs.{kind}") from None
+        raise invalid(f"structured_outputs.{kind}", str(error)) from None
 
 
 def _sampling(body: GenerationBody, model: ServedModel, asked: Asked) -> SamplingParams:
@@ -207,7 +201,7 @@ def _sampling(body: GenerationBody, model: ServedModel, asked: Asked) -> Samplin
     try:
         logit_bias = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
     except ValueError:
-        raise InvalidRequest("logit_bias: the keys must be token ids", param="logit_bias") from None
+        raise invalid("logit_bias", "the keys must be token ids") from None
     top_k = value("top_k", None)
     try:
         params = SamplingParams(
@@ -237,7 +231,7 @@ def _sampling(body: GenerationBody, model: ServedModel, asked: Asked) -> Samplin
 def _bad_words(body: GenerationBody, model: ServedModel) -> tuple[tuple[int, ...], ...]:
     """Each word as it begins a text and as it follows a space, as vLLM does."""
     if (num_chars := sum(len(word) for word in body.bad_words or ())) > MAX_BAD_WORD_CHARS:
-        raise InvalidRequest(f"bad_words: {num_chars} characters are more than {MAX_BAD_WORD_CHARS}", param="bad_words")
+        raise invalid("bad_words", f"{num_chars} characters are more than {MAX_BAD_WORD_CHARS}")
     words: list[tuple[int, ...]] = []
     for word in body.bad_words or ():
         for text in (word, " " + word.lstrip()):

@@ -13,11 +13,11 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from deploy import aggregation, spans
-from deploy.errors import ContextTooLong, InvalidRequest
+from deploy.errors import ContextTooLong, invalid
 from deploy.label_likelihood import label_log_likelihoods
 from deploy.openai_requests import RequestBody, parse
 from deploy.placed_tokens import PlacedToken, place_tokens, split, window_starts
-from deploy.pooling import Rows, activate, activation_of, check_ids, check_length, check_number, encode, run_head
+from deploy.pooling import Rows, activate, activation_of, check_ids, check_length, check_number, run_head
 from deploy.served_model import ServedModel
 from deploy.service import Service
 
@@ -35,56 +35,49 @@ class HuggingFaceBody(RequestBody):
 
 class TextClassificationParameters(RequestBody):
     top_k: int | None = Field(default=None, ge=1)
-    function_to_apply: Literal["default", "sigmoid", "softmax", "none"] | None = None
+    function_to_apply: Literal["default", "sigmoid", "softmax", "none"] = "default"
 
 
 class TokenClassificationParameters(RequestBody):
     """`stride`: a text too long for the model is read in windows that share so many tokens."""
 
-    aggregation_strategy: aggregation.Strategy | None = None
-    ignore_labels: list[str] | None = None
+    aggregation_strategy: aggregation.Strategy = "simple"
+    ignore_labels: list[str] = Field(default=["O"])
     stride: int | None = Field(default=None, ge=0)
 
 
-class QuestionAnsweringParameters(RequestBody):
-    """The defaults of transformers' pipeline. `doc_stride` is how many context tokens two windows share."""
+class QuestionAnsweringParameters(spans.SpanOptions):
+    """`doc_stride` is how many context tokens two windows share."""
 
-    top_k: int | None = Field(default=None, ge=1, le=1000)
     doc_stride: int | None = Field(default=None, ge=0)
-    max_answer_len: int | None = Field(default=None, ge=1)
-    max_seq_len: int | None = Field(default=None, ge=1)
-    max_question_len: int | None = Field(default=None, ge=1)
-    handle_impossible_answer: bool | None = None
-    align_to_words: bool | None = None
+    max_seq_len: int = Field(default=384, ge=1)
+    max_question_len: int = Field(default=64, ge=1)
 
 
 class ZeroShotParameters(RequestBody):
     candidate_labels: list[str] = Field(min_length=1, max_length=1000)
     hypothesis_template: str | None = Field(default=None, max_length=10_000)
-    multi_label: bool | None = None
+    multi_label: bool = False
 
 
 async def text_classification(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
     """One list of {"label", "score"} for each text, the best first."""
     model = service.models.find_for(("sequence_classification",), name, "text classification")
     parameters = read_parameters(body, model, TextClassificationParameters)
-    function = parameters.function_to_apply
-    if function in (None, "default"):
-        function = activation_of(model)
+    function = activation_of(model) if parameters.function_to_apply == "default" else parameters.function_to_apply
     prompts = await _read(service, [_text_or_pair(one) for one in _inputs(body)], model)
     batch = await run_head(service, model, [_ids(tokens) for tokens in prompts])
     labels = [model.id2label[i] for i in sorted(model.id2label)]
-    return [_best_first(labels, activate(rows[0], function or "none"))[: parameters.top_k] for rows in batch]
+    return [_best_first(labels, activate(rows[0], function))[: parameters.top_k] for rows in batch]
 
 
 async def token_classification(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
     """The entities of each text. As the Hub's API and unlike the pipeline, neighbours are grouped by default."""
     model = service.models.find_for(("token_classification",), name, "token classification")
     parameters = read_parameters(body, model, TokenClassificationParameters)
-    strategy, stride = parameters.aggregation_strategy or "simple", parameters.stride
-    ignored = parameters.ignore_labels if parameters.ignore_labels is not None else ["O"]
+    strategy, stride = parameters.aggregation_strategy, parameters.stride
     if stride is not None and strategy == "none":
-        raise InvalidRequest("stride: it needs an aggregation_strategy other than none", param="stride")
+        raise invalid("stride", "it needs an aggregation_strategy other than none")
     texts = _texts(body)
     prompts = await _read(service, [(text, None) for text in texts], model, check=stride is None)
     parts = [
@@ -95,7 +88,8 @@ async def token_classification(service: Service, body: HuggingFaceBody, name: st
 
     def aggregate(text: str, windows: Sequence[Window]) -> list[dict[str, Any]]:
         found = [
-            aggregation.entities(text, tokens, rows, model.id2label, strategy, ignored) for tokens, rows in windows
+            aggregation.entities(text, tokens, rows, model.id2label, strategy, parameters.ignore_labels)
+            for tokens, rows in windows
         ]
         if strategy == "none":
             return found[0]
@@ -115,17 +109,12 @@ async def question_answering(service: Service, body: HuggingFaceBody, name: str 
     pairs = [_question(one) for one in _inputs(body)]
     prompts = await _read(service, [*pairs], model, check=False)
     batch = await _run_parts(service, model, [_question_parts(service, model, parameters, one) for one in prompts])
-    options = spans.SpanOptions(
-        top_k=parameters.top_k or 1,
-        max_answer_len=parameters.max_answer_len or 15,
-        align_to_words=parameters.align_to_words is not False,
-        handle_impossible_answer=bool(parameters.handle_impossible_answer),
-    )
-    found = await service.run(
-        lambda: [spans.answers(context, windows, options) for (_, context), windows in zip(pairs, batch, strict=True)],
-        sum(len(context) for _, context in pairs),
-    )
-    return _one_or_many(body, [one if options.top_k > 1 else one[0] for one in found])
+
+    def find() -> list[list[dict[str, Any]]]:
+        return [spans.answers(context, windows, parameters) for (_, context), windows in zip(pairs, batch, strict=True)]
+
+    found = await service.run(find, sum(len(context) for _, context in pairs))
+    return _one_or_many(body, [one if parameters.top_k > 1 else one[0] for one in found])
 
 
 async def zero_shot_classification(service: Service, body: HuggingFaceBody, name: str | None) -> Any:
@@ -138,7 +127,7 @@ async def zero_shot_classification(service: Service, body: HuggingFaceBody, name
     template = "\n" + (parameters.hypothesis_template or "This example is {}.")
     prompts = [_ids(tokens) for tokens in await _read(service, [(text, None) for text in _texts(body)], model)]
     if parameters.multi_label:  # a line break is the shortest text that every tokenizer has tokens for
-        prompts.append(encode(model, "\n", True, "inputs"))
+        prompts.append(model.tokenizer.encode("\n"))
     rows = await label_log_likelihoods(service, model, prompts, labels, template)
     if parameters.multi_label:
         *rows, prior = rows
@@ -154,12 +143,12 @@ def _question_parts(
     """The question with each window of the context. Raises InvalidRequest."""
     first, _ = split(tokens, 1)
     if first == len(tokens):
-        raise InvalidRequest("inputs.context: there is no text to find an answer in", param="inputs.context")
+        raise invalid("inputs.context", "there is no text to find an answer in")
     question = [i for i, token in enumerate(tokens[:first]) if token.text_idx == 0]
-    cut = set(question[parameters.max_question_len or 64 :])  # its end goes, as a tokenizer's truncation takes it
+    cut = set(question[parameters.max_question_len :])  # its end goes, as a tokenizer's truncation takes it
     tokens = [token for i, token in enumerate(tokens) if i not in cut]
     first, last = split(tokens, 1)
-    max_seq_len = min(parameters.max_seq_len or 384, _window_size(model))
+    max_seq_len = min(parameters.max_seq_len, _window_size(model))
     size = max_seq_len - (len(tokens) - (last - first))
     if last - first <= size:
         return [tokens]
@@ -186,10 +175,10 @@ def _parts(
     first, last = split(tokens, text_idx)
     inner = size - (len(tokens) - (last - first))
     if overlap >= inner:
-        raise InvalidRequest(
-            f"{param}: {overlap} must be less than the {max(inner, 0)} tokens that {size}-token windows have for it; "
+        raise invalid(
+            param,
+            f"{overlap} must be less than the {max(inner, 0)} tokens that {size}-token windows have for it; "
             f"lower it{' or raise max_seq_len' if text_idx else ''}",
-            param=param,
         )
     starts = window_starts(last - first, inner, overlap)
     if len(starts) > (most := service.settings.limits.max_prompts):
@@ -237,14 +226,15 @@ def _ids(tokens: list[PlacedToken]) -> list[int]:
 
 def read_parameters(body: HuggingFaceBody, model: ServedModel, kind: type[Parameters]) -> Parameters:
     """The parameters that are given, where None is as if left out, over the checkpoint's own defaults."""
-    given = {name: value for name, value in (body.parameters or {}).items() if value is not None}
-    return parse({**(model.task_parameters if model.head_kind != "causal_lm" else {}), **given}, kind)
+    defaults = model.task_parameters if model.head_kind != "causal_lm" else {}
+    given = [*defaults.items(), *(body.parameters or {}).items()]
+    return parse({name: value for name, value in given if value is not None}, kind)
 
 
 def _inputs(body: HuggingFaceBody) -> list[Any]:
     inputs = body.inputs if isinstance(body.inputs, list) else [body.inputs]
     if not inputs:
-        raise InvalidRequest("inputs: the list is empty; send at least one", param="inputs")
+        raise invalid("inputs", "the list is empty; send at least one")
     return inputs
 
 
@@ -256,7 +246,7 @@ def _one_or_many(body: HuggingFaceBody, answers: list[Any]) -> Any:
 def _texts(body: HuggingFaceBody) -> list[str]:
     texts = _inputs(body)
     if not all(isinstance(text, str) for text in texts):
-        raise InvalidRequest("inputs: expected a string or a list of strings", param="inputs")
+        raise invalid("inputs", "expected a string or a list of strings")
     return texts
 
 
@@ -267,9 +257,7 @@ def _text_or_pair(value: Any) -> tuple[str, str | None]:
         text, pair = value.get("text"), value.get("text_pair")
         if isinstance(text, str) and (pair is None or isinstance(pair, str)):
             return text, pair
-    raise InvalidRequest(
-        'inputs: expected a string, {"text": ..., "text_pair": ...}, or a list of these', param="inputs"
-    )
+    raise invalid("inputs", 'expected a string, {"text": ..., "text_pair": ...}, or a list of these')
 
 
 def _question(value: Any) -> tuple[str, str]:
@@ -277,4 +265,4 @@ def _question(value: Any) -> tuple[str, str]:
         question, context = value.get("question"), value.get("context")
         if isinstance(question, str) and isinstance(context, str) and question.strip():
             return question, context
-    raise InvalidRequest('inputs: expected {"question": a text, "context": a text}', param="inputs")
+    raise invalid("inputs", 'expected {"question": a text, "context": a text}')

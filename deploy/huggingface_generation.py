@@ -15,18 +15,16 @@ from typing import Any, Literal
 from pydantic import Field
 
 from actors.request import Alternatives
-from deploy.errors import InvalidRequest
-from deploy.generation import Delta, TextOptions, Token, gather_all, stream_all
-from deploy.generation_plan import Asked, check_prompt, plan_requests, structured_spec, text_options
+from deploy.endpoints import TextEndpoint
+from deploy.errors import invalid
+from deploy.generation import Delta, TextPlan, Token, gather_all, stream_all
+from deploy.generation_plan import Asked, check_prompt, plan_requests, structured_spec
 from deploy.huggingface import HuggingFaceBody, read_parameters
+from deploy.logprobs import LOWEST, most_likely
 from deploy.openai_requests import INT64_MAX, CompletionRequest, RequestBody, StreamingBody, StructuredOutputs, parse
-from deploy.pooling import check_length, encode
-from deploy.router_pool import GenerateRequest
-from deploy.served_model import ServedModel
+from deploy.pooling import check_length
 from deploy.service import Service
 from deploy.sse import event
-
-LOWEST = -9999.0  # stands for minus infinity, which JSON hasn't got
 
 
 class Grammar(RequestBody):
@@ -69,25 +67,22 @@ class TextGenerationRequest(HuggingFaceBody, StreamingBody):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextGenerationPlan:
+class TextGenerationPlan(TextPlan):
     parameters: TextGenerationParameters
-    model: ServedModel
     prompt: str
-    requests: list[GenerateRequest]
-    options: TextOptions
 
 
-async def plan_text_generation(service: Service, body: TextGenerationRequest, name: str | None) -> TextGenerationPlan:
+async def plan_text_generation(service: Service, body: TextGenerationRequest, _: str) -> TextGenerationPlan:
     """Tokenizes and checks everything. Raises ApiError."""
-    model = service.models.find_generator(name or body.model)
+    model = service.models.find_generator(body.model)
     parameters = read_parameters(body, model, TextGenerationParameters)
     _refuse(parameters, bool(body.stream))
     if not isinstance(body.inputs, str):
-        raise InvalidRequest("inputs: expected a string", param="inputs")
+        raise invalid("inputs", "expected a string")
     prompt: str = body.inputs
     if parameters.truncate is None:
         check_length(model, model.tokenizer.least_num_tokens(prompt), "inputs", "shorten it or set truncate")
-    ids = await service.run(lambda: encode(model, prompt, True, "inputs"), len(prompt))
+    ids = await service.encode(model, prompt, add_special_tokens=True)
     ids = ids if parameters.truncate is None else ids[-parameters.truncate :]
     check_prompt(ids, model, "inputs")
     completion = _completion(parameters)
@@ -105,13 +100,13 @@ async def plan_text_generation(service: Service, body: TextGenerationRequest, na
         model=model,
         prompt=prompt,
         requests=plan_requests(completion, model, [ids], asked, service.settings.limits, service.deadline()),
-        options=text_options(completion, model),
+        body=completion,
     )
 
 
 async def generate_text(service: Service, plan: TextGenerationPlan) -> list[dict[str, Any]]:
     """The whole answer; of `best_of` sequences the one with the highest mean log-probability."""
-    deltas = await gather_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
+    deltas = await gather_all(service.pool, plan)
     deltas.sort(key=lambda delta: -math.fsum(_logprob(token) for token in delta.tokens) / max(1, len(delta.tokens)))
     best, *others = [_sequence(plan, delta) for delta in deltas]
     answer: dict[str, Any] = {"generated_text": best.pop("generated_text")}
@@ -123,15 +118,13 @@ async def generate_text(service: Service, plan: TextGenerationPlan) -> list[dict
 async def stream_text(service: Service, plan: TextGenerationPlan) -> AsyncGenerator[bytes]:
     """One event a token; the last one has the whole text and the details."""
     text, index, waiting = "", 0, list[Token]()
-    async with contextlib.aclosing(
-        stream_all(service.pool, plan.requests, plan.model.tokenizer, plan.options)
-    ) as deltas:
+    async with contextlib.aclosing(stream_all(service.pool, plan)) as deltas:
         async for delta in deltas:
             text += delta.text
             waiting += delta.tokens
             is_last = delta.finish_reason is not None
             # A stop sequence may end the text without a further token: then the last token is still to be shown.
-            num_ready = len(waiting) - (1 if plan.options.stops and not is_last else 0)
+            num_ready = len(waiting) - (1 if plan.body.stops and not is_last else 0)
             for i in range(num_ready):
                 token, end = waiting[i], waiting[i + 1].text_offset if i + 1 < len(waiting) else len(text)
                 index += 1
@@ -150,6 +143,15 @@ async def stream_text(service: Service, plan: TextGenerationPlan) -> AsyncGenera
             del waiting[: max(0, num_ready)]
 
 
+GENERATION: TextEndpoint[TextGenerationRequest, TextGenerationPlan] = TextEndpoint(
+    body=TextGenerationRequest,
+    plan=plan_text_generation,
+    answer=generate_text,
+    stream=stream_text,
+    end_with_error=lambda error: event(error.huggingface_body()),
+)
+
+
 def _refuse(parameters: TextGenerationParameters, is_stream: bool) -> None:
     """Raises InvalidRequest for what isn't done here, and for what TGI itself refuses."""
     refusals = (
@@ -162,7 +164,7 @@ def _refuse(parameters: TextGenerationParameters, is_stream: bool) -> None:
     )
     for name, is_refused, reason in refusals:
         if is_refused:
-            raise InvalidRequest(f"{name}: {reason}", param=name, code="unsupported_parameter")
+            raise invalid(name, reason, code="unsupported_parameter")
 
 
 def _completion(parameters: TextGenerationParameters) -> CompletionRequest:
@@ -242,6 +244,5 @@ def _logprob(token: Token) -> float:
 def _top_tokens(plan: TextGenerationPlan, alternatives: Alternatives | None) -> list[dict[str, Any]]:
     """The most likely tokens, each once: the chosen one is first in the list and may be among them."""
     most = plan.parameters.top_n_tokens or 0
-    unique = {one[0]: one for one in alternatives or () if one[2] <= most}
-    ranked = sorted(unique.values(), key=lambda one: one[2])
+    ranked = most_likely(alternatives or [], most)
     return [_token(plan, one[0], plan.model.tokenizer.token_text(one[0]), one[1]) for one in ranked]

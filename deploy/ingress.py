@@ -11,8 +11,9 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
@@ -23,31 +24,17 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.logs import REQUEST_ID
-from deploy import (
-    anthropic,
-    head_endpoints,
-    mesh_endpoints,
-    monitoring,
-    operations,
-    text_endpoints,
-    token_endpoints,
-    transformers_chat,
-)
-from deploy.api_schema import describe_bodies
+from deploy import anthropic, head_endpoints, mesh_endpoints, monitoring, operations, token_endpoints
 from deploy.auth import ApiKeys, all_keys
+from deploy.chat import CHAT
+from deploy.completions import COMPLETIONS
+from deploy.endpoints import Endpoints
 from deploy.errors import ApiError, HttpError
 from deploy.key_limits import KeyLimits
-from deploy.openai_requests import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    RequestBody,
-    TokenizeRequest,
-)
 from deploy.ray_metrics import RayMetrics
 from deploy.router_pool import RouterPool
 from deploy.served_model import ModelList, ServedModel
-from deploy.service import Service
+from deploy.service import VERSION, Service
 from deploy.settings import Settings
 from deploy.sse import error_answer
 from deploy.supervisors import Supervisors
@@ -55,15 +42,6 @@ from deploy.tracing import CURRENT, RequestNote, Tracing, exporter_to
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("expertmesh.access")
-_BODIES: dict[str, type[RequestBody]] = {
-    "/v1/completions": CompletionRequest,
-    "/v1/chat/completions": ChatCompletionRequest,
-    "/v1/messages": anthropic.MessagesRequest,
-    "/v1/messages/count_tokens": anthropic.CountTokensRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-    "/load_model": transformers_chat.LoadModelRequest,
-}
 _FREE_PATHS = frozenset({"/ping", "/tokenize", "/detokenize", "/reset_prefix_cache", "/mesh/scale", "/load_model"})
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
@@ -76,16 +54,14 @@ def create_api(
     supervisors: Supervisors | None = None,
     ray_metrics: RayMetrics | None = None,
     behind_serve: bool = False,
-    version: str = "0.1.0",
-    now: Callable[[], float] = time.time,
 ) -> FastAPI:
     """The app. It starts the pool with its lifespan, or with the first request, and closes it with its lifespan.
 
     Without `supervisors` it tells of the mesh what its links know, and counts for itself alone. behind_serve: Serve's
     proxy gives a request its id where it has none, and adds it to the answer."""
-    service = Service(settings, ModelList(models), pool, version, now)
+    service = Service(settings, ModelList(models), pool)
     exporter = exporter_to(settings.server.otlp_traces_endpoint)
-    tracing = Tracing(exporter, version) if exporter is not None else None
+    tracing = Tracing(exporter, VERSION) if exporter is not None else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -99,10 +75,10 @@ def create_api(
         if tracing is not None:
             tracing.close()
 
-    api = FastAPI(title="expertmesh", version=version, lifespan=lifespan)
+    api = FastAPI(title="expertmesh", version=VERSION, lifespan=lifespan)
     api.state.service = service
-    api.add_exception_handler(ApiError, _answer_api_error)
-    api.add_exception_handler(HTTPException, _answer_http_exception)
+    api.add_exception_handler(ApiError, _answer_error)
+    api.add_exception_handler(HTTPException, _answer_error)
     keys = ApiKeys(all_keys(settings.server.api_keys, settings.server.api_key_file))
     ledger = supervisors if settings.server.num_ingresses > 1 else None
     sharing = monitoring.Sharing(pool.metrics, ledger)
@@ -123,50 +99,41 @@ def create_api(
             allow_methods=["*"],
             allow_headers=["*"],
         )
-    text_endpoints.add_to(api, service)
-    token_endpoints.add_to(api, service)
-    anthropic.add_to(api, service)
-    head_endpoints.add_to(api, service)
-    transformers_chat.add_to(api, service)
-    operations.add_to(api, service)
+    endpoints = Endpoints(api, service)
+    endpoints.add_text("/v1/completions", COMPLETIONS)
+    endpoints.add_text("/v1/chat/completions", CHAT, "chat_completions")
+    token_endpoints.add_to(endpoints)
+    anthropic.add_to(endpoints)
+    head_endpoints.add_to(endpoints)
+    operations.add_to(endpoints)
     mesh_endpoints.add_to(api, service, supervisors)
     monitoring.add_to(api, service, supervisors, sharing)
-    describe_bodies(api, _BODIES | head_endpoints.BODIES)
     return api
 
 
+@dataclass(frozen=True, slots=True)
 class Front:
     """Every request passes here: an id, a key, a line in the log, and no exception gets past."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        service: Service,
-        keys: ApiKeys,
-        limits: KeyLimits,
-        sharing: monitoring.Sharing,
-        tracing: Tracing | None,
-        behind_serve: bool,
-    ) -> None:
-        self._app = app
-        self._service = service
-        self._keys = keys
-        self._limits = limits
-        self._sharing = sharing
-        self._tracing = tracing
-        self._behind_serve = behind_serve
+    app: ASGIApp
+    service: Service
+    keys: ApiKeys
+    limits: KeyLimits
+    sharing: monitoring.Sharing
+    tracing: Tracing | None
+    behind_serve: bool
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
-        await self._service.pool.start()
+        await self.service.pool.start()
         path, headers, began = scope["path"], Headers(scope=scope), time.monotonic()
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         is_work = scope["method"] == "POST" and path not in _FREE_PATHS
-        note = self._tracing.begin(path, headers, request_id) if self._tracing and is_work else RequestNote()
+        note = self.tracing.begin(path, headers, request_id) if self.tracing and is_work else RequestNote()
         REQUEST_ID.set(request_id)
         CURRENT.set(note)
         status, code = 0, None  # 0: no answer has begun
@@ -176,7 +143,7 @@ class Front:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 answered = MutableHeaders(scope=message)
-                if not (self._behind_serve and request_id == headers.get("x-request-id")):
+                if not (self.behind_serve and request_id == headers.get("x-request-id")):
                     answered["x-request-id"] = request_id
                 if scope["path"].startswith("/v1/messages"):
                     answered["request-id"] = request_id  # where Anthropic's clients look
@@ -184,16 +151,16 @@ class Front:
 
         scope.setdefault("state", {})["request_id"] = request_id
         try:
-            client = self._keys.check(path, headers)
+            client = self.keys.check(path, headers)
             async with self._admission(is_work, client):
-                await self._app(scope, receive, send_with_id)
+                await self.app(scope, receive, send_with_id)
         except Exception as error:
             if not isinstance(error, ApiError):
                 logger.exception("the request failed")
                 error = ApiError(f"The server failed on this request; its id in the logs is {request_id}.")
             code = error.code
             if error.status in (401, 429, 503):
-                self._service.pool.metrics.rejected.labels(code or "other").inc()
+                self.service.pool.metrics.rejected.labels(code or "other").inc()
             if status:
                 raise error from None
             await error_answer(error, path)(scope, receive, send_with_id)
@@ -208,12 +175,12 @@ class Front:
         if not is_work:
             yield
             return
-        with self._service.admitted():
+        with self.service.admitted():
             try:
-                async with self._limits.admitted(client):
+                async with self.limits.admitted(client):
                     yield
             finally:
-                self._sharing.soon()
+                self.sharing.soon()
 
 
 def _log_access(scope: Scope, status: int, seconds: float, note: RequestNote) -> None:
@@ -225,16 +192,14 @@ def _log_access(scope: Scope, status: int, seconds: float, note: RequestNote) ->
     access.info("%s %s %d in %.3f s", scope["method"], path, status, seconds, extra={"fields": fields})
 
 
-async def _answer_api_error(request: Request, error: Exception) -> Response:
+async def _answer_error(request: Request, error: Exception) -> Response:
+    """An endpoint's refusal, or the framework's own: no such path, no such method."""
+    path = request.url.path
+    headers: Mapping[str, str] = {}
+    if isinstance(error, HTTPException):
+        headers = error.headers or {}
+        error = HttpError(error.status_code, f"{request.method} {path}: {error.detail}")
     assert isinstance(error, ApiError)
-    return error_answer(error, request.url.path)
-
-
-async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    answer = error_answer(
-        HttpError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"), request.url.path
-    )
-    for name, value in (error.headers or {}).items():
-        answer.headers[name] = value
+    answer = error_answer(error, path)
+    answer.headers.update(headers)
     return answer

@@ -12,30 +12,20 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from typing import Any, Protocol
+from typing import Any
 
 from actors.ledger import Ledger
 from deploy.errors import TooManyRequests
-from deploy.metrics import Totals
 from deploy.settings import LimitSettings
+from deploy.supervisors import Supervisors
 
 logger = logging.getLogger(__name__)
-
-
-class SharedLedger(Protocol):
-    """actors.ledger.Ledger, further away. Any call may raise when it can't be reached."""
-
-    async def share(self, ingress_id: str, totals: Totals) -> Totals: ...
-
-    async def admit(self, key: str, request_id: str, **limits: Any) -> tuple[str, float]: ...
-
-    async def release(self, key: str, request_id: str) -> None: ...
 
 
 class KeyLimits:
     """`shared` is None where there is one ingress."""
 
-    def __init__(self, limits: LimitSettings, shared: SharedLedger | None) -> None:
+    def __init__(self, limits: LimitSettings, shared: Supervisors | None) -> None:
         self._shared = shared
         self._own = Ledger(time.monotonic)
         self._per_minute = limits.requests_per_minute_per_key
@@ -50,20 +40,7 @@ class KeyLimits:
             yield
             return
         request_id = uuid.uuid4().hex  # clients may give the same X-Request-Id to all of theirs
-        limits = {"per_minute": self._per_minute, "at_once": self._at_once, "lease_s": self._lease_s}
-        shared = self._shared
-        try:
-            if shared is None:
-                refused, wait_s = self._own.admit(key, request_id, **limits)  # type: ignore[arg-type]
-            else:
-                async with asyncio.timeout(1.0):
-                    refused, wait_s = await shared.admit(key, request_id, **limits)
-        except Exception as error:
-            logger.warning("the shared limits can't be reached, own ones hold: %s", str(error)[:200])
-            if shared is not None:
-                self._release_later(shared, key, request_id)  # a late answer: it may have been counted all the same
-            shared = None
-            refused, wait_s = self._own.admit(key, request_id, **limits)  # type: ignore[arg-type]
+        refused, wait_s = await self._admit(key, request_id)
         if refused == "concurrency":
             raise TooManyRequests(
                 f"this API key has {self._at_once} requests in flight, the most it may have; wait for one",
@@ -77,18 +54,28 @@ class KeyLimits:
         try:
             yield
         finally:
-            if shared is None:
-                self._own.release(key, request_id)
-            else:
-                self._release_later(shared, key, request_id)
+            self._own.release(key, request_id)
+            self._release_later(key, request_id)
 
-    def _release_later(self, shared: SharedLedger, key: str, request_id: str) -> None:
-        """No answer need wait for it."""
-        task = asyncio.create_task(_release(shared, key, request_id))
-        self._releases.add(task)
-        task.add_done_callback(self._releases.discard)
+    def _release_later(self, key: str, request_id: str) -> None:
+        """At the shared ledger, if there is one. No answer need wait for it."""
+        if self._shared is not None:
+            task = asyncio.create_task(_release(self._shared, key, request_id))
+            self._releases.add(task)
+            task.add_done_callback(self._releases.discard)
+
+    async def _admit(self, key: str, request_id: str) -> tuple[str, float]:
+        limits: dict[str, Any] = {"per_minute": self._per_minute, "at_once": self._at_once, "lease_s": self._lease_s}
+        if self._shared is not None:
+            try:
+                async with asyncio.timeout(1.0):
+                    return await self._shared.admit(key, request_id, **limits)
+            except Exception as error:
+                logger.warning("the shared limits can't be reached, own ones hold: %s", str(error)[:200])
+                self._release_later(key, request_id)  # a late answer: it may have been counted all the same
+        return self._own.admit(key, request_id, **limits)
 
 
-async def _release(shared: SharedLedger, key: str, request_id: str) -> None:
+async def _release(shared: Supervisors, key: str, request_id: str) -> None:
     with contextlib.suppress(Exception):  # its lease will end
         await shared.release(key, request_id)

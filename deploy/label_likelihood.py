@@ -7,13 +7,13 @@ The text's tokens stay the same for all labels; a label is tokenized apart from 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import itertools
 import math
 from collections.abc import Sequence
 
-from deploy.errors import EngineError, InvalidRequest
-from deploy.pooling import MAX_AT_ONCE, PoolingBody, all_of, check_ids, encode
+from deploy.errors import EngineError, InvalidRequest, invalid
+from deploy.pooling import PoolingBody, check_ids, side_by_side
 from deploy.router_pool import GenerateRequest
 from deploy.served_model import ServedModel
 from deploy.service import Service
@@ -34,15 +34,15 @@ async def label_log_likelihoods(
     if template.count("{}") != 1:
         raise InvalidRequest("the template of a label must have {} exactly once", param="label_template")
     if not labels or len(set(labels)) != len(labels) or not all(labels):
-        raise InvalidRequest("labels: send at least one; each with text, and each once", param="labels")
+        raise invalid("labels", "send at least one; each with text, and each once")
     if (num_runs := len(prompts) * len(labels)) > service.settings.limits.max_prompts:
         limit = service.settings.limits.max_prompts
         raise InvalidRequest(f"labels: {num_runs} texts times labels are more than this server's {limit}")
-    endings = [encode(model, template.replace("{}", label), False, "labels") for label in labels]
+    endings = [model.tokenizer.encode(template.replace("{}", label), add_special_tokens=False) for label in labels]
     deadline, body = service.deadline(), body or PoolingBody()
-    places = asyncio.Semaphore(MAX_AT_ONCE)
 
-    async def likelihood(prompt_ids: list[int], ending: list[int]) -> float:
+    async def likelihood(pair: tuple[list[int], list[int]]) -> float:
+        prompt_ids, ending = pair
         whole = prompt_ids + ending
         # One token is drawn to end the request, so the context must have room for it.
         check_ids(model, [*whole, whole[0]], "input")
@@ -54,12 +54,12 @@ async def label_log_likelihoods(
             priority=body.priority,
             cache_salt=body.cache_salt,
         )
-        async with places, contextlib.aclosing(service.pool.generate(request)) as chunks:
+        async with contextlib.aclosing(service.pool.generate(request)) as chunks:
             async for chunk in chunks:
                 if chunk.prompt_logprobs is not None:
                     chosen = chunk.prompt_logprobs[len(whole) - len(ending) :]
                     return math.fsum(max(one[0][1], LOWEST) for one in chosen if one)
         raise EngineError(500, "engine_error", "the router returned no log-probabilities")
 
-    flat = await all_of([likelihood(prompt_ids, ending) for prompt_ids in prompts for ending in endings])
+    flat = await side_by_side(likelihood, itertools.product(prompts, endings))
     return [flat[i : i + len(labels)] for i in range(0, len(flat), len(labels))]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.http_client import CallError, Client
-from deploy.log_tail import WithoutRay, followed
+from deploy.log_tail import WithoutRay, followed, repeating
 from deploy.processes import descendants, end
 from deploy.settings import Settings
 from deploy.tracing import exporter_to
@@ -160,30 +160,17 @@ def _progress(supervisor: Any, say: Callable[[str], None]) -> Iterator[None]:
     """Repeat what the supervisor says about loading while the body runs."""
     import ray
 
-    stop = threading.Event()
+    num_seen = 0
 
-    def repeat() -> None:
-        seen = 0
-        while True:
-            last = stop.is_set()
-            try:
-                lines = ray.get(supervisor.progress.remote(seen), timeout=5)
-            except Exception:  # it is not up yet
-                lines = []
-            for line in lines:
+    def tell_news() -> None:
+        nonlocal num_seen
+        with contextlib.suppress(Exception):  # it is not up yet
+            for line in ray.get(supervisor.progress.remote(num_seen), timeout=5):
                 say(line)
-            seen += len(lines)
-            if last:
-                return
-            stop.wait(0.2)
+                num_seen += 1
 
-    thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
-    try:
+    with repeating(tell_news, every_s=0.2):
         yield
-    finally:
-        stop.set()
-        thread.join(timeout=3)
 
 
 def _wait_for_mesh(supervisor: Any) -> None:

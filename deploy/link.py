@@ -30,12 +30,11 @@ class RouterAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterLoad:
-    """What a router last said of itself. `kv_usage` in [0, 1]; `ready`: its mesh is whole, so requests can finish."""
+    """What a router last said of itself. `ready`: its mesh is whole, so requests can finish."""
 
     ready: bool = True
     running: int = 0
     waiting: int = 0
-    kv_usage: float = 0.0
 
 
 class RouterLink:
@@ -79,11 +78,8 @@ class RouterLink:
             try:
                 writer.write(_line({"op": "hello", "token": token, "ingress_id": ingress_id}))
                 hello = json.loads(await reader.readline() or b"{}")
-                if (
-                    not isinstance(hello, dict)
-                    or hello.get("op") != "hello"
-                    or hello.get("router_id") != address.router_id
-                ):
+                expected = ("hello", address.router_id)
+                if not isinstance(hello, dict) or (hello.get("op"), hello.get("router_id")) != expected:
                     raise ConnectionError(
                         f"{address.host}:{address.port} is not router {address.router_id!r}, or refuses us"
                     )
@@ -156,10 +152,7 @@ class RouterLink:
                     queue.put_nowait(Chunk(**data))
         elif message["op"] == "load":
             self.load = RouterLoad(
-                ready=message.get("ready", True),
-                running=message["running"],
-                waiting=message["waiting"],
-                kv_usage=message.get("kv_usage") or 0.0,
+                ready=message.get("ready", True), running=message["running"], waiting=message["waiting"]
             )
             self._on_change()
 

@@ -7,7 +7,7 @@ import io
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -40,14 +40,28 @@ class WithoutRay(io.TextIOBase):
 
 
 @contextlib.contextmanager
+def repeating(work: Callable[[], None], every_s: float) -> Iterator[None]:
+    """Does the work again and again on a thread while the body runs, and a last time at its end."""
+    stop = threading.Event()
+
+    def repeat() -> None:
+        while not stop.wait(every_s):
+            work()
+        work()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=3)
+
+
+@contextlib.contextmanager
 def followed(directory: Path, stream: TextIO) -> Iterator[None]:
     """Copies whole lines to the stream while the body runs. directory: the session's logs."""
-    stop = threading.Event()
     seen: dict[Path, int] = defaultdict(int)
-
-    def follow() -> None:
-        while not stop.wait(EVERY_S):
-            copy()
 
     def copy() -> None:
         for path in directory.glob("worker-*.err"):
@@ -61,11 +75,5 @@ def followed(directory: Path, stream: TextIO) -> Iterator[None]:
                     stream.write(line.decode(errors="replace") + "\n")
         stream.flush()
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
+    with repeating(copy, EVERY_S):
         yield
-    finally:
-        stop.set()
-        thread.join()
-        copy()

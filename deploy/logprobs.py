@@ -23,7 +23,7 @@ def completion_logprobs(
         if token.alternatives is None:
             top.append(None)
         else:
-            shown = [*_top(token.alternatives, num_top), token.alternatives[0]]
+            shown = [*most_likely(token.alternatives, num_top), token.alternatives[0]]
             top.append({_name(tokenizer, one[0], as_ids): _finite(one[1]) for one in reversed(shown)})
             top[-1] = dict(sorted(top[-1].items(), key=lambda item: -item[1]))  # type: ignore[union-attr]
     return {
@@ -45,9 +45,9 @@ def chat_logprobs(
         return {"token": text, "logprob": _finite(one[1]), "bytes": list(data)}
 
     content = [
-        {**entry(token.alternatives[0]), "top_logprobs": [entry(one) for one in _top(token.alternatives, num_top)]}
-        for token in tokens
-        if token.alternatives
+        {**entry(chosen[0]), "top_logprobs": [entry(one) for one in most_likely(chosen, num_top)]}
+        for chosen in (token.alternatives for token in tokens)
+        if chosen
     ]
     return {"content": content, "refusal": None}
 
@@ -78,7 +78,7 @@ def prompt_tokens(
     return tokens
 
 
-def _top(alternatives: Alternatives, num_top: int) -> Alternatives:
+def most_likely(alternatives: Alternatives, num_top: int) -> Alternatives:
     """The num_top most likely, each once: the chosen token may be among them."""
     by_id = {one[0]: one for one in alternatives}
     return sorted((one for one in by_id.values() if one[2] <= num_top), key=lambda one: one[2])

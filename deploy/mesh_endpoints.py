@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from deploy.body import read_json
-from deploy.errors import InvalidRequest, Unavailable
+from deploy.endpoints import read_json
+from deploy.errors import InvalidRequest, Unavailable, invalid
 from deploy.service import Service
 from deploy.sse import JsonAnswer
+from deploy.supervisors import Supervisors
 
 PAGE = Path(__file__).parent / "pages" / "mesh.html"
 # A page brings everything itself; nothing else may run or be loaded, and it may not be framed.
@@ -26,35 +27,27 @@ PAGE_HEADERS = {
 }
 
 
-class Meshes(Protocol):
-    """deploy.supervisors.Supervisors."""
-
-    async def mesh(self, model: str | None = None) -> dict[str, Any]: ...
-
-    async def scale(self, num_shards: int, model: str | None = None) -> dict[str, Any]: ...
-
-
-async def show_mesh(service: Service, meshes: Meshes | None, model: str | None = None) -> dict[str, Any]:
+async def show_mesh(service: Service, supervisors: Supervisors | None, model: str | None = None) -> dict[str, Any]:
     """What the supervisors know, and each router's own figures over its link; without supervisors those alone.
 
     Raises Unavailable or ModelNotFound."""
     figures = service.pool.command("stats", timeout_s=2.0)
-    if meshes is None:
+    if supervisors is None:
         return {"routers": [{"router_id": name, **stats} for name, stats in (await figures).items()]}
     mesh: dict[str, Any]
-    mesh, known = await asyncio.gather(meshes.mesh(model), figures)
+    mesh, known = await asyncio.gather(supervisors.mesh(model), figures)
     for one in (mesh, *mesh.get("further_meshes", {}).values()):
         one["routers"] = [{**router, **known.get(router["router_id"], {})} for router in one["routers"]]
     return mesh
 
 
-def add_to(api: FastAPI, service: Service, meshes: Meshes | None) -> None:
+def add_to(api: FastAPI, service: Service, supervisors: Supervisors | None) -> None:
     page = PAGE.read_text(encoding="utf-8")
 
     @api.get("/mesh")
     async def mesh(model: str | None = None) -> Response:
         """The mesh of a model; without one the first, and the others under `further_meshes`."""
-        return JsonAnswer(await show_mesh(service, meshes, model or None))
+        return JsonAnswer(await show_mesh(service, supervisors, model or None))
 
     @api.get("/mesh/view", response_class=HTMLResponse)
     async def view() -> Response:
@@ -71,11 +64,11 @@ def add_to(api: FastAPI, service: Service, meshes: Meshes | None) -> None:
         if not isinstance(number, int) or isinstance(number, bool):
             raise InvalidRequest('send {"shards": N} with a whole number', param="shards")
         if model is not None and not isinstance(model, str):
-            raise InvalidRequest("model: expected the name of a model", param="model")
-        if meshes is None:
+            raise invalid("model", "expected the name of a model")
+        if supervisors is None:
             raise Unavailable("this service has no mesh to scale", code="no_mesh")
         try:
-            return JsonAnswer(await meshes.scale(number, model), status_code=202)
+            return JsonAnswer(await supervisors.scale(number, model), status_code=202)
         except ValueError as error:
             message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")  # as Ray passes it on
             raise InvalidRequest(message, param="shards") from None

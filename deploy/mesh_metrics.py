@@ -58,7 +58,17 @@ def mesh_families(mesh: Mapping[str, Any]) -> list[Metric]:
                     if figure in figures:
                         family.add_metric(labels, float(figures[figure]))
                 families.append(family)
-    return [*families, *_exchange(routers), *_experts(routers), *_membership(views)]
+    return [*families, *_exchange(routers), *_experts(views), *_membership(views)]
+
+
+def expert_tokens(mesh: Mapping[str, Any]) -> dict[int, list[float]]:
+    """Tokens of each expert by layer, over all routers of a mesh."""
+    layers: dict[int, list[float]] = {}
+    for router in mesh.get("routers", ()):
+        for layer, counts in router.get("expert_tokens", {}).items():
+            before = layers.get(int(layer), [0.0] * len(counts))
+            layers[int(layer)] = [a + b for a, b in zip(before, counts, strict=True)]
+    return dict(sorted(layers.items()))
 
 
 def balancedness(loads: Sequence[float]) -> float:
@@ -94,20 +104,16 @@ def _exchange(routers: Parts) -> list[Metric]:
     return families
 
 
-def _experts(routers: Parts) -> list[Metric]:
-    """Tokens by layer and group of experts, added over a mesh's routers; and how level each layer's experts are."""
-    layers: dict[tuple[str, int], list[float]] = {}
-    for (mesh, _), figures in routers:
-        for layer, counts in figures.get("expert_tokens", {}).items():
-            before = layers.get((mesh, int(layer)), [0.0] * len(counts))
-            layers[mesh, int(layer)] = [a + b for a, b in zip(before, counts, strict=True)]
+def _experts(views: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
+    """Tokens by layer and group of experts, and how level each layer's experts are."""
     tokens = CounterMetricFamily(
         PREFIX + "expert_tokens", "Pairs sent to experts, in groups of neighbours.", labels=["mesh", "layer", "experts"]
     )
     level = GaugeMetricFamily(
         PREFIX + "layer_balancedness", "Mean over max of the experts' tokens, 0 to 1.", labels=["mesh", "layer"]
     )
-    for (mesh, layer), counts in sorted(layers.items()):
+    layers = [(mesh, *one) for mesh, view in sorted(views.items()) for one in expert_tokens(view).items()]
+    for mesh, layer, counts in layers:
         size = -(-len(counts) // MAX_EXPERT_GROUPS)
         for begin in range(0, len(counts), size):
             end = min(begin + size, len(counts))

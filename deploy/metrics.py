@@ -7,21 +7,22 @@ those of routers and shards carry their id. No Prometheus server is needed, and 
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 
-from deploy.mesh_metrics import mesh_families
+from actors.ledger import Totals, add
+from deploy.mesh_metrics import PREFIX, mesh_families
 from deploy.tracing import CURRENT, RequestNote, SequenceNote
 
 if TYPE_CHECKING:
     from actors.request import Chunk
 
-PREFIX = "expertmesh_"
 TTFT_BUCKETS_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
     *(20.0, 40.0, 80.0, 160.0, 640.0),
@@ -37,12 +38,11 @@ E2E_BUCKETS_S = (
 )
 LENGTH_BUCKETS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
 
-Totals = dict[str, list[tuple[str, dict[str, str], float]]]  # family -> its samples
-Share = Callable[[Totals], Awaitable[Totals]]
-
 
 class Watch:
-    """One sequence on its way. Call saw() for each chunk and end() once."""
+    """One sequence on its way, as a context. Call saw() for each chunk, and set `ended` to "stop" or "length".
+
+    What leaves without having ended is an abort when its reader left, and an error else."""
 
     def __init__(self, metrics: ServingMetrics, num_prompt_tokens: int, note: SequenceNote) -> None:
         self._metrics = metrics
@@ -52,7 +52,15 @@ class Watch:
         self._num_tokens = 0
         self._started = self._last = metrics.clock()
         self._first: float | None = None
+        self.ended: str | None = None
         metrics.running.inc()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        has_left = kind is not None and issubclass(kind, asyncio.CancelledError | GeneratorExit)
+        self._end(self.ended or ("abort" if has_left else "error"))
 
     def saw(self, chunk: Chunk) -> None:
         """It came just now."""
@@ -78,8 +86,7 @@ class Watch:
         self._num_tokens += num_tokens
         self._metrics.generation_tokens.inc(num_tokens)
 
-    def end(self, reason: str) -> None:
-        """reason: "stop", "length", "abort" (the client left) or "error"."""
+    def _end(self, reason: str) -> None:
         metrics = self._metrics
         self._note.end(reason, self._num_prompt_tokens, self._num_cached_tokens, self._num_tokens)
         metrics.running.dec()
@@ -151,22 +158,13 @@ class ServingMetrics:
 
     def families(self, others: Totals) -> list[Metric]:
         """Ours and others' added up."""
-        families = []
+        summed, families = add(self.totals(), others), []
         for own in self.registry.collect():
-            summed = Metric(own.name, own.documentation, own.type)
-            theirs = {(name, _key(labels)): value for name, labels, value in others.get(own.name, ())}
-            for sample in own.samples:
-                if not sample.name.endswith("_created"):
-                    extra = theirs.pop((sample.name, _key(sample.labels)), 0.0)
-                    summed.add_sample(sample.name, sample.labels, sample.value + extra)
-            for (name, labels), value in theirs.items():
-                summed.add_sample(name, dict(labels), value)
-            families.append(summed)
+            family = Metric(own.name, own.documentation, own.type)
+            for sample in summed[own.name]:
+                family.add_sample(*sample)
+            families.append(family)
         return families
-
-
-def _key(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(labels.items()))
 
 
 class _Fixed:

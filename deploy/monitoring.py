@@ -12,10 +12,11 @@ from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import HTMLResponse, Response
 
-from deploy.key_limits import SharedLedger
-from deploy.mesh_endpoints import PAGE_HEADERS, Meshes, show_mesh
-from deploy.metrics import ServingMetrics, Totals, render
+from actors.ledger import Totals
+from deploy.mesh_endpoints import PAGE_HEADERS, show_mesh
+from deploy.metrics import ServingMetrics, render
 from deploy.service import Service
+from deploy.supervisors import Supervisors
 
 logger = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "pages" / "index.html"
@@ -25,7 +26,7 @@ SHARE_WITHIN_S = 5.0
 class Sharing:
     """This ingress' counters, to the others and back. With no ledger there are no others."""
 
-    def __init__(self, metrics: ServingMetrics, ledger: SharedLedger | None) -> None:
+    def __init__(self, metrics: ServingMetrics, ledger: Supervisors | None) -> None:
         self._metrics = metrics
         self._ledger = ledger
         self._ingress_id = uuid.uuid4().hex
@@ -49,20 +50,20 @@ class Sharing:
         return self._known
 
 
-async def known_mesh(service: Service, meshes: Meshes | None) -> dict[str, Any]:
+async def known_mesh(service: Service, supervisors: Supervisors | None) -> dict[str, Any]:
     """All that can be learnt of the meshes now."""
     try:
         async with asyncio.timeout(3.0):
-            return await show_mesh(service, meshes)
+            return await show_mesh(service, supervisors)
     except Exception as error:  # a supervisor is away; the routers still tell
         logger.info("no word from the supervisor: %s", str(error)[:200])
         return await show_mesh(service, None)
 
 
-def add_to(api: FastAPI, service: Service, meshes: Meshes | None, sharing: Sharing) -> None:
+def add_to(api: FastAPI, service: Service, supervisors: Supervisors | None, sharing: Sharing) -> None:
     @api.get("/metrics")
     async def metrics() -> Response:
-        others, now = await asyncio.gather(sharing.share(), known_mesh(service, meshes))
+        others, now = await asyncio.gather(sharing.share(), known_mesh(service, supervisors))
         return Response(render(service.pool.metrics, others, now), media_type=CONTENT_TYPE_LATEST)
 
     @api.get("/", include_in_schema=False)

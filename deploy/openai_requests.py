@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from deploy.errors import InvalidRequest, from_validation
+from deploy.errors import InvalidRequest, from_validation, invalid
 from deploy.generation_config import from_generation_config
 from deploy.settings import nearest
 
@@ -212,7 +212,7 @@ def parse(body: Any, model: type[Body]) -> Body:
         elif name in _REFUSED:
             accepted, remedy = _REFUSED[name]
             if not any(value == one and type(value) is type(one) for one in accepted):
-                raise InvalidRequest(f"{name}: not supported: {remedy}", param=name, code="unsupported_parameter")
+                raise invalid(name, f"not supported: {remedy}", code="unsupported_parameter")
         elif name not in _HARMLESS:
             hint = nearest(name[:100], [*known, *_HARMLESS])
             raise InvalidRequest(f"unknown field {name[:100]!r}{hint}", param=name[:100], code="unknown_parameter")

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastapi import FastAPI
+from starlette.requests import Request
 from starlette.responses import Response
 
+from deploy.endpoints import Endpoints
 from deploy.errors import Unavailable
+from deploy.openai_requests import RequestBody
 from deploy.served_model import ServedModel
-from deploy.service import Service
+from deploy.service import VERSION
 from deploy.settings import SECRETS
-from deploy.sse import JsonAnswer
+from deploy.sse import JsonAnswer, event
 
 
-def add_to(api: FastAPI, service: Service) -> None:
+class LoadModelRequest(RequestBody):
+    model: str | None = None
+
+
+def add_to(endpoints: Endpoints) -> None:
+    api, service = endpoints.api, endpoints.service
+
     def refuse_without_routers(models: Sequence[ServedModel]) -> None:
         missing = [model.names[0] for model in models if not service.pool.serves(model.names[0])]
         if missing:
@@ -43,7 +51,7 @@ def add_to(api: FastAPI, service: Service) -> None:
 
     @api.get("/version")
     async def version() -> Response:
-        return JsonAnswer({"version": service.version})
+        return JsonAnswer({"version": VERSION})
 
     @api.get("/load")
     async def load() -> Response:
@@ -57,13 +65,21 @@ def add_to(api: FastAPI, service: Service) -> None:
     async def show_model(name: str) -> Response:
         return JsonAnswer(service.models.find(name).card(name))
 
+    async def load_model(_: Request, body: LoadModelRequest) -> Response:
+        """As `transformers serve` answers when the model is in memory already, which ours always is."""
+        model = service.models.find_generator(body.model)
+        status = {"status": "ready", "model": body.model or model.names[0], "cached": True}
+        return Response(event(status), media_type="text/event-stream")
+
+    endpoints.add("/load_model", LoadModelRequest, load_model)  # `transformers chat` calls it before it chats
+
     @api.get("/server_info")
     async def server_info() -> Response:
         settings = service.settings.model_dump(mode="json")
         for secret in SECRETS:
             section, field = secret.split(".")
             settings[section][field] = "********" if settings[section][field] else None
-        return JsonAnswer({"version": service.version, "settings": settings, "models": service.models.cards()})
+        return JsonAnswer({"version": VERSION, "settings": settings, "models": service.models.cards()})
 
     @api.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> Response:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deploy.errors import InvalidRequest
 from model.tokenizer import Tokenizer
 
 
@@ -32,15 +31,10 @@ class PlacedToken:
 
 
 def place_tokens(
-    tokenizer: Tokenizer, text: str, pair: str | None = None, *, add_special_tokens: bool = True, param: str = "inputs"
+    tokenizer: Tokenizer, text: str, pair: str | None = None, *, add_special_tokens: bool = True
 ) -> list[PlacedToken]:
-    """Tokens of a text, or of a pair as the tokenizer's post-processor joins it. Raises InvalidRequest."""
-    try:
-        encoding = tokenizer.backend.encode(text, pair, add_special_tokens=add_special_tokens)
-    except (UnicodeEncodeError, TypeError):
-        raise InvalidRequest(
-            f"{param}: the text has a lone surrogate, which is not a character; remove it", param=param
-        ) from None
+    """Tokens of a text, or of a pair as the tokenizer's post-processor joins it."""
+    encoding = tokenizer.backend.encode(text, pair, add_special_tokens=add_special_tokens)
     texts = (text, pair or "")
     names = ("ids", "tokens", "offsets", "sequence_ids", "word_ids", "special_tokens_mask")
     rows = [*zip(*(getattr(encoding, name) for name in names), strict=True)]

@@ -6,18 +6,22 @@ import asyncio
 import base64
 import math
 import struct
-from collections.abc import Sequence
-from typing import Any, Literal
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from deploy.errors import ContextTooLong, InvalidRequest
+from deploy.errors import ContextTooLong, invalid
 from deploy.generation_plan import check_prompt
 from deploy.openai_requests import INT64_MAX, RequestBody
+from deploy.router_pool import PoolRequest
 from deploy.served_model import ServedModel
 from deploy.service import Service
 
 MAX_AT_ONCE = 64  # texts of one request that are with the routers at a time
+T = TypeVar("T")
+R = TypeVar("R")
 Rows = list[list[float]]
 EMBEDDING_KINDS = ("causal_lm", "base")
 Activation = Literal["softmax", "sigmoid", "none"]
@@ -50,17 +54,11 @@ class PoolingRequest(EmbeddingRequest):
     task: Literal["embed", "classify", "token_classify", "token_embed"] | None = None
 
 
-_KINDS = {
+_KINDS = {  # of a model with several, the first is the default
     "embed": EMBEDDING_KINDS,
     "token_embed": EMBEDDING_KINDS,
     "classify": ("sequence_classification",),
     "token_classify": ("token_classification",),
-}
-_DEFAULT_TASKS = {
-    "causal_lm": "embed",
-    "base": "embed",
-    "sequence_classification": "classify",
-    "token_classification": "token_classify",
 }
 
 
@@ -69,22 +67,22 @@ async def embed(service: Service, body: EmbeddingRequest, answer_id: str) -> dic
     model = service.models.find_for(EMBEDDING_KINDS, body.model, "embeddings")
     prompts, values = await _pool(service, body, model, "embed")
     data = [{"index": index, "object": "embedding", "embedding": rows[0]} for index, rows in enumerate(values)]
-    return list_answer(service, answer_id, body, model, data, prompts)
+    return list_answer(answer_id, body, model, data, prompts)
 
 
 async def pool(service: Service, body: PoolingRequest, answer_id: str) -> dict[str, Any]:
     """One row of values for each text, or for each of its tokens."""
     if body.task is None:
-        model = service.models.find_for(tuple(_DEFAULT_TASKS), body.model, "pooling")
+        model = service.models.find_for([kind for kinds in _KINDS.values() for kind in kinds], body.model, "pooling")
     else:
         model = service.models.find_for(_KINDS[body.task], body.model, f"the pooling task {body.task}")
-    task = body.task or _DEFAULT_TASKS[model.head_kind]
+    task: str = body.task or next(name for name, kinds in _KINDS.items() if model.head_kind in kinds)
     prompts, values = await _pool(service, body, model, task)
     data = [
         {"index": index, "object": "pooling", "data": rows if task.startswith("token_") else rows[0]}
         for index, rows in enumerate(values)
     ]
-    return list_answer(service, answer_id, body, model, data, prompts)
+    return list_answer(answer_id, body, model, data, prompts)
 
 
 async def _pool(
@@ -92,9 +90,9 @@ async def _pool(
 ) -> tuple[list[list[int]], list[list[Any]]]:
     """The prompts, and each one's rows as the body wants to see them."""
     if body.dimensions is not None:
-        raise InvalidRequest(
-            "dimensions: not supported: these models are not trained for shorter embeddings; leave it out",
-            param="dimensions",
+        raise invalid(
+            "dimensions",
+            "not supported: these models are not trained for shorter embeddings; leave it out",
             code="unsupported_parameter",
         )
     prompts = await read_inputs(service, model, body, body.input, "input")
@@ -111,7 +109,6 @@ async def _pool(
 
 
 def list_answer(
-    service: Service,
     answer_id: str,
     body: PoolingBody,
     model: ServedModel,
@@ -124,7 +121,7 @@ def list_answer(
     return {
         "id": answer_id,
         "object": "list",
-        "created": int(service.now()),
+        "created": int(time.time()),
         "model": body.model or model.names[0],
         "data": data,
         "usage": {**usage, "prompt_tokens_details": None},
@@ -142,7 +139,7 @@ async def read_inputs(
         if isinstance(text, str):
             if body.truncate_prompt_tokens is None:
                 check_length(model, model.tokenizer.least_num_tokens(text), param)
-            text = encode(model, text, body.add_special_tokens, param)
+            text = model.tokenizer.encode(text, add_special_tokens=body.add_special_tokens)
         ids = truncated(model, body, text)
         check_ids(model, ids, param)
         return ids
@@ -152,7 +149,7 @@ async def read_inputs(
 
 def check_number(service: Service, num_texts: int, param: str) -> None:
     if num_texts > (most := service.settings.limits.max_prompts):
-        raise InvalidRequest(f"{param}: {num_texts} texts are more than this server's {most} per request", param=param)
+        raise invalid(param, f"{num_texts} texts are more than this server's {most} per request")
 
 
 def one_or_many(value: Any, param: str) -> Sequence[str | list[int]]:
@@ -166,28 +163,16 @@ def one_or_many(value: Any, param: str) -> Sequence[str | list[int]]:
         if all(isinstance(one, list) and all(type(token) is int for token in one) for one in value):
             return value
     if value is None:
-        raise InvalidRequest(f"{param}: this field is required", param=param, code="missing_required_parameter")
-    raise InvalidRequest(
-        f"{param}: expected a string, a list of strings, a list of token ids, or a list of lists of token ids",
-        param=param,
-    )
+        raise invalid(param, "this field is required", code="missing_required_parameter")
+    raise invalid(param, "expected a string, a list of strings, a list of token ids, or a list of lists of token ids")
 
 
 def truncated(model: ServedModel, body: PoolingBody, ids: list[int]) -> list[int]:
     """The last tokens that `truncate_prompt_tokens` leaves."""
     keep = body.truncate_prompt_tokens
     if keep == 0:
-        raise InvalidRequest(
-            "truncate_prompt_tokens: 0 leaves no text; use 1 or more, or -1", param="truncate_prompt_tokens"
-        )
+        raise invalid("truncate_prompt_tokens", "0 leaves no text; use 1 or more, or -1")
     return ids if keep is None else ids[-(model.max_model_len if keep == -1 else keep) :]
-
-
-def encode(model: ServedModel, text: str, add_special_tokens: bool, param: str) -> list[int]:
-    try:
-        return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    except ValueError as error:
-        raise InvalidRequest(f"{param}: {error}", param=param) from None
 
 
 def check_ids(model: ServedModel, ids: Sequence[int], param: str, remedy: str = _REMEDY) -> None:
@@ -216,11 +201,10 @@ async def run_head(
     """The rows of the model's head for each prompt; `head` "" gives hidden states. Each prompt is a request of its own,
     so a text's values don't depend on its neighbours. The first error ends them all."""
     deadline, body = service.deadline(), body or PoolingBody()
-    places = asyncio.Semaphore(MAX_AT_ONCE)
 
     async def run_one(prompt_ids: list[int]) -> Rows:
-        async with places:
-            return await service.pool.pool(
+        return await service.pool.pool(
+            PoolRequest(
                 model=model.names[0],
                 head=model.names[0] if head is None else head,
                 tokens=tokens,
@@ -229,13 +213,20 @@ async def run_head(
                 priority=body.priority,
                 cache_salt=body.cache_salt,
             )
+        )
 
-    return await all_of([run_one(prompt_ids) for prompt_ids in prompts])
+    return await side_by_side(run_one, prompts)
 
 
-async def all_of(work: Sequence[Any]) -> list[Any]:
-    """Results of coroutines that run side by side. The first error cancels the others and is raised as it is."""
-    tasks = [asyncio.ensure_future(one) for one in work]
+async def side_by_side(work: Callable[[T], Awaitable[R]], items: Iterable[T]) -> list[R]:
+    """The work's result for each, MAX_AT_ONCE at a time. The first error cancels the others and is raised as it is."""
+    places = asyncio.Semaphore(MAX_AT_ONCE)
+
+    async def run(item: T) -> R:
+        async with places:
+            return await work(item)
+
+    tasks = [asyncio.create_task(run(item)) for item in items]
     try:
         return await asyncio.gather(*tasks)
     finally:

@@ -14,10 +14,10 @@ from typing import Any
 
 from prometheus_client.metrics_core import Metric
 
-from deploy.mesh_endpoints import Meshes
 from deploy.mesh_metrics import mesh_families
 from deploy.monitoring import known_mesh
 from deploy.service import Service
+from deploy.supervisors import Supervisors
 
 log = logging.getLogger("expertmesh.metrics")
 EVERY_S = 5.0
@@ -47,11 +47,11 @@ class RayMetrics:
                 self._gauges[name].set(0.0, tags=dict(labels))
         self._shown = now
 
-    async def repeat(self, service: Service, meshes: Meshes | None) -> None:
+    async def repeat(self, service: Service, supervisors: Supervisors | None) -> None:
         """Publish what this ingress counts itself, until cancelled."""
         while True:
             try:
-                mesh = mesh_families(await known_mesh(service, meshes)) if self._with_mesh else []
+                mesh = mesh_families(await known_mesh(service, supervisors)) if self._with_mesh else []
                 self.publish([*service.pool.metrics.families({}), *mesh])
             except Exception as error:
                 log.warning("no metrics for Ray this time: %s", str(error)[:200])

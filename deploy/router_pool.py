@@ -12,14 +12,15 @@ import contextlib
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 from actors.logs import REQUEST_ID
 from actors.request import Chunk
 from deploy.errors import DeadlineExceeded, EngineError, Unavailable
 from deploy.link import RouterAddress, RouterLink
 from deploy.metrics import ServingMetrics
+from deploy.settings import Settings
 from deploy.tracing import CURRENT
 
 logger = logging.getLogger(__name__)
@@ -36,32 +37,42 @@ def new_id() -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PoolOptions:
-    """Times of a pool. See `deploy.settings` for their meaning."""
-
-    token: str | None = None
-    discover_interval_s: float = 1.0
-    connect_timeout_s: float = 5.0
-    router_silence_s: float = 10.0
-    router_wait_s: float = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateRequest:
-    """One sequence to generate. `deadline` is in the loop's time; `sampling` is `SamplingParams.to_dict()`, seeded.
+class RouterRequest:
+    """What a router is asked for. `deadline` is in the loop's time.
 
     `model` is the name by which routers know the model; None where all routers are alike. `first_id` is the request_id
     of the first of several sequences for the same prompt: they go to its router, which computes the prompt once."""
 
+    op: str
     prompt_ids: list[int]
     model: str | None = None
-    sampling: Mapping[str, Any]
     deadline: float
     priority: int = 0
     cache_salt: str | None = None
-    return_routed_experts: bool = False
     first_id: str | None = None
     request_id: str = field(default_factory=new_id)
+
+    def message(self) -> dict[str, Any]:
+        """What of it travels."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("model", "deadline")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest(RouterRequest):
+    """One sequence to generate. `sampling` is `SamplingParams.to_dict()`, seeded."""
+
+    op: str = "generate"
+    sampling: Mapping[str, Any]
+    return_routed_experts: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolRequest(RouterRequest):
+    """The rows of a pooling head: one for `tokens` = "last", one per token for "all"."""
+
+    op: str = "pool"
+    head: str
+    tokens: Literal["last", "all"] = "last"
 
 
 class RouterPool:
@@ -69,9 +80,10 @@ class RouterPool:
 
     `discover` is awaited at start, at intervals and at once after a loss; when it fails, the last answer stands."""
 
-    def __init__(self, discover: Discover, options: PoolOptions | None = None) -> None:
+    def __init__(self, discover: Discover, settings: Settings) -> None:
         self._discover = discover
-        self._options = options or PoolOptions()
+        self._mesh = settings.mesh
+        self._router_wait_s = settings.limits.router_wait_s
         self._ingress_id = uuid.uuid4().hex
         self._links: dict[RouterAddress, RouterLink] = {}
         self._connecting: dict[RouterAddress, asyncio.Task[None]] = {}
@@ -79,7 +91,6 @@ class RouterPool:
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._turn = 0
-        self.num_replays = 0
         self.metrics = ServingMetrics()
 
     async def start(self) -> None:
@@ -104,61 +115,16 @@ class RouterPool:
     def num_in_flight(self) -> int:
         return sum(link.num_open for link in self.links)
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk]:
-        """The chunks of one request, to its finish. Close the iterator early to abort the request at its router.
-
-        Raises Unavailable, DeadlineExceeded or EngineError; tokens already yielded stay valid."""
-        common = {
-            "op": "generate",
-            "request_id": request.request_id,
-            "prompt_ids": request.prompt_ids,
-            "sampling": request.sampling,
-            "priority": request.priority,
-            "cache_salt": request.cache_salt,
-            "return_routed_experts": request.return_routed_experts,
-            "first_id": request.first_id,
-        }
-        async with contextlib.aclosing(
-            self._run(common, request.deadline, request.model, replays_output=True)
-        ) as chunks:
-            async for chunk in chunks:
-                yield chunk
-
-    async def pool(
-        self,
-        *,
-        model: str | None = None,
-        head: str,
-        tokens: str,
-        prompt_ids: list[int],
-        deadline: float,
-        priority: int = 0,
-        cache_salt: str | None = None,
-    ) -> list[list[float]]:
-        """The rows of a pooling head: one for `tokens` = "last", one per token for "all"."""
-        message = {
-            "op": "pool",
-            "request_id": new_id(),
-            "head": head,
-            "tokens": tokens,
-            "prompt_ids": prompt_ids,
-            "priority": priority,
-            "cache_salt": cache_salt,
-        }
-        watch, ended = self.metrics.watch(len(prompt_ids), model, {}), "error"
-        try:
-            async with contextlib.aclosing(self._run(message, deadline, model)) as chunks:
+    async def pool(self, request: PoolRequest) -> list[list[float]]:
+        """The rows. Raises as `generate` does."""
+        with self.metrics.watch(len(request.prompt_ids), request.model, {}) as watch:
+            async with contextlib.aclosing(self.generate(request)) as chunks:
                 async for chunk in chunks:
                     watch.saw(chunk)
                     if chunk.values is not None:
-                        ended = "stop"
+                        watch.ended = "stop"
                         return chunk.values
-        except asyncio.CancelledError:
-            ended = "abort"
-            raise
-        finally:
-            watch.end(ended)
-        raise EngineError(500, "engine_error", f"head {head!r} returned no values")
+        raise EngineError(500, "engine_error", f"head {request.head!r} returned no values")
 
     async def command(self, name: str, *, timeout_s: float = 10.0) -> dict[str, dict[str, Any]]:
         """Sends a command to every router; router_id -> its result. A router that is lost meanwhile is left out."""
@@ -178,23 +144,22 @@ class RouterPool:
         answers = await asyncio.gather(*(ask(link) for link in self.links))
         return dict(answer for answer in answers if answer is not None)
 
-    async def _run(
-        self, message: Mapping[str, Any], deadline: float, model: str | None, *, replays_output: bool = False
-    ) -> AsyncGenerator[Chunk]:
-        """Sends the message to one router after another until one has finished it."""
+    async def generate(self, request: RouterRequest) -> AsyncGenerator[Chunk]:
+        """The chunks of one request, to its finish: it goes to one router after another until one has finished it.
+
+        Close the iterator early to abort the request at its router. Raises Unavailable, DeadlineExceeded or
+        EngineError; tokens already yielded stay valid."""
         loop = asyncio.get_running_loop()
-        request_id = message["request_id"]
+        request_id, deadline, message = request.request_id, request.deadline, request.message()
         output_ids: list[int] = []
         full: set[RouterLink] = set()  # routers that had no room
         num_losses = 0
         has_first = False
         refused_at: float | None = None  # since when there have been only refusals
         while True:
-            link = await self._pick(model, deadline, full, message.get("first_id"), may_give_up=not has_first)
-            attempt = {**message, "deadline_s": max(0.0, deadline - loop.time())}
-            if replays_output:
-                attempt["output_ids"] = output_ids
-            queue = link.submit(attempt)
+            link = await self._pick(request, full, may_give_up=not has_first)
+            left_s = max(0.0, deadline - loop.time())
+            queue = link.submit({**message, "deadline_s": left_s, "output_ids": output_ids})
             finished = False
             try:
                 while (chunk := await _next(queue, deadline)) is not None:
@@ -202,8 +167,8 @@ class RouterPool:
                         finished = True
                         full.add(link)
                         refused_at = refused_at or loop.time()
-                        others = any(one not in full for one in self._usable(model))
-                        may_wait = has_first and loop.time() - refused_at < self._options.router_wait_s
+                        others = any(one not in full for one in self._usable(request.model))
+                        may_wait = has_first and loop.time() - refused_at < self._router_wait_s
                         if chunk.error.get("status") == 503 and (others or may_wait):
                             break
                         raise EngineError(
@@ -222,7 +187,6 @@ class RouterPool:
                         return
                 else:
                     num_losses += 1
-                    self.num_replays += 1
                     self.metrics.replays.inc()
                     if (note := CURRENT.get()) is not None:
                         note.lost_router(link.address.router_id, len(output_ids))
@@ -247,15 +211,13 @@ class RouterPool:
         links = [link for link in links if link.is_listed] or links
         return [link for link in links if link.load.ready] or links
 
-    async def _pick(
-        self, model: str | None, deadline: float, full: set[RouterLink], first_id: str | None, *, may_give_up: bool
-    ) -> RouterLink:
+    async def _pick(self, request: RouterRequest, full: set[RouterLink], *, may_give_up: bool) -> RouterLink:
         """The router that has first_id, or the least loaded; waits while there is none, a begun stream till its end."""
         loop = asyncio.get_running_loop()
-        give_up = min(deadline, loop.time() + self._options.router_wait_s) if may_give_up else deadline
+        give_up = min(request.deadline, loop.time() + self._router_wait_s) if may_give_up else request.deadline
         while True:
-            links = [link for link in self._usable(model) if link not in full]
-            links = [link for link in links if first_id is not None and link.holds(first_id)] or links
+            links = [link for link in self._usable(request.model) if link not in full]
+            links = [link for link in links if request.first_id and link.holds(request.first_id)] or links
             if links:
                 self._turn += 1
                 order = self._turn
@@ -279,13 +241,13 @@ class RouterPool:
 
     async def _maintain(self) -> None:
         loop = asyncio.get_running_loop()
-        interval_s = self._options.discover_interval_s
+        interval_s = self._mesh.discover_interval_s
         listed: list[RouterAddress] = []
         checked_at = loop.time()
         while True:
             self._wake.clear()
             try:
-                async with asyncio.timeout(self._options.connect_timeout_s):
+                async with asyncio.timeout(self._mesh.connect_timeout_s):
                     listed = [
                         RouterAddress(router_id=str(one["router_id"]), host=str(one["host"]), port=int(one["port"]))
                         for one in await self._discover()
@@ -297,7 +259,7 @@ class RouterPool:
                 link.is_listed = address in listed
                 # If this loop itself stood still, the routers' lines are waiting in the socket: count little.
                 link.silence_s += min(elapsed_s, 2 * interval_s)
-                if link.silence_s > self._options.router_silence_s:
+                if link.silence_s > self._mesh.router_silence_s:
                     logger.warning("router %s has been silent for %.1f s: left", address.router_id, link.silence_s)
                     link.drop()
                 if not link.is_open:
@@ -314,9 +276,9 @@ class RouterPool:
         try:
             link = await RouterLink.connect(
                 address,
-                token=self._options.token,
+                token=self._mesh.token,
                 ingress_id=self._ingress_id,
-                timeout_s=self._options.connect_timeout_s,
+                timeout_s=self._mesh.connect_timeout_s,
                 on_change=self._on_change,
             )
         except (OSError, TimeoutError) as error:

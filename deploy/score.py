@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from deploy.errors import InvalidRequest
+from deploy.errors import InvalidRequest, invalid
 from deploy.placed_tokens import place_tokens
 from deploy.pooling import (
     EMBEDDING_KINDS,
@@ -36,9 +36,8 @@ async def score(service: Service, body: ScoreRequest, answer_id: str) -> dict[st
     model = _find(service, body.model)
     first, second = (_texts(getattr(body, name), name) for name in ("text_1", "text_2"))
     if len(first) not in (1, len(second)):
-        raise InvalidRequest(
-            f"text_1: {len(first)} texts can't be paired with {len(second)} in text_2; send one, or as many",
-            param="text_1",
+        raise invalid(
+            "text_1", f"{len(first)} texts can't be paired with {len(second)} in text_2; send one, or as many"
         )
     if model.head_kind in EMBEDDING_KINDS:
         prompts = await read_inputs(service, model, body, [*first, *second], "text_1")
@@ -53,7 +52,7 @@ async def score(service: Service, body: ScoreRequest, answer_id: str) -> dict[st
         batch = await run_head(service, model, prompts, body)
         scores = [activate(rows[0], function)[0] for rows in batch]
     data = [{"index": index, "object": "score", "score": value} for index, value in enumerate(scores)]
-    return list_answer(service, answer_id, body, model, data, prompts)
+    return list_answer(answer_id, body, model, data, prompts)
 
 
 def _find(service: Service, name: str | None) -> ServedModel:
@@ -73,15 +72,13 @@ def _find(service: Service, name: str | None) -> ServedModel:
 def _texts(value: Any, param: str) -> list[str]:
     texts = one_or_many(value, param)
     if not all(isinstance(text, str) for text in texts):
-        raise InvalidRequest(f"{param}: expected a string or a list of strings", param=param)
+        raise invalid(param, "expected a string or a list of strings")
     return [str(text) for text in texts]
 
 
 async def _pair(service: Service, model: ServedModel, body: ScoreRequest, first: str, second: str) -> list[int]:
     tokens = await service.run(
-        lambda: place_tokens(
-            model.tokenizer, first, second, add_special_tokens=body.add_special_tokens, param="text_1"
-        ),
+        lambda: place_tokens(model.tokenizer, first, second, add_special_tokens=body.add_special_tokens),
         len(first) + len(second),
     )
     ids = [token.token_id for token in tokens]

@@ -9,13 +9,38 @@ from pathlib import Path
 from typing import Any
 
 from deploy.errors import InvalidRequest, ModelNotFound
-from deploy.tasks import TASKS, Task
 from model.config import ModelConfig
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 
 # What vLLM takes from generation_config.json.
 _SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+
+
+_EMBEDDING_PATHS = ("/v1/embeddings", "/pooling", "/score")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a kind of head is for. `name` is the Hub's; `endpoints` are the paths to POST to, the plainest first."""
+
+    name: str
+    endpoints: tuple[str, ...]
+
+
+TASKS: Mapping[str, Task] = {
+    "causal_lm": Task(
+        "text-generation",
+        (
+            *("/v1/chat/completions", "/v1/completions", "/v1/messages"),
+            *("/hf/text-generation", "/hf/zero-shot-classification", *_EMBEDDING_PATHS),
+        ),
+    ),
+    "sequence_classification": Task("text-classification", ("/classify", "/pooling", "/hf/text-classification")),
+    "token_classification": Task("token-classification", ("/hf/token-classification", "/pooling")),
+    "question_answering": Task("question-answering", ("/hf/question-answering",)),
+    "base": Task("feature-extraction", _EMBEDDING_PATHS),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +54,6 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     head_kind: str = "causal_lm"
     root: str = ""
-    created: int = 0
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     id2label: Mapping[int, str] = field(default_factory=dict)
     problem_type: str | None = None
@@ -45,7 +69,6 @@ class ServedModel:
         chat_template_file: str | Path | None = None,
         max_model_len: int | None = None,
         use_generation_config: bool = True,
-        created: int = 0,
     ) -> ServedModel:
         """Reads config, tokenizer and generation_config.json. Raises ValueError with one line."""
         directory = Path(directory)
@@ -65,7 +88,6 @@ class ServedModel:
             eos_token_ids=config.eos_token_ids,
             head_kind=config.head_kind,
             root=str(directory),
-            created=created,
             sampling_defaults=_read_defaults(directory / "generation_config.json") if use_generation_config else {},
             id2label=config.id2label,
             problem_type=config.problem_type,
@@ -87,7 +109,7 @@ class ServedModel:
         return {
             "id": name,
             "object": "model",
-            "created": self.created,
+            "created": 0,
             "owned_by": "expertmesh",
             "root": self.root or self.names[0],
             "parent": None,

@@ -15,23 +15,20 @@ from deploy.served_model import ModelList, ServedModel
 from deploy.settings import Settings
 
 T = TypeVar("T")
+VERSION = "0.1.0"
 LONG_TEXT_CHARS = 4096  # a few milliseconds of tokenizing: longer texts leave the event loop
 
 
 class Service:
-    """Shared by all requests of one ingress. `now` gives Unix time in seconds."""
+    """Shared by all requests of one ingress."""
 
-    def __init__(
-        self, settings: Settings, models: ModelList, pool: RouterPool, version: str, now: Callable[[], float]
-    ) -> None:
+    def __init__(self, settings: Settings, models: ModelList, pool: RouterPool) -> None:
         self.settings = settings
         self.models = models
         self.pool = pool
-        self.version = version
-        self.now = now
         self.num_active = 0
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="text")
-        identity = f"{version} {[model.names for model in models.models]} {settings.engine.model_dump_json()}"
+        identity = f"{VERSION} {[model.names for model in models.models]} {settings.engine.model_dump_json()}"
         self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
 
     def deadline(self) -> float:

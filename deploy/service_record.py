@@ -49,9 +49,9 @@ def services() -> list[Record]:
 
 
 def _directory() -> Path:
-    """Ours alone: nobody else may put a pid there for us to signal. Raises RuntimeError where it isn't."""
+    """Ours alone: nobody else may put a pid there for us to signal. Raises ValueError where it isn't."""
     path = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir(), f"expertmesh-{os.getuid()}")
     path.mkdir(mode=0o700, exist_ok=True)
     if path.is_symlink() or path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o077:
-        raise RuntimeError(f"{path} belongs to somebody else or is open to others; remove it")
+        raise ValueError(f"{path} belongs to somebody else or is open to others; remove it")
     return path

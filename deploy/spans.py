@@ -8,21 +8,24 @@ in one window are one answer, with their scores added; of an answer found in sev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from deploy.aggregation import softmax
+from deploy.openai_requests import RequestBody
 from deploy.placed_tokens import PlacedToken, split, trim
 
 Vector = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpanOptions:
-    top_k: int = 1
-    max_answer_len: int = 15
+class SpanOptions(RequestBody):
+    """The defaults of transformers' pipeline."""
+
+    top_k: int = Field(default=1, ge=1, le=1000)
+    max_answer_len: int = Field(default=15, ge=1)
     align_to_words: bool = True
     handle_impossible_answer: bool = False
 
@@ -56,7 +59,7 @@ def _window_answers(
     token (transformers' run_qa.py). It takes part in the softmax only when it is asked for."""
     first, last = split(tokens, 1)
     null_row = outputs_T2[:1] if options.handle_impossible_answer else outputs_T2[:0]
-    starts, ends = _softmax(np.concatenate([null_row, outputs_T2[first:last]])).T
+    starts, ends = softmax(np.concatenate([null_row, outputs_T2[first:last]]), axis=0).T
     null_score = float(starts[0] * ends[0]) if len(null_row) else 0.0
     starts, ends = starts[len(null_row) :], ends[len(null_row) :]
     num_spans = 2 * options.top_k + 10 if options.align_to_words else options.top_k
@@ -103,10 +106,3 @@ def _word_edge(tokens: Sequence[PlacedToken], idx: int, step: int) -> int:
             break
         idx += step
     return idx
-
-
-def _softmax(outputs_T2: Vector) -> Vector:
-    """Over the tokens, for start and end apart."""
-    powers = np.exp(outputs_T2 - outputs_T2.max(axis=0))
-    scores: Vector = powers / powers.sum(axis=0)
-    return scores

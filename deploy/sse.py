@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-import pydantic_core
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -21,10 +21,7 @@ from deploy.errors import ApiError
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
-
-
-def to_json(value: Any) -> bytes:
-    return pydantic_core.to_json(value)
+CLIENT_LEFT = 499  # nobody reads this; the status is nginx's, for access logs
 
 
 def event(value: Any, name: str | None = None) -> bytes:
@@ -91,7 +88,7 @@ class EventStream(Response):
 
 
 async def start_stream(
-    request: Request, events: AsyncGenerator[bytes], end_with_error: Callable[[ApiError], bytes] | None = None
+    request: Request, events: AsyncGenerator[bytes], end_with_error: Callable[[ApiError], bytes]
 ) -> Response:
     """The response for a stream of events. Raises what the first event raises."""
 
@@ -99,18 +96,23 @@ async def start_stream(
         return await anext(events)
 
     try:
-        first = await until_disconnect(request, begin())
+        first = await _unless_client_leaves(request, begin())
     except BaseException:
         await events.aclose()
         raise
     if first is None:
         await events.aclose()
-        return client_left()
-    return EventStream(first, events, end_with_error or (lambda error: event(error.body()) + DONE))
+        return Response(status_code=CLIENT_LEFT)
+    return EventStream(first, events, end_with_error)
 
 
-async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of the work, or None when the client left first: then the work is cancelled. Read the body before."""
+async def whole_answer(request: Request, work: Coroutine[Any, Any, Any]) -> Response:
+    """The result of the work as JSON. The work is cancelled when the client leaves; read the body before."""
+    answer = await _unless_client_leaves(request, work)
+    return Response(status_code=CLIENT_LEFT) if answer is None else JsonAnswer(answer)
+
+
+async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
     working = asyncio.ensure_future(work)
     leaving = asyncio.create_task(_until_disconnect(request.receive))
     try:
@@ -120,11 +122,6 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T 
         leaving.cancel()
         working.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-def client_left() -> Response:
-    """Nobody reads this; the status is nginx's, for access logs."""
-    return Response(status_code=499)
 
 
 async def _until_disconnect(receive: Receive) -> None:

@@ -7,8 +7,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from deploy.errors import InvalidRequest, ModelNotFound, Unavailable
-from deploy.metrics import Totals
+from actors.ledger import Totals
+from deploy.errors import ModelNotFound, Unavailable, invalid
 
 log = logging.getLogger("expertmesh.supervisors")
 
@@ -21,6 +21,7 @@ class Supervisors:
 
     def __init__(self, models: Mapping[str, Sequence[str]], find: Callable[[str], Any]) -> None:
         self._models = models
+        self._first = next(iter(models), "")
         self._find = find
         self._found: dict[str, Any] = {}
         self._listed: dict[str, list[dict[str, Any]]] = {}
@@ -55,8 +56,8 @@ class Supervisors:
         """Raises ValueError for a number that can't be, InvalidRequest where it is not clear which mesh is meant."""
         if model is None and len(self._models) > 1:
             choices = ", ".join(names[0] for names in self._models.values())
-            raise InvalidRequest(f"model: there are several meshes; name the model of one: {choices}", param="model")
-        mesh = next(iter(self._models)) if model is None else self._mesh_of(model)
+            raise invalid("model", f"there are several meshes; name the model of one: {choices}")
+        mesh = self._first if model is None else self._mesh_of(model)
         try:
             return {"mesh": mesh, **await self._ask(mesh, "scale", num_shards)}
         except ValueError:
@@ -64,17 +65,17 @@ class Supervisors:
         except Exception as error:
             raise _away(error) from None
 
-    # ---- SharedLedger: counts over all ingresses and all meshes ----------------------------------------
+    # ---- actors.ledger.Ledger in the first mesh's supervisor: counts over all ingresses and all meshes ----
 
     async def share(self, ingress_id: str, totals: Totals) -> Totals:
-        return dict(await self._ask(next(iter(self._models)), "share", ingress_id, totals))
+        return dict(await self._ask(self._first, "share", ingress_id, totals))
 
     async def admit(self, key: str, request_id: str, **limits: Any) -> tuple[str, float]:
-        refused, wait_s = await self._ask(next(iter(self._models)), "admit", key, request_id, limits)
+        refused, wait_s = await self._ask(self._first, "admit", key, request_id, limits)
         return str(refused), float(wait_s)
 
     async def release(self, key: str, request_id: str) -> None:
-        await self._ask(next(iter(self._models)), "release", key, request_id)
+        await self._ask(self._first, "release", key, request_id)
 
     def _mesh_of(self, model: str) -> str:
         for mesh, names in self._models.items():

@@ -4,39 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deploy.body import read_json
 from deploy.chat_messages import read_messages, render
-from deploy.errors import InvalidRequest
-from deploy.openai_requests import DetokenizeRequest, TokenizeRequest, parse
+from deploy.endpoints import Endpoints
+from deploy.errors import invalid
+from deploy.openai_requests import DetokenizeRequest, TokenizeRequest
 from deploy.service import Service
 from deploy.sse import JsonAnswer
 from deploy.tools import read_tool_use
 
 
-def add_to(api: FastAPI, service: Service) -> None:
-    max_bytes = service.settings.limits.max_body_bytes
+def add_to(endpoints: Endpoints) -> None:
+    service = endpoints.service
 
-    @api.post("/tokenize")
-    async def tokenize(request: Request) -> Response:
-        return JsonAnswer(await _tokenize(service, parse(await read_json(request, max_bytes), TokenizeRequest)))
+    async def tokenize(_: Request, body: TokenizeRequest) -> Response:
+        return JsonAnswer(await _tokenize(service, body))
 
-    @api.post("/detokenize")
-    async def detokenize(request: Request) -> Response:
-        body = parse(await read_json(request, max_bytes), DetokenizeRequest)
+    async def detokenize(_: Request, body: DetokenizeRequest) -> Response:
         model = service.models.find(body.model)
         for token_id in body.tokens:
             if not 0 <= token_id < model.vocab_size:
-                raise InvalidRequest(
-                    f"tokens: {token_id} is not in the vocabulary of {model.vocab_size}", param="tokens"
-                )
+                raise invalid("tokens", f"{token_id} is not in the vocabulary of {model.vocab_size}")
         text = await service.run(lambda: model.tokenizer.decode(body.tokens), 4 * len(body.tokens))
         return JsonAnswer({"prompt": text})
 
-    @api.get("/tokenizer_info")
+    endpoints.add("/tokenize", TokenizeRequest, tokenize)
+    endpoints.add("/detokenize", DetokenizeRequest, detokenize)
+
+    @endpoints.api.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
         tokenizer = service.models.models[0].tokenizer
         info = dict(tokenizer.config)
@@ -48,18 +45,11 @@ def add_to(api: FastAPI, service: Service) -> None:
 async def _tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     model = service.models.find(body.model)
     if (body.prompt is None) == (body.messages is None):
-        raise InvalidRequest("prompt: send either prompt or messages", param="prompt")
+        raise invalid("prompt", "send either prompt or messages")
     text = body.prompt
     if body.messages is not None:
-        text = await render(
-            service,
-            model,
-            read_messages(body.messages),
-            use=read_tool_use(body.tools, None, is_parallel=True),
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            variables=body.chat_template_kwargs,
-        )
+        use = read_tool_use(body.tools, None, is_parallel=True)
+        text = await render(service, model, body, read_messages(body.messages), use)
     assert text is not None
     adds_special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     token_ids = await service.encode(model, text, add_special_tokens=adds_special)

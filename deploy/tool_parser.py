@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Protocol
 
 from deploy.tools import ToolUse
 
@@ -36,10 +35,15 @@ class CallArguments:
 Piece = Content | CallStart | CallArguments
 
 
-class Parser(Protocol):
-    def feed(self, text: str) -> list[Piece]: ...
+class Parser:
+    """Of a text without tools: all is content."""
 
-    def finish(self) -> list[Piece]: ...
+    def feed(self, text: str) -> list[Piece]:
+        return [Content(text)] if text else []
+
+    def finish(self) -> list[Piece]:
+        """What was held back; nothing comes after it."""
+        return []
 
 
 def parser_for(use: ToolUse) -> Parser:
@@ -48,20 +52,25 @@ def parser_for(use: ToolUse) -> Parser:
         return NamedCall(use.name)
     if use.mode == "required":
         return CallList()
-    return HermesCalls(is_parallel=use.is_parallel) if use.mode == "auto" else PlainText()
+    return HermesCalls(is_parallel=use.is_parallel) if use.mode == "auto" else Parser()
 
 
-class PlainText:
-    """No tools: all is content."""
+def read_whole(use: ToolUse, text: str) -> tuple[str, list[tuple[str, str]]]:
+    """The content of a finished text, and its calls: names and arguments."""
+    parser = parser_for(use)
+    content, calls = "", list[tuple[str, str]]()
+    for piece in [*parser.feed(text), *parser.finish()]:
+        if isinstance(piece, Content):
+            content += piece.text
+        elif isinstance(piece, CallStart):
+            calls.append((piece.name, ""))
+        else:
+            name, arguments = calls[piece.index]
+            calls[piece.index] = (name, arguments + piece.text)
+    return content, calls
 
-    def feed(self, text: str) -> list[Piece]:
-        return [Content(text)] if text else []
 
-    def finish(self) -> list[Piece]:
-        return []
-
-
-class NamedCall:
+class NamedCall(Parser):
     """The output is the arguments of one known function."""
 
     def __init__(self, name: str) -> None:
@@ -74,9 +83,6 @@ class NamedCall:
         start: list[Piece] = [] if self._has_begun else [CallStart(0, self._name)]
         self._has_begun = True
         return [*start, CallArguments(0, text)]
-
-    def finish(self) -> list[Piece]:
-        return []
 
 
 class CallScanner:
@@ -144,7 +150,7 @@ class CallScanner:
             self.is_broken = self.name is None
 
 
-class CallList:
+class CallList(Parser):
     """The output is a JSON list of calls."""
 
     def __init__(self) -> None:
@@ -166,11 +172,8 @@ class CallList:
                 break
         return pieces
 
-    def finish(self) -> list[Piece]:
-        return []
 
-
-class HermesCalls:
+class HermesCalls(Parser):
     """Content with `<tool_call>{...}</tool_call>` in it. What claims to be a call and isn't stays content."""
 
     OPEN, CLOSE = "<tool_call>", "</tool_call>"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from deploy.errors import InvalidRequest
+from deploy.errors import InvalidRequest, invalid
 from model.sampling_params import StructuredSpec
 
 PREAMBLE = """# Tools
@@ -65,26 +65,26 @@ def read_tool_use(
     checked = tuple(_checked(tool, f"tools[{i}]") for i, tool in enumerate(tools or ()))
     names = [_name(tool) for tool in checked]
     if len(set(names)) < len(names):
-        raise InvalidRequest("tools: two functions have the same name; rename one", param="tools")
+        raise invalid("tools", "two functions have the same name; rename one")
     if tool_choice is None or tool_choice == "auto":
         return ToolUse(tools=checked, mode="auto" if checked else "none", is_parallel=is_parallel)
     if tool_choice == "none":
         return ToolUse()
     if not checked:
-        raise InvalidRequest("tool_choice: there are no tools to choose from; send tools", param="tool_choice")
+        raise invalid("tool_choice", "there are no tools to choose from; send tools")
     if tool_choice == "required":
         return ToolUse(tools=checked, mode="required", is_parallel=is_parallel)
     if isinstance(tool_choice, Mapping) and tool_choice.get("type") == "function":
         function = tool_choice.get("function")
         name = function.get("name") if isinstance(function, Mapping) else None
         if name not in names:
-            raise InvalidRequest(f"tool_choice: no function {str(name)[:80]!r} among tools", param="tool_choice")
+            raise invalid("tool_choice", f"no function {str(name)[:80]!r} among tools")
         return ToolUse(tools=checked, mode="named", name=name, is_parallel=False)
     if isinstance(tool_choice, Mapping) and tool_choice.get("type") == "allowed_tools":
         return _allowed(checked, tool_choice.get("allowed_tools"), is_parallel=is_parallel)
-    raise InvalidRequest(
-        'tool_choice: use "none", "auto", "required", {"type": "function", "function": {"name": ...}} or allowed_tools',
-        param="tool_choice",
+    raise invalid(
+        "tool_choice",
+        'use "none", "auto", "required", {"type": "function", "function": {"name": ...}} or allowed_tools',
     )
 
 
@@ -133,9 +133,7 @@ def _calls_schema(tools: Sequence[Mapping[str, Any]], *, is_parallel: bool) -> d
         for group in ("$defs", "definitions"):
             for name, definition in dict(parameters.pop(group, None) or {}).items():
                 if shared.setdefault(group, {}).setdefault(name, definition) != definition:
-                    raise InvalidRequest(
-                        f"tools: two different definitions are called {name!r}; rename one", param="tools"
-                    )
+                    raise invalid("tools", f"two different definitions are called {name!r}; rename one")
         calls.append(
             {
                 "type": "object",

@@ -26,7 +26,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def served(model_dir: Path) -> ServedModel:
-    return ServedModel.from_directory(model_dir, names=("tiny", "tiny-alias"), created=1_700_000_000)
+    return ServedModel.from_directory(model_dir, names=("tiny", "tiny-alias"))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import uvicorn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from deploy.ingress import create_api
-from deploy.router_pool import PoolOptions, RouterPool
+from deploy.router_pool import RouterPool
 from deploy.served_model import ServedModel
 from deploy.settings import Settings
 
@@ -235,8 +235,9 @@ def running_api(
             return router.entries
 
         chosen = settings or Settings()
-        options = PoolOptions(token=chosen.mesh.token, discover_interval_s=0.05, router_wait_s=1.0)
-        pool = RouterPool(discover, options)
+        mesh = chosen.mesh.model_copy(update={"discover_interval_s": 0.05})
+        limits = chosen.limits.model_copy(update={"router_wait_s": 1.0})
+        pool = RouterPool(discover, chosen.model_copy(update={"mesh": mesh, "limits": limits}))
         api = create_api(chosen, [served] if isinstance(served, ServedModel) else served, pool)
         server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="warning"))
         task = asyncio.create_task(server.serve())

@@ -207,7 +207,7 @@ def test_down_finds_only_services_that_run(tmp_path: Path, monkeypatch: pytest.M
     (directory / "2.json").write_text('{"url": "u", "pid": 1, "started": 5}')
     assert services() == [] and not (directory / "2.json").exists()
     directory.chmod(0o777)
-    with pytest.raises(RuntimeError, match="open to others"):
+    with pytest.raises(ValueError, match="open to others"):
         services()
 
 

@@ -246,6 +246,11 @@ def test_every_sampling_field_reaches_the_router(api: RunningApi, served: Served
     assert (message["priority"], message["cache_salt"], message["return_routed_experts"]) == (3, "tenant", True)
 
 
+def test_more_least_tokens_than_fit_are_refused_by_name(api: RunningApi) -> None:
+    error = post(api, {"prompt": "x", "max_tokens": 2, "min_tokens": 3}).json()["error"]
+    assert error["param"] == "min_tokens" and "max_tokens=2, got 3" in error["message"]
+
+
 def test_a_seed_is_always_set(api: RunningApi) -> None:
     for _ in range(2):
         post(api, {"prompt": "x", "max_tokens": 1})

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from deploy.errors import Unavailable
 from deploy.placed_tokens import place_tokens, trim, window_starts
-from deploy.router_pool import PoolOptions, RouterPool
-from deploy.settings import load
+from deploy.router_pool import PoolRequest, RouterPool
+from deploy.settings import LimitSettings, MeshSettings, Settings, load
 from model.tokenizer import Tokenizer
 from tests.deploy.fakes import FakeRouter
 from tests.deploy.tiny_heads import write_nfc_tokenizer
@@ -71,7 +71,7 @@ def test_a_list_that_cannot_be_served_is_refused_in_one_line(tmp_path: Path, tex
 
 async def ask(pool: RouterPool, model: str) -> Any:
     deadline = asyncio.get_running_loop().time() + 5
-    return await pool.pool(model=model, head="", tokens="last", prompt_ids=[1], deadline=deadline)
+    return await pool.pool(PoolRequest(model=model, head="", prompt_ids=[1], deadline=deadline))
 
 
 def test_a_request_goes_to_the_routers_of_its_model() -> None:
@@ -81,7 +81,8 @@ def test_a_request_goes_to_the_routers_of_its_model() -> None:
         async def discover() -> list[dict[str, Any]]:
             return [router.entry for router in routers]
 
-        pool = RouterPool(discover, PoolOptions(discover_interval_s=0.05, router_wait_s=0.3))
+        settings = Settings(mesh=MeshSettings(discover_interval_s=0.05), limits=LimitSettings(router_wait_s=0.3))
+        pool = RouterPool(discover, settings)
         await pool.start()
         for model, times in (("one", 3), ("two", 2)):
             for _ in range(times):

@@ -103,7 +103,7 @@ def test_long_texts_do_not_hold_up_others(api: RunningApi, served: ServedModel) 
             worst, last = max(worst, now - last), now
         return worst, time.monotonic() - began
 
-    api_service = Service(Settings(), ModelList([served]), api.pool, "0", time.time)
+    api_service = Service(Settings(), ModelList([served]), api.pool)
     worst_s, total_s = asyncio.run(run())
     assert total_s > 0.1 and worst_s < max(0.25, total_s / 2)
 

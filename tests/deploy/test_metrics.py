@@ -9,13 +9,13 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors.ledger import SILENT_S, Ledger, add
+from actors.ledger import SILENT_S, Ledger, Totals, add
 from actors.metrics import Buckets
 from actors.request import Chunk
 from deploy.errors import TooManyRequests
 from deploy.key_limits import KeyLimits
 from deploy.mesh_metrics import MAX_EXPERT_GROUPS, balancedness, mesh_families
-from deploy.metrics import ServingMetrics, Totals, render
+from deploy.metrics import ServingMetrics, render
 from deploy.ray_metrics import RayMetrics
 from deploy.settings import LimitSettings
 from tests.deploy.fakes import RunningApi
@@ -42,14 +42,17 @@ def samples(text: bytes) -> dict[tuple[str, ...], float]:
 def test_a_watch_times_the_first_token_the_gaps_and_the_end() -> None:
     clock = Clock()
     metrics = ServingMetrics(clock)
-    watch = metrics.watch(7, "tiny", {})
     timing = [0.1, 0.2]
-    for step_s, num_tokens in ((0.3, 1), (0.02, 1), (0.04, 2)):
-        clock.now += step_s
-        watch.saw(Chunk(request_id="r", token_ids=[5] * num_tokens, timing=timing))
-        timing = None
-    watch.end("length")
-    metrics.watch(9, "tiny", {}).end("error")
+    with metrics.watch(7, "tiny", {}) as watch:
+        for step_s, num_tokens in ((0.3, 1), (0.02, 1), (0.04, 2)):
+            clock.now += step_s
+            watch.saw(Chunk(request_id="r", token_ids=[5] * num_tokens, timing=timing))
+            timing = None
+        watch.ended = "length"
+    with pytest.raises(RuntimeError), metrics.watch(9, "tiny", {}):
+        raise RuntimeError
+    with pytest.raises(asyncio.CancelledError), metrics.watch(9, "tiny", {}):
+        raise asyncio.CancelledError
     now = samples(render(metrics, {}, {}))
     assert now["time_to_first_token_seconds_sum",] == pytest.approx(0.3)
     assert now["inter_token_latency_seconds_sum",] == pytest.approx(0.04), "two tokens in 40 ms are 20 ms each"
@@ -59,7 +62,8 @@ def test_a_watch_times_the_first_token_the_gaps_and_the_end() -> None:
     assert now["request_decode_time_seconds_sum",] == pytest.approx(0.06)
     assert now["request_time_per_output_token_seconds_sum",] == pytest.approx(0.02)
     assert (now["generation_tokens_total",], now["prompt_tokens_total",], now["ingress_requests",]) == (4, 7, 0)
-    assert (now["request_success_total", "length"], now["request_success_total", "error"]) == (1, 1)
+    ended = [now["request_success_total", reason] for reason in ("length", "error", "abort")]
+    assert ended == [1, 1, 1]
 
 
 def test_any_ingress_tells_the_sum_of_all_those_gone_included() -> None:

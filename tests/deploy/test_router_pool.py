@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from deploy.errors import DeadlineExceeded, EngineError, Unavailable
-from deploy.router_pool import GenerateRequest, PoolOptions, RouterPool
+from deploy.router_pool import GenerateRequest, PoolRequest, RouterPool
+from deploy.settings import LimitSettings, MeshSettings, Settings
 from tests.deploy.fakes import FakeRouter, token_at
 
 PROMPT = [10, 11, 12]
@@ -22,7 +23,7 @@ def expected(num: int, seed: int = 5) -> list[int]:
 
 
 @contextlib.asynccontextmanager
-async def pool_of(*routers: FakeRouter, **options: Any) -> AsyncIterator[RouterPool]:
+async def pool_of(*routers: FakeRouter, router_wait_s: float = 2.0, **mesh: Any) -> AsyncIterator[RouterPool]:
     for router in routers:
         await router.start()
     listed = [router.entry for router in routers]
@@ -30,7 +31,8 @@ async def pool_of(*routers: FakeRouter, **options: Any) -> AsyncIterator[RouterP
     async def discover() -> list[dict[str, Any]]:
         return listed
 
-    pool = RouterPool(discover, PoolOptions(**{"discover_interval_s": 0.05, "router_wait_s": 2.0, **options}))
+    mesh_settings = MeshSettings(discover_interval_s=0.05, **mesh)
+    pool = RouterPool(discover, Settings(mesh=mesh_settings, limits=LimitSettings(router_wait_s=router_wait_s)))
     pool.listed = listed  # type: ignore[attr-defined]
     await pool.start()
     try:
@@ -78,7 +80,7 @@ def test_a_request_outlives_its_router_and_no_token_is_lost_changed_or_doubled(d
             assert await work == expected(20)
             assert second.requests[0]["output_ids"] == expected(dies_after)
             assert second.requests[0]["request_id"] == first.requests[0]["request_id"]
-            assert pool.num_replays == 1
+            assert pool.metrics.registry.get_sample_value("expertmesh_replays_total") == 1
             second.kill()
 
     asyncio.run(run())
@@ -205,7 +207,7 @@ def test_wrong_hellos_and_failing_discovery_are_survived() -> None:
                 raise ConnectionError("the head is gone")
             return [mute.entry, locked.entry, good.entry, {"router_id": "nobody", "host": "127.0.0.1", "port": 1}]
 
-        pool = RouterPool(discover, PoolOptions(discover_interval_s=0.05, connect_timeout_s=0.5))
+        pool = RouterPool(discover, Settings(mesh=MeshSettings(discover_interval_s=0.05, connect_timeout_s=0.5)))
         await pool.start()
         assert await tokens_of(pool, request()) == expected(20)
         await asyncio.sleep(0.3)
@@ -222,7 +224,7 @@ def test_pool_requests_and_commands_are_answered() -> None:
         router = FakeRouter()
         async with pool_of(router) as pool:
             deadline = asyncio.get_running_loop().time() + 5
-            assert await pool.pool(head="cls", tokens="last", prompt_ids=[1], deadline=deadline) == [[1.0, 2.0]]
+            assert await pool.pool(PoolRequest(head="cls", prompt_ids=[1], deadline=deadline)) == [[1.0, 2.0]]
             assert await pool.command("reset_prefix_cache") == {"router-0": {"ok": True}}
             assert router.commands == ["reset_prefix_cache"]
 
