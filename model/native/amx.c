@@ -100,10 +100,34 @@ INLINE void bfloat16_steps(const struct packed_rows *rows, const char *panel, in
     }
 }
 
-/* totals [row][32] of the whole panel. sums: memory for two halves of every tile. */
-static void bfloat16_panel(const struct weight *w, const struct packed_rows *rows, const char *panel, float *sums,
-                           float *totals) {
-    int num_steps = w->num_inputs / 32, num_tiles = rows->num_tiles, R = rows->tile_rows;
+/* All steps of the only tile for a panel and the next one: two streams come faster from memory than one. */
+static void two_bfloat16_panels(const struct packed_rows *rows, const char *panel, int num_inputs, float *sums) {
+    long step_bytes = (long)rows->tile_rows * 64;
+    const char *next = panel + (long)num_inputs * PANEL * 2;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int s = 0; s < num_inputs / 32; s++, panel += STEP_BYTES, next += STEP_BYTES) {
+        _tile_loadd(4, rows->values + s * step_bytes, 64);
+        _tile_loadd(6, panel, WEIGHT_STRIDE);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, panel + 64, WEIGHT_STRIDE);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(6, next, WEIGHT_STRIDE);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_loadd(7, next + 64, WEIGHT_STRIDE);
+        _tile_dpbf16ps(3, 4, 7);
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + SUMS, 64);
+    _tile_stored(2, sums + 2 * SUMS, 64);
+    _tile_stored(3, sums + 3 * SUMS, 64);
+}
+
+/* All tiles for a panel. sums: [tile][half of the panel][16][16]. */
+static void bfloat16_panel(const struct packed_rows *rows, const char *panel, int num_inputs, float *sums) {
+    int num_steps = num_inputs / 32, num_tiles = rows->num_tiles;
     int at_a_time = num_tiles > 2 ? STEPS_AT_A_TIME : num_steps;
     int num_ahead = ceil_div(STEP_BYTES / 64, ceil_div(num_tiles, 2)); /* every pair of tiles fetches its share */
     for (int first = 0; first < num_steps; first += at_a_time) {
@@ -111,10 +135,15 @@ static void bfloat16_panel(const struct weight *w, const struct packed_rows *row
         float *of_pair = sums;
         for (int t = 0; t < num_tiles; t += 2, of_pair += 4 * SUMS, ahead += 64 * num_ahead)
             if (t + 1 < num_tiles)
-                bfloat16_steps(rows, panel, w->num_inputs, t, 1, first, last, of_pair, ahead, num_ahead);
+                bfloat16_steps(rows, panel, num_inputs, t, 1, first, last, of_pair, ahead, num_ahead);
             else
-                bfloat16_steps(rows, panel, w->num_inputs, t, 0, first, last, of_pair, ahead, num_ahead);
+                bfloat16_steps(rows, panel, num_inputs, t, 0, first, last, of_pair, ahead, num_ahead);
     }
+}
+
+/* The sums of the three parts of each row -> totals [row][32]. */
+static void add_parts(const struct packed_rows *rows, const float *sums, float *totals) {
+    int R = rows->tile_rows;
     for (int i = 0; i < rows->num_rows; i++)
         for (int half = 0; half < 2; half++) {
             vec part[AMX_PARTS];
@@ -251,12 +280,17 @@ void amx_multiply(const struct weight *w, const struct packed_rows *rows, const 
     configure(R, is_bfloat16 ? 2 * rows->run : rows->run);
     for (int first = 0; first < rows->num_tiles; first += at_a_time) {
         struct packed_rows some = some_tiles(w, rows, first, at_a_time);
-        for (int i = first_panel; i < last_panel; i++) {
+        for (int i = first_panel, num_panels; i < last_panel; i += num_panels) {
             const char *panel = (const char *)w->data + i * panel_bytes;
-            if (is_bfloat16) bfloat16_panel(w, &some, panel, (float *)other, totals);
+            num_panels = is_bfloat16 && some.num_tiles == 1 && i + 1 < last_panel ? 2 : 1;
+            if (num_panels == 2) two_bfloat16_panels(&some, panel, K, (float *)other);
+            else if (is_bfloat16) bfloat16_panel(&some, panel, K, (float *)other);
             else if (w->format == INT8) integer_panel(w, &some, INT8, i, panel, other, totals);
             else integer_panel(w, &some, INT4, i, panel, other, totals);
-            store_rows(w, some.num_rows, totals, bias, i, y);
+            for (int p = 0; p < num_panels; p++) {
+                if (is_bfloat16) add_parts(&some, (float *)other + p * 2 * SUMS, totals);
+                store_rows(w, some.num_rows, totals, bias, i + p, y);
+            }
         }
         y += (long)some.num_rows * w->num_outputs;
     }
