@@ -13,14 +13,14 @@
 #include "linear.h"
 
 enum { SUMS = 16 * 16, WEIGHT_STRIDE = 4 * PANEL, STEP_BYTES = 16 * WEIGHT_STRIDE };
-enum { FEW_INTEGER_ROWS = 3 }; /* below, vectors are as fast as the memory */
+enum { FEW_INT8_ROWS = 3, FEW_INT4_ROWS = 6 }; /* vectors are as fast with so many */
 enum { GROUP_BYTES = 1200 << 10 }; /* of packed rows, which stay in the second-level cache for all panels */
 enum { STEPS_AT_A_TIME = 8 };  /* whose weights, 16 KB, stay in the first-level cache for all rows */
 
 int amx_run(const struct weight *w, int num_rows) {
     int K = w->num_inputs, block = at_most(w->block_size, K);
     if (w->format == BFLOAT16) return K % 32 ? 0 : 32;
-    if (!is_integer(w) || num_rows <= FEW_INTEGER_ROWS) return 0;
+    if (!is_integer(w) || num_rows <= (w->format == INT8 ? FEW_INT8_ROWS : FEW_INT4_ROWS)) return 0;
     for (int run = 64; run >= 32; run /= 2)
         if (K % run == 0 && block % run == 0) return run;
     return 0;
