@@ -132,6 +132,8 @@ def _quiet_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    # From proxy to ingress by gRPC instead of Ray's streaming generators: with 64 streams TTFT is 15 ms shorter.
+    os.environ.setdefault("RAY_SERVE_PROXY_USE_GRPC", "1")
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a call after the end would start another cluster
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other program starve the service
     # Ray's switch for one machine alone (named after where it is the default): every one of its ports is on loopback.
