@@ -113,7 +113,7 @@ def write(path: Path, values: dict[str, Any]) -> None:
         for done in [idx for idx in layers if not tensor_name.startswith(f"model.layers.{idx}.")]:
             _save(path, f"layer-{done}.safetensors", layers.pop(done), weight_map)
     _save(path, "rest.safetensors", rest, weight_map)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (path / "config.json").write_text(json.dumps(values, indent=1))
     write_tokenizer(path, values["vocab_size"])
 

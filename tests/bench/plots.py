@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.ticker import NullFormatter
 
 from tests.bench.calibration import shape_of
 from tests.bench.limits import decode_limit
@@ -45,6 +46,8 @@ def _throughput(results: dict[str, Any], path: Path) -> None:
             axes.plot(BATCHES, [decode_limit(shape, b, read) for b in BATCHES], ":", color=colour)
         axes.set(title=f"{name}, over HTTP", xlabel="streams", ylabel="tokens/s", xscale="log", yscale="log")
         axes.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     all_axes[0].plot([], [], ":", color="grey", label="memory's limit")
     all_axes[0].legend(frameon=False)
     _save(figure, path)
@@ -73,7 +76,7 @@ def _breakdown(engines: list[dict[str, Any]], path: Path) -> None:
 
 def _shards(engines: list[dict[str, Any]], path: Path) -> None:
     some = [one for one in engines if one["shape"] == "mid" and one["precision"] == "int8"]
-    figure, axes = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(6.5, 3.4), layout="constrained")
     for batch, colour in zip(map(str, BATCHES), COLOURS.values(), strict=True):
         mesh = sorted(
             (one["shards"], one["tok_s"][batch])
@@ -93,5 +96,5 @@ def _shards(engines: list[dict[str, Any]], path: Path) -> None:
     axes.plot([], [], "s", color="grey", fillstyle="none", label="2 routers, batch each")
     axes.plot([], [], ":", color="grey", label="local")
     axes.set(title="mid int8, one router", xlabel="shards", ylabel="tokens/s", ylim=(0, None))
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     _save(figure, path)
