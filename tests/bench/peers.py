@@ -110,9 +110,11 @@ def main() -> None:
     results.setdefault("measured", {})["peers"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     options.out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(rounded(results), indent=1) + "\n")
-    from tests.bench.report import write
+    from tests.bench.report import write, write_readme
 
     write(rounded(results), options.out)
+    if options.out == RESULTS and "http" in results:
+        write_readme(rounded(results))
 
 
 if __name__ == "__main__":

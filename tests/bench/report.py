@@ -15,7 +15,8 @@ from tests.bench.step_parts import PARTS
 COLUMNS = ("b1", "b8", "b32", "prefill")
 # Tokens a second that were set as goals for `mid`; those against other servers are in `make bench-peers`.
 BARS = {"int8": (40, 110, 180, 400), "int4": (50, 120, 180, 400)}
-LIMIT_SHARES = (0.6, 0.5, 0.45)
+README = Path(__file__).parent.parent.parent / "README.md"
+BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
@@ -36,6 +37,34 @@ def write(results: dict[str, Any], folder: Path) -> None:
     from tests.bench import plots
 
     plots.draw(results, folder)
+
+
+def write_readme(results: dict[str, Any]) -> None:
+    """The short table of the README, between its marks."""
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise SystemExit(f"{README} needs {BEGIN} and {END}")
+    text = "\n".join(_short(results))
+    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def _short(results: dict[str, Any]) -> Iterator[str]:
+    """Every precision as served in one process and over two shards, beside the other servers."""
+    yield (
+        f"Tokens a second over HTTP on 2 cores that read {bandwidth(results) / 1e9:.0f} GB/s together, 1, 8 and 32 "
+        "streams, greedy. `mid`: 4 layers of Qwen1.5-MoE-A2.7B's shape, 2.4 B parameters; `small`: 0.13 B."
+    )
+    yield ""
+    rows = [
+        [f"{one['shape']} {one['precision']}, {one['way']}", *(f"{one[column]:.0f}" for column in COLUMNS)]
+        for one in results["http"]
+    ]
+    others = [one for one in results.get("peers", ()) if "expertmesh" not in one["server"] and "why_not" not in one]
+    for one in others:
+        rates = [f"{one[column]:.0f}" if one.get(column) else "-" for column in COLUMNS]
+        rows.append([f"{one['shape']} bf16, {one['server']}", *rates])
+    yield from table(("", "1", "8", "32", "prefill of 512"), rows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

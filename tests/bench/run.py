@@ -165,10 +165,12 @@ def main() -> None:
             parser.error(f"--only={part!r}: choose of {', '.join(PARTS)}")
         bench.say(f"{part} ...")
         PARTS[part](bench)
-    from tests.bench.report import write
+    from tests.bench.report import write, write_readme
 
     options.out.mkdir(parents=True, exist_ok=True)
     write(rounded(bench.results), options.out)
+    if options.out == RESULTS and "http" in bench.results:
+        write_readme(rounded(bench.results))
     bench.say(f"wrote {options.out}")
 
 
