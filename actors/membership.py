@@ -21,7 +21,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from actors.remote_exchange import Connection
 from cluster.errors import FormationError, MeshUnavailable
-from cluster.process_group import forget_groups, form_group, host_store
+from cluster.process_group import connect_store, forget_groups, form_group, host_store
 from cluster.settings import Timeouts
 from cluster.transport import choose_transport, router_transport
 from cluster.view import MeshView
@@ -199,8 +199,9 @@ class RouterMembership:
         )
         threading.Thread(target=self._watch_joins, args=(view, failures), name="joins", daemon=True).start()
         try:
+            # A connection of its own: one that waits for a member which never comes lets nothing else through.
             group = form_group(
-                self._store,
+                connect_store(self._host, self._store.port, timeout_s=self._timeouts.formation_s),
                 name,
                 rank=0,
                 world_size=len(view.shards) + 1,

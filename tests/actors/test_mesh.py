@@ -98,6 +98,20 @@ def test_an_epoch_that_adds_nobody_needs_no_new_group_and_who_leaves_is_told(sta
     assert all(shard.info()["epoch"] == 1 for shard in mesh.shards.values()) and mesh.reports == []
 
 
+def test_a_member_that_never_comes_holds_up_its_own_epoch_and_no_later_one(start_router, tiny_model):
+    patient = Timeouts(formation_s=120.0)
+    mesh = ThreadMesh(tiny_model, timeouts=patient)
+    both = placed(mesh, 2)
+    mesh.shards["shard-1"].join = lambda **_: None  # as if it were stopped: it was asked, and says nothing
+    mesh.publish(both)
+    router, outputs = start_router(mesh, timeouts=patient)
+    ask(router.engine, "r", [3, 4, 5], 4)
+    wait_until(lambda: router.membership.num_store_keys() >= 2)  # both others wait for it
+    mesh.publish(placed(mesh, 1))
+    wait_until(lambda: router.exchange.epoch == 2, 30.0)
+    assert len(outputs.tokens("r")) == 4
+
+
 @pytest.mark.parametrize(("transport", "formed"), [("auto", 1), ("all_to_all", 2)])
 def test_a_lost_shard_costs_a_pause_and_no_token(start_router, tiny_model, expected, transport, formed):
     mesh = ThreadMesh(tiny_model)
