@@ -7,7 +7,7 @@ enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
 /* Linux lets a process use tiles once it has asked; threads inherit it. */
 static int has_amx(void) {
     return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-           __builtin_cpu_supports("amx-bf16") &&
+           __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") &&
            syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 

@@ -8,7 +8,7 @@
 /* Rows of activations, packed for a weight's format in tiles of `tile_rows` rows (the last one padded with zeros):
  *   float formats   values [tile][input][row] float32
  *   INT8, INT4      values [tile][input / run][row][run] int8, scales [tile][block][row], sums [tile][block][row]
- *   BFLOAT16, AMX   values [tile][input / run][row][run] bf16, with three of these rows for each row of activations
+ *   BFLOAT16, AMX   values [tile][input / run][row][run] bf16, with two of these rows for each row of activations
  */
 struct packed_rows {
     int num_rows, tile_rows, num_tiles;
@@ -30,12 +30,12 @@ void AT_LEVEL(multiply)(const struct weight *w, const struct packed_rows *rows, 
 
 #ifdef __AMX_TILE__
 
-enum { AMX_TILE_ROWS = 16, AMX_PARTS = 3 };
+enum { AMX_TILE_ROWS = 16, AMX_PARTS = 2 };
 
 /* Inputs that a tile takes at once of so many rows times this weight; 0 where vectors do it. */
 int amx_run(const struct weight *w, int num_rows);
 
-/* Split a row's inputs into AMX_PARTS rows of bf16 that add up to it exactly: rows `first`, `first` + 1, .. of `rows`. */
+/* Split a row's inputs into AMX_PARTS rows of bf16 that add up to it: rows `first` and `first` + 1 of `rows`. */
 void amx_pack_row(const struct packed_rows *rows, const float *x, int num_inputs, int first);
 
 /* `multiply` for rows that were packed with amx_run. */
