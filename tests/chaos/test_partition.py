@@ -27,7 +27,13 @@ REASON = network.missing()
 HOSTS = Configuration(
     name="hosts",
     words="",
-    mesh={"mesh.shards": 3, "mesh.replicas": 2, "mesh.spread": "strict", "mesh.shard_cpus": 0},
+    mesh={
+        "mesh.shards": 3,
+        "mesh.replicas": 2,
+        "mesh.spread": "strict",
+        "mesh.shard_cpus": 0,
+        "server.ingress_cpus": 1,  # so it is on the head: with it a host takes its clients' connections
+    },
     faults={"partition": 10, "kill_node": 3},
 )
 
@@ -92,7 +98,7 @@ def beginner(head: network.Host) -> Iterator[Callable[[network.Host], None]]:
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
 
     def begin(host: network.Host) -> None:
-        joining = [f"--address={head.address}:6379", f"--node-ip-address={host.address}", "--num-cpus=4"]
+        joining = [f"--address={head.address}:6379", f"--node-ip-address={host.address}", "--num-cpus=0"]
         command = host.command(
             str(Path(sys.executable).parent / "ray"), "start", *joining, '--resources={"expert": 1}', "--block"
         )

@@ -105,7 +105,7 @@ def hosts(count: int) -> Iterator[list[Host]]:
 
 @contextmanager
 def ray_on(everyone: Sequence[Host], shard_slots: int = 1) -> Iterator[None]:
-    """`ray start` on every host, as one would on machines; the head has no room for shards."""
+    """`ray start` on every host, as one would on machines: routers and ingress on the head, shards on the others."""
     started: list[subprocess.Popen[bytes]] = []
     environment = {
         **os.environ,
@@ -121,7 +121,7 @@ def ray_on(everyone: Sequence[Host], shard_slots: int = 1) -> Iterator[None]:
                     tempfile.TemporaryDirectory(prefix=f"em{i}-", ignore_cleanup_errors=True)
                 )
                 joining = [f"--address={everyone[0].address}:6379"] if i else ["--head", "--port=6379"]
-                room = ["--num-cpus=4", f'--resources={{"expert": {shard_slots}}}'] if i else ["--num-cpus=4"]
+                room = ["--num-cpus=0", f'--resources={{"expert": {shard_slots}}}'] if i else ["--num-cpus=4"]
                 tail = [] if i else ["--include-dashboard=false", f"--temp-dir={folder}"]
                 arguments = [ray, "start", *joining, f"--node-ip-address={host.address}", *room, *tail, "--block"]
                 # One after the other: on one file system several that start together may wait for each other.
