@@ -92,10 +92,13 @@ class RouterReplica:
 
 
 class IngressReplica:
-    """The HTTP face as a Serve deployment: deploy.ingress over the links to the routers. Imports no torch."""
+    """The HTTP face as a Serve deployment: deploy.ingress over the links to the routers. Imports no torch.
 
-    def __init__(self, settings: dict[str, Any], *routers: DeploymentHandle[Any]) -> None:
+    port_path: of deploy.listener, where it answers by itself; None: Serve's proxies are before it."""
+
+    def __init__(self, settings: dict[str, Any], port_path: str | None, *routers: DeploymentHandle[Any]) -> None:
         self._settings = Settings.model_validate(settings)
+        self._port_path = port_path
         start_logging("ingress", self._settings.server.log_format)
         self._routers = routers  # keeps the routers part of the application; requests go over the links
 
@@ -112,7 +115,8 @@ class IngressReplica:
             RouterPool(supervisors.routers, settings),
             supervisors=supervisors,
             ray_metrics=RayMetrics(Gauge, with_mesh=serve.get_replica_context().rank.rank == 0),
-            behind_serve=True,
+            port_path=self._port_path,
+            behind_serve=self._port_path is None,
         )
 
 
@@ -124,8 +128,9 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     return bind(load(environ=os.environ, flags=args).settings)
 
 
-def bind(settings: Settings) -> serve.Application:
-    """The deployments with their resources, bound to these settings: routers for each mesh, and one ingress.
+def bind(settings: Settings, *, port_path: str | None = None) -> serve.Application:
+    """The deployments with their resources, bound to these settings: routers for each mesh, and one ingress, behind
+    Serve's proxies or at the port that deploy.listener gives at this path.
 
     Raises ValueError where Ray would run anybody's code."""
     if os.environ.get("RAY_AUTH_MODE") != "token" and not settings.server.allow_open_ray:
@@ -147,7 +152,7 @@ def bind(settings: Settings) -> serve.Application:
     )(serve.ingress()(IngressReplica))
     meshes = settings.each_mesh()
     routers = [_bind_router(mesh, "router" if mesh is meshes[0] else f"router-{mesh.mesh.name}") for mesh in meshes]
-    application: serve.Application = ingress.bind(settings.model_dump(mode="json"), *routers)
+    application: serve.Application = ingress.bind(settings.model_dump(mode="json"), port_path, *routers)
     return application
 
 

@@ -12,7 +12,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 from fastapi import FastAPI
@@ -31,6 +31,7 @@ from deploy.completions import COMPLETIONS
 from deploy.endpoints import Endpoints
 from deploy.errors import ApiError, HttpError
 from deploy.key_limits import KeyLimits
+from deploy.listener import answering
 from deploy.ray_metrics import RayMetrics
 from deploy.router_pool import RouterPool
 from deploy.served_model import ModelList, ServedModel
@@ -53,12 +54,14 @@ def create_api(
     *,
     supervisors: Supervisors | None = None,
     ray_metrics: RayMetrics | None = None,
+    port_path: str | None = None,
     behind_serve: bool = False,
 ) -> FastAPI:
     """The app. It starts the pool with its lifespan, or with the first request, and closes it with its lifespan.
 
-    Without `supervisors` it tells of the mesh what its links know, and counts for itself alone. behind_serve: Serve's
-    proxy gives a request its id where it has none, and adds it to the answer."""
+    Without `supervisors` it tells of the mesh what its links know, and counts for itself alone. With the
+    path of `deploy.listener` it answers by itself from its lifespan on. behind_serve: Serve's proxy gives a request its
+    id where it has none, and adds it to the answer."""
     service = Service(settings, ModelList(models), pool)
     exporter = exporter_to(settings.server.otlp_traces_endpoint)
     tracing = Tracing(exporter, VERSION) if exporter is not None else None
@@ -67,7 +70,8 @@ def create_api(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await pool.start()
         publishing = asyncio.create_task(ray_metrics.repeat(service, supervisors)) if ray_metrics else None
-        yield
+        async with answering(api, port_path) if port_path else nullcontext():
+            yield
         if publishing is not None:
             publishing.cancel()
         await pool.close()

@@ -1,0 +1,81 @@
+"""The port that outlives whoever answers on it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from deploy.listener import answering, open_port
+
+
+def app(name: str) -> Starlette:
+    async def say(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(f"{name}: {request.client is not None}")
+
+    return Starlette(routes=[Route("/", say)])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_client_waits_while_one_ingress_follows_another():
+    number = free_port()
+
+    def ask() -> str:
+        return httpx.get(f"http://127.0.0.1:{number}/", timeout=20).text
+
+    async def one_after_the_other() -> list[str]:
+        loop, answers = asyncio.get_running_loop(), []
+        for name in ("first", "second"):
+            asked = loop.run_in_executor(pool, ask)
+            await asyncio.sleep(0.3)
+            assert not asked.done()  # nobody answers yet
+            async with answering(app(name), path):
+                answers += [await asked, await loop.run_in_executor(pool, ask)]
+        return answers
+
+    with ThreadPoolExecutor(2) as pool, open_port("127.0.0.1", number) as path:
+        assert asyncio.run(one_after_the_other()) == ["first: True"] * 2 + ["second: True"] * 2
+    with pytest.raises(httpx.ConnectError):
+        ask()
+    assert not Path(path).exists()
+
+
+def test_several_ingresses_share_a_port_and_one_may_leave():
+    async def ask() -> str:
+        async with httpx.AsyncClient() as client:
+            return (await client.get(f"http://127.0.0.1:{number}/")).text
+
+    async def both() -> None:
+        async with answering(app("one"), path):
+            async with answering(app("other"), path):
+                assert {await ask() for _ in range(8)} <= {"one: True", "other: True"}
+            assert [await ask() for _ in range(8)] == ["one: True"] * 8
+
+    number = free_port()
+    with open_port("127.0.0.1", number) as path:
+        asyncio.run(both())
+
+
+def test_a_port_that_is_taken_or_not_given_is_an_error(tmp_path: Path):
+    async def ask_nobody() -> None:
+        async with answering(app("nobody"), str(tmp_path / "port")):
+            pass
+
+    number = free_port()
+    with open_port("127.0.0.1", number), pytest.raises(OSError, match="in use"), open_port("127.0.0.1", number):
+        pass
+    with pytest.raises(FileNotFoundError):
+        asyncio.run(ask_nobody())
