@@ -29,7 +29,7 @@ from actors.specs import RouterSpec
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.heads import Head
-from model.kernels import Kernels, select_kernels
+from model.kernels import REFERENCE_KERNELS, Kernels, select_kernels
 from model.kv_cache import KV_DTYPES, KVCache, kv_block_bytes
 from model.load import Loader
 from model.structured import GrammarCompiler
@@ -51,6 +51,8 @@ class Router:
         config = load_config(directory, spec.dtype)
         kernels = select_kernels(device, num_threads=spec.num_threads)
         model, blocks = _load(spec, directory, config, kernels, device)
+        if kernels is not REFERENCE_KERNELS:
+            torch.set_num_threads(1)  # what torch still does is small, and its threads would stand in the kernels' way
         self.membership = RouterMembership(
             client,
             router_id=router_id,

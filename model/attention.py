@@ -14,7 +14,7 @@ from model.layers import rotate
 from model.linear import Weight, linear
 
 if TYPE_CHECKING:
-    from model.kernels import PagedAttention
+    from model.kernels import Kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +44,16 @@ class Attention:
     head_dim: int
     window: int | None
 
-    def forward(
-        self, x_TH: Tensor, inputs: AttentionInputs, kv_cache: KVCache, paged_attention: PagedAttention
-    ) -> Tensor:
+    def forward(self, x_TH: Tensor, inputs: AttentionInputs, kv_cache: KVCache, kernels: Kernels) -> Tensor:
         """Writes this step's keys and values into the cache, then attends. -> [T, H]."""
-        num_rotated = self.num_heads + self.num_kv_heads
-        qkv_THD = linear(x_TH, self.qkv, self.qkv_bias).view(-1, num_rotated + self.num_kv_heads, self.head_dim)
-        qk_THD = rotate(qkv_THD[:, :num_rotated], *inputs.cos_sin_T1D)
-        q_TAD, k_TGD = qk_THD[:, : self.num_heads], qk_THD[:, self.num_heads :]
-        kv_cache.write(self.layer_idx, inputs.write_rows_TG, k_TGD, qkv_THD[:, num_rotated:])
-        out_TAD = paged_attention(
-            q_TAD.contiguous(),
-            kv_cache.keys[self.layer_idx],
-            kv_cache.values[self.layer_idx],
+        keys, values = kv_cache.keys[self.layer_idx], kv_cache.values[self.layer_idx]
+        num_heads = self.num_heads + 2 * self.num_kv_heads
+        qkv_THD = linear(x_TH, self.qkv, self.qkv_bias).view(-1, num_heads, self.head_dim)
+        q_TAD = kernels.rotate_into_cache(qkv_THD, *inputs.cos_sin_T1D, inputs.write_rows_TG, keys, values)
+        out_TAD = kernels.paged_attention(
+            q_TAD,
+            keys,
+            values,
             inputs.block_ids_SB,
             inputs.batch.query_starts,
             inputs.batch.context_lens_S,
@@ -64,6 +61,21 @@ class Attention:
             self.head_dim**-0.5,
         )
         return linear(out_TAD.flatten(1), self.o)
+
+
+def rotate_into_cache_reference(
+    qkv_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, rows_TG: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> Tensor:
+    """Rotates queries and keys, and puts keys and values into their rows of the cache. -> the queries, [T, A, D].
+
+    qkv_THD float32: A query heads, G of keys, G of values; rows_TG of `KVCache.rows`; caches as for
+    `paged_attention_reference`.
+    """
+    num_kv_heads, head_dim = rows_TG.shape[1], qkv_THD.shape[2]
+    qk_THD = rotate(qkv_THD[:, :-num_kv_heads], cos_T1D, sin_T1D)
+    k_cache.view(-1, head_dim)[rows_TG] = qk_THD[:, -num_kv_heads:].to(k_cache.dtype)
+    v_cache.view(-1, head_dim)[rows_TG] = qkv_THD[:, -num_kv_heads:].to(v_cache.dtype)
+    return qk_THD[:, :-num_kv_heads].contiguous()
 
 
 def paged_attention_reference(

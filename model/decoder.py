@@ -11,7 +11,7 @@ from model.config import ModelConfig
 from model.forward_batch import ForwardBatch
 from model.kernels import Kernels
 from model.kv_cache import KVCache
-from model.layers import MLP, Rope, rms_norm
+from model.layers import MLP, Rope
 from model.linear import Embedding
 from model.moe import Exchange, MoeBlock
 
@@ -42,20 +42,19 @@ class Decoder:
 
         Running the same batch again gives the same result: keys and values go to the same slots.
         """
-        eps = self.config.rms_norm_eps
+        eps, kernels = self.config.rms_norm_eps, self.kernels
         cos_sin = self.rope.cos_sin(batch.positions_T, batch.rope_lens_T)
         groups = [
             AttentionInputs(batch, cos_sin, table.block_ids_SB, kv_cache.rows(table.slots_T)) for table in batch.tables
         ]
-        x_TH = self.embedding.rows(batch.token_ids_T)
+        x_TH = self.embedding.rows(batch.token_ids_T).contiguous()
+        delta_TH = None
         for layer in self.layers:
-            normed_TH = rms_norm(x_TH, layer.input_norm_H, eps)
-            x_TH = x_TH + layer.attention.forward(
-                normed_TH, groups[layer.kv_group], kv_cache, self.kernels.paged_attention
-            )
-            normed_TH = rms_norm(x_TH, layer.post_attention_norm_H, eps)
+            normed_TH = kernels.add_norm(x_TH, delta_TH, layer.input_norm_H, eps)
+            delta_TH = layer.attention.forward(normed_TH, groups[layer.kv_group], kv_cache, kernels)
+            normed_TH = kernels.add_norm(x_TH, delta_TH, layer.post_attention_norm_H, eps)
             if isinstance(layer.mlp, MoeBlock):
-                x_TH = x_TH + layer.mlp.forward(normed_TH, exchange)
+                delta_TH = layer.mlp.forward(normed_TH, exchange, kernels)
             else:
-                x_TH = x_TH + layer.mlp.forward(normed_TH)
-        return rms_norm(x_TH, self.norm_H, eps)
+                delta_TH = layer.mlp.forward(normed_TH, kernels.swiglu)
+        return kernels.add_norm(x_TH, delta_TH, self.norm_H, eps)

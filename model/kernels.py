@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.attention import paged_attention_reference
+from model.attention import paged_attention_reference, rotate_into_cache_reference
 from model.experts import ExpertWeights, run_experts
+from model.layers import add_gated, add_norm, swiglu
 from model.linear import Weight
 from model.native.kernels import NativeKernels
 from model.native.shared_object import load_shared_object
@@ -34,6 +35,10 @@ class Kernels:
 
     paged_attention: PagedAttention
     run_experts: RunExperts
+    add_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
+    rotate_into_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    swiglu: Callable[[Tensor], Tensor]
+    add_gated: Callable[[Tensor, Tensor, Tensor], Tensor]
     draw_tokens: DrawTokens
     pack_weight: Callable[[Weight], Weight]
     """A weight in the layout that `linear` and `run_experts` are fast with, for when it is loaded."""
@@ -42,6 +47,10 @@ class Kernels:
 REFERENCE_KERNELS = Kernels(
     paged_attention=paged_attention_reference,
     run_experts=run_experts,
+    add_norm=add_norm,
+    rotate_into_cache=rotate_into_cache_reference,
+    swiglu=swiglu,
+    add_gated=add_gated,
     draw_tokens=draw_tokens_reference,
     pack_weight=lambda weight: weight,
 )
@@ -66,6 +75,10 @@ def select_kernels(device: torch.device | str = "cpu", *, native: bool = True, n
     return Kernels(
         paged_attention=kernels.paged_attention,
         run_experts=kernels.run_experts,
+        add_norm=kernels.add_norm,
+        rotate_into_cache=kernels.rotate_into_cache,
+        swiglu=kernels.swiglu,
+        add_gated=kernels.add_gated,
         draw_tokens=kernels.draw_tokens,
         pack_weight=kernels.pack_weight,
     )

@@ -59,12 +59,6 @@ class KVCache:
         heads_TG = blocks_T[:, None] * num_kv_heads + torch.arange(num_kv_heads, device=slots_T.device)
         return heads_TG * self.block_size + offsets_T[:, None]
 
-    def write(self, layer_idx: int, rows_TG: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> None:
-        """Put one step's keys and values into their rows, rounding to the cache's dtype."""
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys.view(-1, keys.shape[-1])[rows_TG] = k_TGD.to(keys.dtype)
-        values.view(-1, values.shape[-1])[rows_TG] = v_TGD.to(values.dtype)
-
 
 def kv_block_bytes(config: ModelConfig, *, block_size: int, dtype: torch.dtype = torch.float32) -> tuple[int, ...]:
     """Bytes of one block in all layers of its group, keys and values together, for each of `config.kv_groups`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,10 @@ from model.linear import Weight, linear
 from model.rope_config import RopeConfig
 
 
-def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm (arXiv 1910.07467) in float32."""
+def add_norm(x_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float) -> Tensor:
+    """Adds delta to x in place. -> the root-mean-square norm of x (arXiv 1910.07467), float32."""
+    if delta_TH is not None:
+        x_TH += delta_TH
     return F.rms_norm(x_TH, weight_H.shape, weight_H, eps)
 
 
@@ -23,6 +26,15 @@ def swiglu(gate_up_T2I: Tensor) -> Tensor:
     """silu(gate) * up of the halves, gate first (arXiv 2002.05202). [T, 2I] -> [T, I]."""
     gate_TI, up_TI = gate_up_T2I.chunk(2, dim=-1)
     return F.silu(gate_TI).mul_(up_TI)
+
+
+def add_gated(y_TH: Tensor, x_TH: Tensor, gate_T1: Tensor) -> Tensor:
+    """y + x * sigmoid(gate), in y's memory.
+
+    In float64: of a whole [T, 1] tensor, float32's last elements take a scalar path that rounds otherwise, so a token's
+    bits would depend on its place in the batch.
+    """
+    return y_TH.add_(x_TH * gate_T1.double().sigmoid().float())
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +50,7 @@ class MLP:
     def num_bytes(self) -> int:
         return self.gate_up.num_bytes + self.down.num_bytes
 
-    def forward(self, x_TH: Tensor) -> Tensor:
+    def forward(self, x_TH: Tensor, swiglu: Callable[[Tensor], Tensor] = swiglu) -> Tensor:
         return linear(swiglu(linear(x_TH, self.gate_up)), self.down)
 
 

@@ -85,12 +85,10 @@ class MoeBlock:
     shared_expert_gate: Weight
     """[1, H]."""
 
-    def forward(self, x_TH: Tensor, exchange: Exchange) -> Tensor:
+    def forward(self, x_TH: Tensor, exchange: Exchange, kernels: Kernels = REFERENCE_KERNELS) -> Tensor:
         topk_ids_TK, topk_weights_TK = self.gate.forward(x_TH)
         receipt = exchange.dispatch(self.layer_idx, x_TH, topk_ids_TK, topk_weights_TK)
         # The shared expert runs while the tokens are away, and hides the exchange.
-        shared_TH = self.shared_expert.forward(x_TH)
-        # In float64: of a whole [T, 1] tensor, float32's last elements take a scalar path that rounds otherwise, so a
-        # token's bits would depend on its place in the batch.
-        shared_TH *= linear(x_TH, self.shared_expert_gate).double().sigmoid().float()
-        return exchange.combine(receipt).add_(shared_TH)
+        shared_TH = self.shared_expert.forward(x_TH, kernels.swiglu)
+        gate_T1 = linear(x_TH, self.shared_expert_gate)
+        return kernels.add_gated(exchange.combine(receipt), shared_TH, gate_T1)

@@ -21,20 +21,6 @@ struct routing {
     double *y;
 };
 
-/* out [I] = silu(h[0..I)) * h[I..2I) */
-static void swiglu(const float *h, int inner, float *out) {
-    for (int i = 0; i < inner; i += LANES) {
-        float gate[LANES] = {0}, up[LANES] = {0}, result[LANES];
-        int n = at_most(LANES, inner - i);
-        memcpy(gate, h + i, n * sizeof(float));
-        memcpy(up, h + inner + i, n * sizeof(float));
-        vec g = load(gate);
-        vec e = exponential(vmin(broadcast(0.0f) - g, broadcast(87.0f)));
-        store(result, g / (broadcast(1.0f) + e) * load(up));
-        memcpy(out + i, result, n * sizeof(float));
-    }
-}
-
 static void run_expert(void *context, int i) {
     const struct routing *routing = context;
     const struct weight *gate_up = routing->matrices[2 * routing->used_experts[i]];
@@ -49,7 +35,8 @@ static void run_expert(void *context, int i) {
 
     struct packed_rows rows = AT_LEVEL(pack_rows)(gate_up, routing->x, routing->rows + first, num_rows, packed_in);
     AT_LEVEL(multiply)(gate_up, &rows, NULL, h, 0, num_panels(gate_up));
-    for (int r = 0; r < num_rows; r++) swiglu(h + (long)r * 2 * inner, inner, activated + (long)r * inner);
+    for (int r = 0; r < num_rows; r++)
+        AT_LEVEL(swiglu_row)(h + (long)r * 2 * inner, inner, activated + (long)r * inner);
     rows = AT_LEVEL(pack_rows)(down, activated, NULL, num_rows, packed_inner);
     AT_LEVEL(multiply)(down, &rows, NULL, routing->outputs + (long)first * routing->hidden, 0, num_panels(down));
 }
@@ -65,7 +52,9 @@ static void sum_columns(void *context, int i) {
         double *y = routing->y + routing->pair_rows[p] * routing->hidden + first;
         const float *output = routing->outputs + (long)routing->places[p] * routing->hidden + first;
         float weight = routing->pair_weights[p];
-        for (int c = 0; c < n; c++) y[c] += (double)(weight * output[c]);
+        int c = 0;
+        for (; c + LANES <= n; c += LANES) add_to_doubles(y + c, load(output + c) * broadcast(weight));
+        for (; c < n; c++) y[c] += (double)(weight * output[c]);
     }
 }
 

@@ -15,7 +15,7 @@ from model.attention import paged_attention_reference
 from model.experts import ExpertWeights, run_experts
 from model.linear import DenseWeight, Int4Weight, Int8Weight, Weight
 from model.native.packed_weight import FORMATS, PANEL, PackedWeight
-from model.native.shared_object import AttentionStruct, SharedObject, pointer
+from model.native.shared_object import AttentionStruct, RotateStruct, SharedObject, pointer
 from model.random_bits import uniforms
 from model.sampler_state import SamplingRow
 
@@ -145,6 +145,61 @@ class NativeKernels:
         )
         self.shared_object.paged_attention(ctypes.addressof(call), self.shared_object.num_threads)
         return out_TAD
+
+    def add_norm(self, x_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float) -> Tensor:
+        """See `model.layers.add_norm`."""
+        assert x_TH.is_contiguous() and (delta_TH is None or delta_TH.is_contiguous())
+        y_TH = torch.empty_like(x_TH)
+        self.shared_object.add_norm(
+            pointer(x_TH),
+            pointer(delta_TH),
+            pointer(weight_H),
+            eps,
+            *x_TH.shape,
+            pointer(y_TH),
+            self.shared_object.num_threads,
+        )
+        return y_TH
+
+    def rotate_into_cache(
+        self, qkv_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, rows_TG: Tensor, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        """See `model.attention.rotate_into_cache_reference`."""
+        num_tokens, num_heads, head_dim = qkv_THD.shape
+        num_kv_heads = rows_TG.shape[1]
+        q_TAD = torch.empty(num_tokens, num_heads - 2 * num_kv_heads, head_dim)
+        call = RotateStruct(
+            pointer(q_TAD),
+            pointer(qkv_THD),
+            pointer(cos_T1D),
+            pointer(sin_T1D),
+            pointer(rows_TG),
+            pointer(k_cache),
+            pointer(v_cache),
+            q_TAD.shape[1],
+            num_kv_heads,
+            head_dim,
+            k_cache.dtype == torch.bfloat16,
+        )
+        self.shared_object.rotate_into_cache(ctypes.addressof(call), num_tokens, self.shared_object.num_threads)
+        return q_TAD
+
+    def swiglu(self, gate_up_T2I: Tensor) -> Tensor:
+        """See `model.layers.swiglu`."""
+        num_tokens, width = gate_up_T2I.shape
+        out_TI = torch.empty(num_tokens, width // 2)
+        self.shared_object.swiglu(
+            pointer(gate_up_T2I), num_tokens, width // 2, pointer(out_TI), self.shared_object.num_threads
+        )
+        return out_TI
+
+    def add_gated(self, y_TH: Tensor, x_TH: Tensor, gate_T1: Tensor) -> Tensor:
+        """See `model.layers.add_gated`."""
+        assert y_TH.is_contiguous()
+        self.shared_object.add_gated(
+            pointer(y_TH), pointer(x_TH), pointer(gate_T1), *y_TH.shape, self.shared_object.num_threads
+        )
+        return y_TH
 
     def draw_tokens(self, logits_RV: Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[float]]:
         """See `model.sampling.draw_tokens_reference`."""

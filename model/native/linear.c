@@ -32,22 +32,21 @@ static size_t panel_bytes(const struct weight *w) {
 /* The sizes of packed rows, without memory. Tiles are as even as possible: 13 rows are 7 + 6 (+ 1 of zeros). */
 static struct packed_rows arrange(const struct weight *w, int num_rows) {
     struct packed_rows rows = {.num_rows = num_rows, .run = is_integer(w) ? 4 : 1};
-    int num_packed = num_rows, most = MAX_TILE_ROWS;
+    int most = MAX_TILE_ROWS;
 #ifdef __AMX_TILE__
     if (amx_run(w, num_rows)) {
         rows.run = amx_run(w, num_rows);
         most = AMX_TILE_ROWS;
-        if (!is_integer(w)) num_packed *= AMX_PARTS;
     }
 #endif
-    rows.tile_rows = ceil_div(num_packed, ceil_div(num_packed, most));
-    rows.num_tiles = ceil_div(num_packed, rows.tile_rows);
+    rows.tile_rows = ceil_div(num_rows, ceil_div(num_rows, most));
+    rows.num_tiles = ceil_div(num_rows, rows.tile_rows);
     return rows;
 }
 
 /* Of one tile's values. */
 static size_t tile_bytes(const struct weight *w, const struct packed_rows *rows) {
-    int input_bytes = is_integer(w) ? 1 : rows->run > 1 ? 2 : 4;
+    int input_bytes = is_integer(w) ? 1 : 4; /* with AMX two parts of 2 bytes */
     return (size_t)rows->tile_rows * padded_inputs(w) * input_bytes;
 }
 
@@ -94,17 +93,14 @@ static void pack_integer_row(const struct weight *w, const float *x, int R, int 
     }
 }
 
-static void pack_integer_rows(const struct weight *w, const float *x, const int32_t *row_ids, char *memory,
-                              struct packed_rows *rows) {
+static void pack_integer_tile(const struct weight *w, const float *x, const int32_t *row_ids, int tile,
+                              const struct packed_rows *rows) {
     int R = rows->tile_rows, run = rows->run, num_blocks = ceil_div(w->num_inputs, w->block_size);
-    rows->values = take(&memory, rows->num_tiles * tile_bytes(w, rows));
-    rows->scales = take(&memory, (size_t)rows->num_tiles * R * num_blocks * sizeof(float));
-    rows->sums = take(&memory, (size_t)rows->num_tiles * R * num_blocks * sizeof(int32_t));
-    for (int i = 0; i < rows->num_tiles * R; i++) {
-        int t = i / R, r = i % R;
-        int8_t *values = (int8_t *)rows->values + t * tile_bytes(w, rows) + run * r;
-        float *scales = rows->scales + (long)t * R * num_blocks + r;
-        int32_t *sums = rows->sums + (long)t * R * num_blocks + r;
+    for (int r = 0; r < R; r++) {
+        int i = tile * R + r;
+        int8_t *values = (int8_t *)rows->values + tile * tile_bytes(w, rows) + run * r;
+        float *scales = rows->scales + (long)tile * R * num_blocks + r;
+        int32_t *sums = rows->sums + (long)tile * R * num_blocks + r;
         if (i < rows->num_rows) {
             pack_integer_row(w, x + (long)(row_ids ? row_ids[i] : i) * w->num_inputs, R, run, values, scales, sums);
         } else {
@@ -114,26 +110,41 @@ static void pack_integer_rows(const struct weight *w, const float *x, const int3
     }
 }
 
-static void pack_float_rows(const struct weight *w, const float *x, const int32_t *row_ids, struct packed_rows *rows) {
+static void pack_float_tile(const struct weight *w, const float *x, const int32_t *row_ids, int tile,
+                            const struct packed_rows *rows) {
     int K = w->num_inputs, padded_K = padded_inputs(w), R = rows->tile_rows;
-    for (int i = 0; i < rows->num_tiles * R; i++) {
+    for (int r = 0; r < R; r++) {
+        int i = tile * R + r;
         const float *row = i < rows->num_rows ? x + (long)(row_ids ? row_ids[i] : i) * K : NULL;
-        float *out = (float *)rows->values + (long)(i / R) * R * padded_K + i % R;
+        float *out = (float *)rows->values + (long)tile * R * padded_K + r;
         for (int k = 0; k < padded_K; k++) out[(long)k * R] = row && k < K ? row[k] : 0.0f;
     }
 }
 
+static void pack_tile(const struct weight *w, const float *x, const int32_t *row_ids, int tile,
+                      const struct packed_rows *rows) {
+    if (is_integer(w)) pack_integer_tile(w, x, row_ids, tile, rows);
+#ifdef __AMX_TILE__
+    else if (rows->run > 1) amx_pack_tile(rows, x, row_ids, w->num_inputs, tile);
+#endif
+    else pack_float_tile(w, x, row_ids, tile, rows);
+}
+
+/* `arrange`, and where in memory of packed_rows_bytes everything goes. */
+static struct packed_rows lay_out(const struct weight *w, int num_rows, char *memory) {
+    struct packed_rows rows = arrange(w, num_rows);
+    int num_blocks = is_integer(w) ? ceil_div(w->num_inputs, w->block_size) : 0;
+    size_t num_scales = (size_t)rows.num_tiles * rows.tile_rows * num_blocks;
+    rows.values = take(&memory, rows.num_tiles * tile_bytes(w, &rows));
+    rows.scales = take(&memory, num_scales * sizeof(float));
+    rows.sums = take(&memory, num_scales * sizeof(int32_t));
+    return rows;
+}
+
 struct packed_rows AT_LEVEL(pack_rows)(const struct weight *w, const float *x, const int32_t *row_ids, int num_rows,
                                        char *memory) {
-    struct packed_rows rows = arrange(w, num_rows);
-    rows.values = memory;
-    if (is_integer(w)) pack_integer_rows(w, x, row_ids, memory, &rows);
-#ifdef __AMX_TILE__
-    else if (rows.run > 1)
-        for (int i = 0; i < num_rows; i++)
-            amx_pack_row(&rows, x + (long)(row_ids ? row_ids[i] : i) * w->num_inputs, w->num_inputs, AMX_PARTS * i);
-#endif
-    else pack_float_rows(w, x, row_ids, &rows);
+    struct packed_rows rows = lay_out(w, num_rows, memory);
+    for (int tile = 0; tile < rows.num_tiles; tile++) pack_tile(w, x, row_ids, tile, &rows);
     return rows;
 }
 
@@ -326,6 +337,7 @@ void AT_LEVEL(multiply)(const struct weight *w, const struct packed_rows *rows, 
 
 struct linear_call {
     const struct weight *w;
+    const float *x;
     struct packed_rows rows;
     const float *bias;
     float *y;
@@ -339,17 +351,23 @@ static void multiply_part(void *context, int i) {
                        at_most(first + call->panels_each, num_panels(call->w)));
 }
 
-/* Waking a thread takes some 30 us, in which the first reads half a megabyte. */
-enum { BYTES_WORTH_A_WAKE = 2 << 20 };
+static void pack_part(void *context, int tile) {
+    const struct linear_call *call = context;
+    pack_tile(call->w, call->x, NULL, tile, &call->rows);
+}
+
+/* Waking a thread takes some 30 us, in which the first reads half a megabyte; one that is awake needs 2 us. */
+enum { BYTES_WORTH_A_WAKE = 2 << 20, BYTES_WORTH_A_THREAD = 256 << 10, ROWS_WORTH_A_THREAD = 64 };
 
 /* y [num_rows, num_outputs] = x [num_rows, num_inputs] @ weight.T + bias (or NULL). */
 void AT_LEVEL(linear)(const struct weight *w, const float *x, int num_rows, const float *bias, float *y,
                       int num_threads) {
     if (num_rows == 0) return;
     char *memory = scratch(SCRATCH_CALL, AT_LEVEL(packed_rows_bytes)(w, num_rows));
-    struct linear_call call = {.w = w, .bias = bias, .y = y};
-    call.rows = AT_LEVEL(pack_rows)(w, x, NULL, num_rows, memory);
-    if (num_panels(w) * panel_bytes(w) * ceil_div(num_rows, 8) < BYTES_WORTH_A_WAKE) num_threads = 1;
+    struct linear_call call = {.w = w, .x = x, .rows = lay_out(w, num_rows, memory), .bias = bias, .y = y};
+    parallel_for(pack_part, &call, call.rows.num_tiles, num_rows < ROWS_WORTH_A_THREAD ? 1 : num_threads);
+    size_t least = threads_are_awake() ? BYTES_WORTH_A_THREAD : BYTES_WORTH_A_WAKE;
+    if (num_panels(w) * panel_bytes(w) * ceil_div(num_rows, 8) < least) num_threads = 1;
     call.panels_each = num_threads > 1 ? FEW_ROWS_PANELS * 2 : num_panels(w);
     parallel_for(multiply_part, &call, ceil_div(num_panels(w), call.panels_each), num_threads);
 }

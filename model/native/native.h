@@ -45,8 +45,11 @@ static inline int padded_inputs(const struct weight *w) {
 }
 static inline int num_panels(const struct weight *w) { return ceil_div(w->num_outputs, PANEL); }
 
-/* Call body(context, i) for i in [0, count), on up to num_threads threads. Waiting threads sleep. */
+/* Call body(context, i) for i in [0, count), on up to num_threads threads. */
 void parallel_for(void (*body)(void *context, int i), void *context, int count, int num_threads);
+
+/* Whether others would begin at once with what is theirs of a parallel_for, instead of being woken first. */
+int threads_are_awake(void);
 
 /* At least num_bytes of memory owned by the calling thread, aligned to 64 bytes, valid until its next call with the
  * same slot. Kept until the thread ends: steps of one model need the same sizes again and again. */

@@ -54,6 +54,24 @@ class AttentionStruct(ctypes.Structure):
     ]
 
 
+class RotateStruct(ctypes.Structure):
+    """`struct rotate_call` of layer.c."""
+
+    _fields_ = [
+        ("q", ctypes.c_void_p),
+        ("qkv", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("cache_rows", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("num_heads", ctypes.c_int32),
+        ("num_kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("kv_is_bfloat16", ctypes.c_int32),
+    ]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SharedObject:
     """The kernels at one vector width, with the number of threads that a call may use.
@@ -66,6 +84,10 @@ class SharedObject:
     linear: Any
     run_experts: Any
     paged_attention: Any
+    add_norm: Any
+    rotate_into_cache: Any
+    swiglu: Any
+    add_gated: Any
     draw_tokens: Any
     pack: Any
 
@@ -110,6 +132,12 @@ def load_shared_object(level: str | None = None, num_threads: int = 1, path: Pat
             *(address, integer, address, integer, integer, address, address, address, integer, address, integer),
         ),
         paged_attention=function(f"paged_attention_{level}", None, address, integer),
+        add_norm=function(
+            f"add_norm_{level}", None, address, address, address, ctypes.c_float, integer, integer, address, integer
+        ),
+        rotate_into_cache=function(f"rotate_into_cache_{level}", None, address, integer, integer),
+        swiglu=function(f"swiglu_{level}", None, address, integer, integer, address, integer),
+        add_gated=function(f"add_gated_{level}", None, address, address, address, integer, integer, integer),
         draw_tokens=function(
             f"draw_tokens_{level}", None, address, integer, integer, address, address, address, integer
         ),

@@ -81,6 +81,10 @@ INLINE ivec add_ints(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
 INLINE int32_t sum_of_ints(ivec a) { return _mm512_reduce_add_epi32(a); }
 INLINE __m256 fold_add(vec a) { return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
 INLINE float max_of_lanes(vec a) { return _mm512_reduce_max_ps(a); }
+INLINE void add_to_doubles(double *y, vec a) {
+    _mm512_storeu_pd(y, _mm512_loadu_pd(y) + _mm512_cvtps_pd(_mm512_castps512_ps256(a)));
+    _mm512_storeu_pd(y + 8, _mm512_loadu_pd(y + 8) + _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));
+}
 
 /* rows[i] lane j -> rows[j] lane i. */
 INLINE void transpose(vec rows[LANES]) {
@@ -186,6 +190,11 @@ INLINE float max_of_lanes(vec a) {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+INLINE void add_to_doubles(double *y, vec a) {
+    _mm256_storeu_pd(y, _mm256_loadu_pd(y) + _mm256_cvtps_pd(_mm256_castps256_ps128(a)));
+    _mm256_storeu_pd(y + 4, _mm256_loadu_pd(y + 4) + _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));
 }
 
 INLINE void transpose(vec rows[LANES]) {

@@ -1,0 +1,193 @@
+/* What stands between the products of a layer: norm, rotary embedding, SwiGLU and the shared expert's gate.
+ *
+ * Rows are computed each for itself, and in the same order at every width: a row has the same bits in any batch.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "linear.h"
+
+enum { ROWS_EACH = 16 };      /* of a task */
+enum { ROWS_WORTH_A_THREAD = 64 };
+
+struct rows_job {
+    void (*body)(const void *call, int row);
+    const void *call;
+    int num_rows;
+};
+
+static void run_rows(void *context, int i) {
+    const struct rows_job *job = context;
+    for (int row = i * ROWS_EACH; row < at_most((i + 1) * ROWS_EACH, job->num_rows); row++) job->body(job->call, row);
+}
+
+static void for_each_row(void (*body)(const void *call, int row), const void *call, int num_rows, int num_threads) {
+    struct rows_job job = {body, call, num_rows};
+    parallel_for(run_rows, &job, ceil_div(num_rows, ROWS_EACH), num_rows < ROWS_WORTH_A_THREAD ? 1 : num_threads);
+}
+
+/* Up to LANES numbers; the lanes beyond are 0. */
+INLINE vec load_some(const float *p, int n) {
+    float buffer[LANES] = {0};
+    if (n >= LANES) return load(p);
+    memcpy(buffer, p, n * sizeof(float));
+    return load(buffer);
+}
+
+INLINE void store_some(float *p, vec a, int n) {
+    float buffer[LANES];
+    if (n >= LANES) {
+        store(p, a);
+        return;
+    }
+    store(buffer, a);
+    memcpy(p, buffer, n * sizeof(float));
+}
+
+/* ---- RMSNorm ---- */
+
+struct norm_call {
+    float *x;
+    const float *delta, *weight;
+    float *y;
+    int width;
+    float eps;
+};
+
+static void norm_row(const void *context, int row) {
+    const struct norm_call *call = context;
+    int H = call->width;
+    float *x = call->x + (long)row * H, *y = call->y + (long)row * H;
+    const float *delta = call->delta ? call->delta + (long)row * H : NULL;
+    vec squares[16 / LANES];
+    for (int i = 0; i < 16 / LANES; i++) squares[i] = broadcast(0.0f);
+    for (int h = 0; h < H; h += LANES) {
+        vec a = load_some(x + h, H - h);
+        if (delta) {
+            a += load_some(delta + h, H - h);
+            store_some(x + h, a, H - h);
+        }
+        squares[h / LANES % (16 / LANES)] = fma_add(a, a, squares[h / LANES % (16 / LANES)]);
+    }
+    vec scale = broadcast(1.0f / sqrtf(sum_of_16(squares) / H + call->eps));
+    for (int h = 0; h < H; h += LANES)
+        store_some(y + h, load_some(x + h, H - h) * scale * load_some(call->weight + h, H - h), H - h);
+}
+
+/* x [num_rows, width] += delta (or NULL); y = x / sqrt(mean(x^2) + eps) * weight */
+void AT_LEVEL(add_norm)(float *x, const float *delta, const float *weight, float eps, int num_rows, int width,
+                        float *y, int num_threads) {
+    struct norm_call call = {x, delta, weight, y, width, eps};
+    for_each_row(norm_row, &call, num_rows, num_threads);
+}
+
+/* ---- rotary embedding, and keys and values into their cache ---- */
+
+struct rotate_call {
+    float *q;                 /* [T, A, D] */
+    const float *qkv;         /* [T, A + 2G, D] */
+    const float *cos, *sin;   /* [T, D]; sin of the first half negative */
+    const int64_t *cache_rows; /* [T, G] */
+    char *k, *v;              /* [rows, D], float32 or bfloat16 */
+    int32_t num_heads, num_kv_heads, head_dim, kv_is_bfloat16;
+};
+
+INLINE uint16_t to_bfloat16(float a) { /* to nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &a, 4);
+    if (a != a) return 0x7fc0;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+static void write_head(char *cache, int64_t row, const float *x, const struct rotate_call *call) {
+    int D = call->head_dim;
+    if (!call->kv_is_bfloat16) {
+        memcpy(cache + row * D * sizeof(float), x, D * sizeof(float));
+        return;
+    }
+    uint16_t *out = (uint16_t *)cache + row * D;
+    for (int d = 0; d < D; d++) out[d] = to_bfloat16(x[d]);
+}
+
+static void rotate_head(const float *x, const float *cos, const float *sin, int D, float *out) {
+    int half = D / 2;
+    for (int d = 0; d < half; d += LANES) {
+        int n = half - d;
+        vec a = load_some(x + d, n), b = load_some(x + half + d, n);
+        store_some(out + d, fma_add(b, load_some(sin + d, n), a * load_some(cos + d, n)), n);
+        store_some(out + half + d, fma_add(a, load_some(sin + half + d, n), b * load_some(cos + half + d, n)), n);
+    }
+}
+
+static void rotate_row(const void *context, int row) {
+    const struct rotate_call *call = context;
+    int A = call->num_heads, G = call->num_kv_heads, D = call->head_dim;
+    const float *x = call->qkv + (long)row * (A + 2 * G) * D, *cos = call->cos + (long)row * D;
+    const float *sin = call->sin + (long)row * D;
+    float key[D];
+    for (int a = 0; a < A; a++) rotate_head(x + a * D, cos, sin, D, call->q + ((long)row * A + a) * D);
+    for (int g = 0; g < G; g++) {
+        int64_t cache_row = call->cache_rows[(long)row * G + g];
+        rotate_head(x + (A + g) * D, cos, sin, D, key);
+        write_head(call->k, cache_row, key, call);
+        write_head(call->v, cache_row, x + (A + G + g) * D, call);
+    }
+}
+
+void AT_LEVEL(rotate_into_cache)(const struct rotate_call *call, int num_rows, int num_threads) {
+    for_each_row(rotate_row, call, num_rows, num_threads);
+}
+
+/* ---- SwiGLU ---- */
+
+struct swiglu_call {
+    const float *h;
+    float *out;
+    int inner;
+};
+
+/* out [inner] = silu(h[0..inner)) * h[inner..2 inner) */
+void AT_LEVEL(swiglu_row)(const float *h, int inner, float *out) {
+    for (int i = 0; i < inner; i += LANES) {
+        vec gate = load_some(h + i, inner - i);
+        vec e = exponential(vmin(broadcast(0.0f) - gate, broadcast(87.0f)));
+        store_some(out + i, gate / (broadcast(1.0f) + e) * load_some(h + inner + i, inner - i), inner - i);
+    }
+}
+
+static void swiglu_of_row(const void *context, int row) {
+    const struct swiglu_call *call = context;
+    AT_LEVEL(swiglu_row)(call->h + (long)row * 2 * call->inner, call->inner, call->out + (long)row * call->inner);
+}
+
+/* out [num_rows, inner] of h [num_rows, 2 inner] */
+void AT_LEVEL(swiglu)(const float *h, int num_rows, int inner, float *out, int num_threads) {
+    struct swiglu_call call = {h, out, inner};
+    for_each_row(swiglu_of_row, &call, num_rows, num_threads);
+}
+
+/* ---- the shared expert's gate ---- */
+
+struct gated_call {
+    float *y;
+    const float *x, *gate;
+    int width;
+};
+
+static void add_gated_row(const void *context, int row) {
+    const struct gated_call *call = context;
+    int H = call->width;
+    float *y = call->y + (long)row * H;
+    const float *x = call->x + (long)row * H;
+    vec scale = broadcast((float)(1.0 / (1.0 + exp(-(double)call->gate[row]))));
+    for (int h = 0; h < H; h += LANES) {
+        vec sum = load_some(y + h, H - h) + load_some(x + h, H - h) * scale;
+        store_some(y + h, sum, H - h);
+    }
+}
+
+/* y [num_rows, width] += x * sigmoid(gate [num_rows]) */
+void AT_LEVEL(add_gated)(float *y, const float *x, const float *gate, int num_rows, int width, int num_threads) {
+    struct gated_call call = {y, x, gate, width};
+    for_each_row(add_gated_row, &call, num_rows, num_threads);
+}
