@@ -5,9 +5,10 @@
     header ──────────── socket ─────────────────> wakes, computes from the arena, writes its sums there
     wakes, adds the sums up <──── socket ──────── the same header
 
-Nothing is copied and nothing spins. A process that dies closes its sockets, so its peer wakes at once; a stopped one
-is found at the deadline. The memory is a memfd without a name, handed over through the socket: it ends with the last
-process that maps it, however that ends, and can't be shrunk under anybody.
+Nothing is copied. Who waits looks again and again for SPIN_S before it sleeps, and lets others have its core
+meanwhile: to be woken takes as long as many an exchange. A process that dies closes its sockets, so its peer wakes at
+once; a stopped one is found at the deadline. The memory is a memfd without a name, handed over through the socket: it
+ends with the last process that maps it, however that ends, and can't be shrunk under anybody.
 
 The router listens in Linux' abstract namespace (no file to leave behind) only while a group forms. Either side
 hears the other's user id from the kernel and refuses another user's process. Whether a shard is near is found by
@@ -35,6 +36,7 @@ from cluster.wire import HEADER_LENGTH, Arena, Header, Message, roomy
 
 HEADER = struct.Struct(f"={HEADER_LENGTH}q")
 HELLO = struct.Struct("=q")
+SPIN_S = 300e-6
 NAME_BYTES = 16
 NAME_TAG, ANSWER_TAG = 4, 5
 Failure = tuple[int | None, Exception]
@@ -104,7 +106,7 @@ class Channels:
         """
         failures: list[Failure] = []
         while headers:
-            events = self._poll.poll(max(end - time.monotonic(), 0.0) * 1e3)
+            events = self._poll_awake() or self._poll.poll(max(end - time.monotonic(), 0.0) * 1e3)
             if not events:
                 return failures + [(shard_idx, TimeoutError("timed out")) for shard_idx in headers]
             for fd, _ in events:
@@ -118,6 +120,15 @@ class Channels:
                     failures.append((shard_idx, ConnectionResetError("connection closed, or an answer out of turn")))
                     self.drop(shard_idx)
         return failures
+
+    def _poll_awake(self) -> list[tuple[int, int]]:
+        """Events within SPIN_S, without sleeping."""
+        end = time.monotonic() + SPIN_S
+        while time.monotonic() < end:
+            if events := self._poll.poll(0):
+                return events
+            os.sched_yield()
+        return []
 
     def drop(self, shard_idx: int) -> None:
         """Close the socket to a shard, if it is open."""
@@ -144,7 +155,7 @@ class HostShard:
 
     def next_header(self) -> Header:
         try:
-            data = self._socket.recv(HEADER.size)
+            data = self._recv_awake() or self._socket.recv(HEADER.size)
         except BlockingIOError:
             raise PeerSilent(f"router of group {self.group.name}: timed out") from None
         except OSError as error:
@@ -152,6 +163,15 @@ class HostShard:
         if len(data) != HEADER.size:
             raise PeerLost(f"router of group {self.group.name}: connection closed by peer")
         return Header._make(HEADER.unpack(data))
+
+    def _recv_awake(self) -> bytes:
+        """What comes within SPIN_S, without sleeping; nothing when nothing does."""
+        end = time.monotonic() + SPIN_S
+        while time.monotonic() < end:
+            with contextlib.suppress(BlockingIOError):
+                return self._socket.recv(HEADER.size, socket.MSG_DONTWAIT)
+            os.sched_yield()
+        return b""
 
     def receive(self, header: Header) -> Message:
         self._arena.reserve(header.arena_bytes)
