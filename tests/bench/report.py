@@ -211,7 +211,7 @@ def _growth(results: dict[str, Any]) -> Iterator[str]:
 
 def _front(results: dict[str, Any]) -> Iterator[str]:
     one = results["front"]
-    yield f"## What proxy and ingress add, {one['streams']} streams, ms"
+    yield f"## What the HTTP front adds, {one['streams']} streams, ms"
     yield ""
     rows = [
         [name, f"{one[f'link_{key}_p50_ms']:.1f}", f"{one[f'http_{key}_p50_ms']:.1f}", f"{one[f'added_{key}_ms']:+.2f}"]

@@ -133,7 +133,7 @@ def measure_http(bench: Bench) -> None:
 def measure_front(bench: Bench) -> None:
     with service.serving([str(checkpoint("small")), "--quantization", "int8", "--local"]) as running:
         bench.keep("front", found := service.front_overhead(running))
-    bench.say(f"proxy and ingress add {found['added_ttft_ms']:.1f} ms to TTFT, {found['added_itl_ms']:.2f} ms to ITL")
+    bench.say(f"the HTTP front adds {found['added_ttft_ms']:.1f} ms to TTFT, {found['added_itl_ms']:.2f} ms to ITL")
 
 
 def measure_growth(bench: Bench) -> None:

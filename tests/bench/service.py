@@ -136,7 +136,7 @@ def sixteen_clients(url: str, model: str) -> dict[str, float]:
     }
 
 
-# ---- what proxy and ingress add ----------------------------------------------------------------------
+# ---- what the HTTP front adds -------------------------------------------------------------------------
 
 
 def front_overhead(service: Service, streams: int = 64, rounds: int = 3) -> dict[str, Any]:
