@@ -111,6 +111,7 @@ def measure_engines(bench: Bench) -> None:
 
 def measure_http(bench: Bench) -> None:
     """Whole services: tokens a second for each shape, precision and way of SERVED but int4 over shards."""
+    bench.results["http"] = [one for one in bench.results.get("http", []) if one["shape"] not in bench.shapes]
     for shape in bench.shapes:
         path = checkpoint(shape)
         for precision in PRECISIONS:
