@@ -21,9 +21,12 @@ PACK_FLOATS(pack_float16, uint16_t)
 static void pack_bfloat16(const uint16_t *rows, int num_rows, int K, uint16_t *panel) {
     if (num_rows < PANEL || K % 2) memset(panel, 0, (size_t)ceil_div(K, 2) * 2 * PANEL * sizeof(uint16_t));
     for (int first = 0; first < K; first += INPUTS_AT_A_TIME)
-        for (int o = 0; o < num_rows; o++)
-            for (int k = first; k < at_most(K, first + INPUTS_AT_A_TIME); k += 2)
-                memcpy(panel + (long)k * PANEL + 2 * o, rows + (long)o * K + k, at_most(2, K - k) * sizeof(uint16_t));
+        for (int o = 0; o < num_rows; o++) {
+            const uint16_t *row = rows + (long)o * K;
+            int last = at_most(K, first + INPUTS_AT_A_TIME), k = first;
+            for (; k + 2 <= last; k += 2) memcpy(panel + (long)k * PANEL + 2 * o, row + k, 2 * sizeof(uint16_t));
+            if (k < last) panel[(long)k * PANEL + 2 * o] = row[k];
+        }
 }
 
 /* The integer formats keep four inputs of an output side by side: `quad` is where those of output 0 go. */
