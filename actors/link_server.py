@@ -98,7 +98,7 @@ class LinkServer:
         except (TimeoutError, OSError, ValueError, asyncio.LimitOverrunError) as error:
             log.info("link %s: %s", owner, str(error)[:200])
         except asyncio.CancelledError:
-            pass  # only _close does this; asyncio would log a handler that ends as cancelled
+            log.debug("link %s: closed with the server", owner)  # raised on, asyncio would log it as an error
         finally:
             if owner is not None:
                 del self._writers[owner]

@@ -26,7 +26,9 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 
@@ -37,6 +39,7 @@ from cluster.wire import HEADER_LENGTH, Arena, Header, Message, roomy
 HEADER = struct.Struct(f"={HEADER_LENGTH}q")
 HELLO = struct.Struct("=q")
 SPIN_S = 300e-6
+T = TypeVar("T")
 NAME_BYTES = 16
 NAME_TAG, ANSWER_TAG = 4, 5
 Failure = tuple[int | None, Exception]
@@ -106,7 +109,7 @@ class Channels:
         """
         failures: list[Failure] = []
         while headers:
-            events = self._poll_awake() or self._poll.poll(max(end - time.monotonic(), 0.0) * 1e3)
+            events = _awake(lambda: self._poll.poll(0)) or self._poll.poll(max(end - time.monotonic(), 0.0) * 1e3)
             if not events:
                 return failures + [(shard_idx, TimeoutError("timed out")) for shard_idx in headers]
             for fd, _ in events:
@@ -120,15 +123,6 @@ class Channels:
                     failures.append((shard_idx, ConnectionResetError("connection closed, or an answer out of turn")))
                     self.drop(shard_idx)
         return failures
-
-    def _poll_awake(self) -> list[tuple[int, int]]:
-        """Events within SPIN_S, without sleeping."""
-        end = time.monotonic() + SPIN_S
-        while time.monotonic() < end:
-            if events := self._poll.poll(0):
-                return events
-            os.sched_yield()
-        return []
 
     def drop(self, shard_idx: int) -> None:
         """Close the socket to a shard, if it is open."""
@@ -155,7 +149,7 @@ class HostShard:
 
     def next_header(self) -> Header:
         try:
-            data = self._recv_awake() or self._socket.recv(HEADER.size)
+            data = _awake(self._receive_now) or self._socket.recv(HEADER.size)
         except BlockingIOError:
             raise PeerSilent(f"router of group {self.group.name}: timed out") from None
         except OSError as error:
@@ -164,13 +158,9 @@ class HostShard:
             raise PeerLost(f"router of group {self.group.name}: connection closed by peer")
         return Header._make(HEADER.unpack(data))
 
-    def _recv_awake(self) -> bytes:
-        """What comes within SPIN_S, without sleeping; nothing when nothing does."""
-        end = time.monotonic() + SPIN_S
-        while time.monotonic() < end:
-            with contextlib.suppress(BlockingIOError):
-                return self._socket.recv(HEADER.size, socket.MSG_DONTWAIT)
-            os.sched_yield()
+    def _receive_now(self) -> bytes:
+        with contextlib.suppress(BlockingIOError):
+            return self._socket.recv(HEADER.size, socket.MSG_DONTWAIT)
         return b""
 
     def receive(self, header: Header) -> Message:
@@ -182,6 +172,16 @@ class HostShard:
             self._socket.send(HEADER.pack(*header))
         except OSError as error:
             raise PeerLost(f"router of group {self.group.name}: {error}") from None
+
+
+def _awake(look: Callable[[], T]) -> T | None:
+    """What `look` first finds within SPIN_S, without sleeping."""
+    end = time.monotonic() + SPIN_S
+    while time.monotonic() < end:
+        if found := look():
+            return found
+        os.sched_yield()
+    return None
 
 
 def meet_shards(group: MeshGroup) -> Channels:

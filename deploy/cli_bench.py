@@ -55,7 +55,7 @@ def bench(
         num_prompts=num_prompts,
         rate=None if request_rate == float("inf") else request_rate,
         burstiness=None if burstiness == float("inf") else burstiness,
-        dataset=dataset_name,  # type: ignore[arg-type]
+        dataset=dataset_name,  # type: ignore[arg-type]  # one of the two, or it failed above
         input_len=random_input_len,
         output_len=random_output_len,
         range_ratio=random_range_ratio,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 from pydantic_core import from_json
 
 from actors.request import MAX_LINE_BYTES, Chunk
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +142,9 @@ class RouterLink:
                 if not line.endswith(b"\n"):
                     break  # cut off in the middle: what it would have said is computed again elsewhere
                 self._receive(from_json(line))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # a router that breaks the protocol is as lost as one that hangs up
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            # One that breaks the protocol is as lost as one that hangs up.
+            logger.info("router %s: %s: %s", self.address.router_id, type(error).__name__, str(error)[:200])
         finally:
             self.drop()
 

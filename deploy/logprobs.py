@@ -24,8 +24,8 @@ def completion_logprobs(
             top.append(None)
         else:
             shown = [*most_likely(token.alternatives, num_top), token.alternatives[0]]
-            top.append({_name(tokenizer, one[0], as_ids): _finite(one[1]) for one in reversed(shown)})
-            top[-1] = dict(sorted(top[-1].items(), key=lambda item: -item[1]))  # type: ignore[union-attr]
+            by_name = {_name(tokenizer, one[0], as_ids): _finite(one[1]) for one in reversed(shown)}
+            top.append(dict(sorted(by_name.items(), key=lambda item: -item[1])))
     return {
         "text_offset": [token.text_offset for token in tokens],
         "token_logprobs": [

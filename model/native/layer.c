@@ -7,8 +7,7 @@
 
 #include "linear.h"
 
-enum { ROWS_EACH = 16 };      /* of a task */
-enum { ROWS_WORTH_A_THREAD = 64 };
+enum { ROWS_EACH = 16 }; /* of a task */
 
 struct rows_job {
     void (*body)(const void *call, int row);

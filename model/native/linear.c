@@ -357,7 +357,7 @@ static void pack_part(void *context, int tile) {
 }
 
 /* Waking a thread takes some 30 us, in which the first reads half a megabyte; one that is awake needs 2 us. */
-enum { BYTES_WORTH_A_WAKE = 2 << 20, BYTES_WORTH_A_THREAD = 256 << 10, ROWS_WORTH_A_THREAD = 64 };
+enum { BYTES_WORTH_A_WAKE = 2 << 20, BYTES_WORTH_A_THREAD = 256 << 10 };
 
 /* y [num_rows, num_outputs] = x [num_rows, num_inputs] @ weight.T + bias (or NULL). */
 void AT_LEVEL(linear)(const struct weight *w, const float *x, int num_rows, const float *bias, float *y,

@@ -18,6 +18,8 @@ struct packed_rows {
     int32_t *sums;  /* of the block's values */
 };
 
+enum { ROWS_WORTH_A_THREAD = 64 }; /* what takes little time for each is shared among threads from here on */
+
 size_t AT_LEVEL(packed_rows_bytes)(const struct weight *w, int num_rows);
 
 /* Pack x[row_ids[i]] for i in [0, num_rows) (row i itself when row_ids is NULL) into memory of packed_rows_bytes. */

@@ -16,60 +16,32 @@ LEVELS = ("avx2", "avx512", "amx")
 """From slow to fast. All give the same bits, but that products with bfloat16 weights round otherwise in AMX's tiles."""
 
 
+def _fields(pointers: str, integers: str, floats: str = "") -> list[tuple[str, Any]]:
+    """Of a struct that has its pointers first, then its int32s, then its floats: names with spaces between them."""
+    kinds = ((pointers, ctypes.c_void_p), (integers, ctypes.c_int32), (floats, ctypes.c_float))
+    return [(name, kind) for names, kind in kinds for name in names.split()]
+
+
 class WeightStruct(ctypes.Structure):
     """`struct weight` of native.h."""
 
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("input_order", ctypes.c_void_p),
-        ("format", ctypes.c_int32),
-        ("num_outputs", ctypes.c_int32),
-        ("num_inputs", ctypes.c_int32),
-        ("block_size", ctypes.c_int32),
-    ]
+    _fields_ = _fields("data scales zeros input_order", "format num_outputs num_inputs block_size")
 
 
 class AttentionStruct(ctypes.Structure):
     """`struct attention_call` of attention.c."""
 
-    _fields_ = [
-        ("out", ctypes.c_void_p),
-        ("q", ctypes.c_void_p),
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("block_ids", ctypes.c_void_p),
-        ("query_starts", ctypes.c_void_p),
-        ("context_lens", ctypes.c_void_p),
-        ("num_sequences", ctypes.c_int32),
-        ("num_heads", ctypes.c_int32),
-        ("num_kv_heads", ctypes.c_int32),
-        ("head_dim", ctypes.c_int32),
-        ("block_size", ctypes.c_int32),
-        ("max_blocks", ctypes.c_int32),
-        ("window", ctypes.c_int32),
-        ("kv_is_bfloat16", ctypes.c_int32),
-        ("scale", ctypes.c_float),
-    ]
+    _fields_ = _fields(
+        "out q k v block_ids query_starts context_lens",
+        "num_sequences num_heads num_kv_heads head_dim block_size max_blocks window kv_is_bfloat16",
+        "scale",
+    )
 
 
 class RotateStruct(ctypes.Structure):
     """`struct rotate_call` of layer.c."""
 
-    _fields_ = [
-        ("q", ctypes.c_void_p),
-        ("qkv", ctypes.c_void_p),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
-        ("cache_rows", ctypes.c_void_p),
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("num_heads", ctypes.c_int32),
-        ("num_kv_heads", ctypes.c_int32),
-        ("head_dim", ctypes.c_int32),
-        ("kv_is_bfloat16", ctypes.c_int32),
-    ]
+    _fields_ = _fields("q qkv cos sin cache_rows k v", "num_heads num_kv_heads head_dim kv_is_bfloat16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
