@@ -189,7 +189,7 @@ class Engine:
         """One forward pass for everything scheduled."""
         started, recovery_s = self._clock(), self.exchange.recovery_s
         self.exchange.begin_step()
-        work = self._work = self.scheduler.schedule(self._pace.prefill_budget())
+        work = self._work = self.scheduler.schedule(self._pace.prefill_budget(*self.scheduler.rivals()))
         if not work:
             return
         for item in work:

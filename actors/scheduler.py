@@ -57,6 +57,12 @@ class Scheduler:
     def is_full(self) -> bool:
         return len(self.waiting) >= self.limits.max_queue
 
+    def rivals(self) -> tuple[int, int]:
+        """(sequences that decode, those that have prompt tokens left and a seat or a free one)."""
+        num_decodes = sum(s.num_to_compute == 1 for s in self.running)
+        num_free = self.limits.max_num_seqs - len(self.running)
+        return num_decodes, len(self.running) - num_decodes + min(len(self.waiting), num_free)
+
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
         self.waiting.sort(key=lambda s: s.order)
