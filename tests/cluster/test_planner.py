@@ -130,6 +130,9 @@ def test_plan_reads_a_config_alone_and_says_that_it_computed(tmp_path: Path) -> 
     done = CliRunner().invoke(cli, ["plan", str(tmp_path), "--devices", "8", "--users", "200"])
     assert done.exit_code == 0, done.output
     assert "Computed, not measured" in done.output and "bound" in done.output and "simulated" in done.output
+    assert "ping-pong" not in done.output, "overlap gains nothing here"
+    slow = CliRunner().invoke(cli, ["plan", str(tmp_path), "--devices", "8", "--users", "128", "--network", "5"])
+    assert "ping-pong, which routers don't run yet" in slow.output
     done = CliRunner().invoke(cli, ["plan", str(tmp_path), "--devices", "2"])
     assert done.exit_code == 1 and "can't hold it" in done.output
     assert "choose one of" in CliRunner().invoke(cli, ["plan", str(tmp_path), "--device", "abacus"]).output
