@@ -58,7 +58,7 @@ class SafetensorsFile:
         shape = entry.shape if shape is None else shape
         offset, num_bytes = entry.offset + first * dtype.itemsize, math.prod(shape) * dtype.itemsize
         buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        target = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy's arrays have the buffer protocol
+        target = buffer.numpy().data
         with self.path.open("rb", buffering=0) as file:
             done = 0
             while done < num_bytes:

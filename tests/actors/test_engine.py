@@ -109,22 +109,35 @@ def test_whoever_waits_for_anothers_prefix_goes_on_alone_when_that_one_leaves(st
     assert outputs.tokens("again") == outputs.tokens("second")
 
 
+def waiting(blocks: BlockManager, arrival: int, ids: list[int]) -> Sequence:
+    request = GenerateRequest(request_id=str(arrival), prompt_ids=tuple(ids), sampling=SamplingParams())
+    return Sequence(
+        request=request, owner="o", arrival=arrival, deadline=1e9, table=blocks.new_table(), token_ids=list(ids)
+    )
+
+
+def test_rivals_are_those_that_decode_and_those_that_could_be_given_prompt_tokens():
+    blocks = BlockManager([BlockPool(64)], [None], block_size=16, prefix_caching=False)
+    scheduler = Scheduler(SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=50), blocks)
+    for arrival, length in enumerate([20, 20, 20, 20, 20, 20]):
+        scheduler.add(waiting(blocks, arrival, prompt_of(arrival, length)))
+    assert scheduler.rivals() == (0, 4), "two have no seat"
+    work = scheduler.schedule()
+    scheduler.commit(work)
+    assert [item.end - item.begin for item in work] == [20, 20, 10]
+    for item in work:
+        if item.samples:
+            item.sequence.token_ids.append(5)
+    assert scheduler.rivals() == (2, 2), "one half computed, one for the free seat"
+    assert len(scheduler.schedule(prefill_budget=12)) == 4
+
+
 def test_whoever_waits_for_a_prefix_keeps_its_seat_and_computes_only_the_rest():
     blocks = BlockManager([BlockPool(64)], [None], block_size=16, prefix_caching=True)
     scheduler = Scheduler(SchedulerLimits(max_num_seqs=2, max_num_batched_tokens=512), blocks)
     prompt = prompt_of(0, 100)
     for arrival, ids in enumerate([prompt, prompt, prompt_of(1, 30)]):
-        request = GenerateRequest(request_id=str(arrival), prompt_ids=tuple(ids), sampling=SamplingParams())
-        scheduler.add(
-            Sequence(
-                request=request,
-                owner="o",
-                arrival=arrival,
-                deadline=1e9,
-                table=blocks.new_table(),
-                token_ids=list(ids),
-            )
-        )
+        scheduler.add(waiting(blocks, arrival, ids))
     steps = []
     for _ in range(2):
         work = scheduler.schedule()
