@@ -44,6 +44,6 @@ def locate_model(model: str, revision: str | None = None, download_dir: str | No
 
 
 def load_config(directory: Path, dtype: str | None) -> ModelConfig:
-    """The model's config, with another weight dtype where one is asked for."""
+    """The model's config, with another dtype where one is asked for: bfloat16 is that of the activations too."""
     config = ModelConfig.from_directory(directory)
-    return config if dtype is None else replace(config, dtype=dtype)
+    return config if dtype is None else replace(config, dtype=dtype, bfloat16_activations=dtype == "bfloat16")

@@ -46,9 +46,9 @@ class ShardSpec:
 class RouterSpec:
     """What every router of a mesh is told. model: directory or hub id; heads: served name -> directory.
 
-    dtype: rounds wider weights to it; None: as the checkpoint's config says. num_kv_blocks: of the full-attention
-    group; None: what kv_cache_bytes holds. num_routers: of the whole mesh; transport `auto` depends on it. local:
-    experts in this process.
+    dtype: rounds wider weights to it, and bfloat16 the activations too; None: as the checkpoint's config says.
+    num_kv_blocks: of the full-attention group; None: what kv_cache_bytes holds. num_routers: of the whole mesh;
+    transport `auto` depends on it. local: experts in this process.
     """
 
     model: str

@@ -68,7 +68,7 @@ def serve(
     served_model_name: Annotated[list[str] | None, typer.Option(help="Name in the API; may be repeated.")] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="Key that clients must show; may be repeated.")] = None,
     api_key_file: Annotated[str | None, typer.Option(help="File with such keys, one a line.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, float16, or bfloat16: activations too.")] = None,
     quantization: Annotated[str | None, typer.Option(help="int8 or int4, while loading.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one step.")] = None,

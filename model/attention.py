@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.forward_batch import ForwardBatch
 from model.kv_cache import KVCache
-from model.layers import rotate
+from model.layers import joined, rotate, row_groups
 from model.linear import Weight, linear
 
 if TYPE_CHECKING:
@@ -48,8 +48,14 @@ class Attention:
         """Writes this step's keys and values into the cache, then attends. -> [T, H]."""
         keys, values = kv_cache.keys[self.layer_idx], kv_cache.values[self.layer_idx]
         num_heads = self.num_heads + 2 * self.num_kv_heads
-        qkv_THD = linear(x_TH, self.qkv, self.qkv_bias).view(-1, num_heads, self.head_dim)
-        q_TAD = kernels.rotate_into_cache(qkv_THD, *inputs.cos_sin_T1D, inputs.write_rows_TG, keys, values)
+        (cos_T1D, sin_T1D), write_rows_TG = inputs.cos_sin_T1D, inputs.write_rows_TG
+        groups = []
+        for rows in row_groups(x_TH, self.qkv.shape[0]):
+            qkv_THD = linear(x_TH[rows], self.qkv, self.qkv_bias).view(-1, num_heads, self.head_dim)
+            groups.append(
+                kernels.rotate_into_cache(qkv_THD, cos_T1D[rows], sin_T1D[rows], write_rows_TG[rows], keys, values)
+            )
+        q_TAD = joined(groups)
         out_TAD = kernels.paged_attention(
             q_TAD,
             keys,

@@ -67,6 +67,8 @@ class ModelConfig:
     """What GPTQ's stored zero points lack: 1 in its v1 format, 0 in `checkpoint_format: gptq_v2`; None: no GPTQ.
 
     Weights have 4 bits; groups and act-order show in the tensors themselves."""
+    bfloat16_activations: bool = False
+    """Whether activations are rounded to bfloat16 where they meet a bfloat16 weight; gates and small heads aside."""
     kv_groups: tuple[KVGroup, ...] = field(init=False)
     """The KV groups that have layers, "full" before "sliding"."""
 

@@ -1,7 +1,8 @@
 """Every matmul with weights goes through `linear`.
 
-Activations are float32; weights keep the storage they were loaded with. On CPU a row of the result has the same bits
-whatever the other rows are: a request's logits don't depend on its batchmates.
+Activations are float32, or rounded to bfloat16 on their way into a product where the weight says so; sums are float32.
+Weights keep the storage they were loaded with. On CPU a row of the result has the same bits whatever the other rows
+are: a request's logits don't depend on its batchmates.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class DenseWeight(Embedding):
     """A plain matrix: float32, bfloat16 or float16 [N, K]."""
 
     tensor: Tensor
+    bfloat16_inputs: bool = False
+    """Whether inputs are rounded to bfloat16 first. Only for a bfloat16 matrix."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,6 +67,14 @@ class DenseWeight(Embedding):
 
     def dequantize(self) -> Tensor:
         return self.tensor.float()
+
+    def multiply(self, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not self.bfloat16_inputs:
+            return Embedding.multiply(self, x_TK, bias)
+        if x_TK.device.type == "cuda":  # written with care, and never run: no machine of ours has a GPU
+            y_TN = torch.mm(x_TK.bfloat16(), self.tensor.T, out_dtype=torch.float32)
+            return y_TN if bias is None else y_TN + bias
+        return Embedding.multiply(self, x_TK.bfloat16().float(), bias)
 
     def rows(self, ids_T: Tensor) -> Tensor:
         return F.embedding(ids_T, self.tensor).float()

@@ -43,7 +43,7 @@ class Loader:
 
     `quantization` (int8 | int4 | None) applies to attention, MLPs, experts and an LM head of its own; either makes the
     embedding int8. Gates, small heads and norms keep the checkpoint's storage, rounded to `config.dtype` where that is
-    narrower.
+    narrower, and their inputs are float32 whatever `config.bfloat16_activations` says.
     """
 
     checkpoint: Checkpoint
@@ -168,7 +168,7 @@ class Loader:
 
     def _unquantized(self, name: str, shape: tuple[int, int]) -> Weight:
         """Gates and small heads."""
-        return self._weight([_Matrix(name, shape)], None)
+        return self._weight([_Matrix(name, shape)], None, exact=True)
 
     def _linear(self, modules: Sequence[tuple[str, int]], num_inputs: int) -> Weight:
         """The weights of several modules (name, outputs) with the same input, as one matrix of all their rows."""
@@ -178,12 +178,15 @@ class Loader:
             [_Matrix(f"{name}.weight", (size, num_inputs)) for name, size in modules], self.quantization
         )
 
-    def _weight(self, matrices: Sequence[_Matrix], quantization: str | None, *, packed: bool = True) -> Weight:
+    def _weight(
+        self, matrices: Sequence[_Matrix], quantization: str | None, *, packed: bool = True, exact: bool = False
+    ) -> Weight:
         """The rows of all matrices as one weight. Read, quantized and packed in blocks of rows, so that loading takes
         little more memory than the weight that stays."""
 
         def store(block: Tensor) -> Weight:
-            weight: Weight = DenseWeight(block)
+            round_inputs = self.config.bfloat16_activations and block.dtype == torch.bfloat16 and not exact
+            weight: Weight = DenseWeight(block, round_inputs)
             if quantization is not None:
                 weight = quantize_int8(block) if quantization == "int8" else quantize_int4(block)
             return self.kernels.pack_weight(weight) if packed else weight

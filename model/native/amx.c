@@ -3,8 +3,8 @@
  * INT8, INT4: the sum over a block of inputs is an exact integer, so a row has the bits of the other levels.
  * BFLOAT16: a float32 input is taken as the sum of two bf16 numbers, each in a tile of its own, whose products add up in
  * the same sums: 16 of its 24 bits. Results are off by 2.5e-6 of their size, where the sums of 2,000 products in
- * float32 are by 0.8e-6 (and bfloat16 inputs would be by 2e-3); a third part would mend that and make prefill half as
- * slow again. The hardware adds in an order of its own, in which no other row has a part: a row has the same bits in
+ * float32 are by 0.8e-6; a third part would mend that and make prefill half as slow again. With `bfloat16_inputs` there
+ * is one part, and results are off by 2e-3. The hardware adds in an order of its own, in which no other row has a part: a row has the same bits in
  * any batch, though not those of the other levels.
  *
  * Tiles: 0-3 sums, 4-5 rows, 6-7 weights of outputs 0-15 and 16-31 of a panel. A panel's inputs are its tiles' rows as
@@ -17,7 +17,6 @@
 enum { SUMS = 16 * 16, WEIGHT_STRIDE = 4 * PANEL, STEP_BYTES = 16 * WEIGHT_STRIDE };
 enum { FEW_INT8_ROWS = 3, FEW_INT4_ROWS = 6 }; /* vectors are as fast with so many */
 enum { GROUP_BYTES = 1200 << 10 }; /* of packed rows, which stay in the second-level cache for all panels */
-enum { STEPS_AT_A_TIME = 8 };  /* whose weights, 16 KB, stay in the first-level cache for all rows */
 
 int amx_run(const struct weight *w, int num_rows) {
     int K = w->num_inputs, block = at_most(w->block_size, K);
@@ -42,117 +41,146 @@ static void configure(int num_rows, int run_bytes) {
     _tile_loadconfig(&config);
 }
 
+/* Rows of one tile, sums [half of the panel][16][16], to y, which begins with the first of them. */
+static void store_rows(const struct weight *w, const float *sums, const float *bias, int panel, float *y,
+                       int num_rows) {
+    int first = panel * PANEL, n = at_most(PANEL, w->num_outputs - first);
+    __mmask16 there[2] = {n < 16 ? (1 << n) - 1 : 0xffff, n > 16 ? (1 << (n - 16)) - 1 : 0};
+    vec added[2] = {broadcast(0.0f), broadcast(0.0f)};
+    if (bias)
+        for (int half = 0; half < 2; half++) added[half] = _mm512_maskz_loadu_ps(there[half], bias + first + 16 * half);
+    y += first;
+    for (int r = 0; r < num_rows; r++, y += w->num_outputs) {
+        _mm512_mask_storeu_ps(y, there[0], load(sums + r * 16) + added[0]);
+        if (n > 16) _mm512_mask_storeu_ps(y + 16, there[1], load(sums + SUMS + r * 16) + added[1]);
+    }
+}
+
 /* ---- bfloat16 ---- */
 
-/* 16 inputs of a row, in AMX_PARTS parts. */
-INLINE void split(const float *x, char *out, long part_bytes) {
+/* 16 inputs of a row, in parts. */
+INLINE void split(const float *x, char *out, long part_bytes, int parts) {
     vec rest = load(x);
-    for (int part = 0; part < AMX_PARTS; part++, out += part_bytes) {
+    for (int part = 0; part < parts; part++, out += part_bytes) {
         __m256i nearest = (__m256i)_mm512_cvtneps_pbh(rest);
         _mm256_storeu_si256((__m256i *)out, nearest);
         rest -= _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(nearest), 16)); /* exact */
     }
 }
 
-void amx_pack_tile(const struct packed_rows *rows, const float *x, const int32_t *row_ids, int num_inputs, int tile) {
-    int R = rows->tile_rows, num_rows = at_most(R, rows->num_rows - tile * R);
+void amx_pack_tile(const struct weight *w, const struct packed_rows *rows, const float *x, const int32_t *row_ids,
+                   int tile) {
+    int R = rows->tile_rows, num_rows = at_most(R, rows->num_rows - tile * R), num_inputs = w->num_inputs;
+    int parts = amx_parts(w);
     long part_bytes = (long)R * 64;
-    char *out = rows->values + tile * part_bytes * AMX_PARTS * (num_inputs / 32);
+    char *out = rows->values + tile * part_bytes * parts * (num_inputs / 32);
     const float *from[AMX_TILE_ROWS];
     for (int r = 0; r < num_rows; r++) {
         int i = tile * R + r;
         from[r] = x + (long)(row_ids ? row_ids[i] : i) * num_inputs;
     }
-    for (int k = 0; k < num_inputs; k += 32, out += part_bytes * AMX_PARTS)
+    for (int k = 0; k < num_inputs; k += 32, out += part_bytes * parts)
         for (int r = 0; r < num_rows; r++) {
-            split(from[r] + k, out + r * 64, part_bytes);
-            split(from[r] + k + 16, out + r * 64 + 32, part_bytes);
+            split(from[r] + k, out + r * 64, part_bytes, parts);
+            split(from[r] + k + 16, out + r * 64 + 32, part_bytes, parts);
         }
 }
 
-INLINE void begin_sums(const float *sums, const int is_first, const int two) {
-    if (is_first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        return;
-    }
-    _tile_loadd(0, sums, 64);
-    _tile_loadd(1, sums + SUMS, 64);
-    if (!two) return;
-    _tile_loadd(2, sums + 2 * SUMS, 64);
-    _tile_loadd(3, sums + 3 * SUMS, 64);
-}
-
-INLINE void end_sums(float *sums, const int two) {
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + SUMS, 64);
-    if (!two) return;
-    _tile_stored(2, sums + 2 * SUMS, 64);
-    _tile_stored(3, sums + 3 * SUMS, 64);
-}
-
-/* Steps [first, last) of tile t and, if `two`, of t + 1. sums: [tile][half of the panel][16][16]. Meanwhile `num_ahead`
- * lines of the weights `ahead` bytes on are fetched in each step. */
-INLINE void bfloat16_steps(const struct packed_rows *rows, const char *panel, int num_inputs, int t, const int two,
-                           int first, int last, float *sums, int ahead, int num_ahead) {
-    long part_bytes = (long)rows->tile_rows * 64, step_bytes = part_bytes * AMX_PARTS;
-    const char *x = rows->values + t * step_bytes * (num_inputs / 32), *next = x + step_bytes * (num_inputs / 32);
-    begin_sums(sums, first == 0, two);
-    for (int s = first; s < last; s++) {
-        const char *weights = panel + (long)s * STEP_BYTES;
-        for (int i = 0; i < num_ahead; i++) _mm_prefetch(weights + ahead + 64 * i, _MM_HINT_T1);
-        _tile_loadd(6, weights, WEIGHT_STRIDE);
-        _tile_loadd(7, weights + 64, WEIGHT_STRIDE);
+/* The sums of a tile of rows, and of the next one if `two`, for a panel: in tiles 0 and 1, and in 2 and 3. Meanwhile
+ * `num_ahead` lines of the weights `ahead` bytes on are fetched in each step, and those of y where the sums will go: a
+ * store that misses the cache would hold up the tiles behind it. */
+INLINE void tiles_by_panel(const struct packed_rows *rows, const char *x, const char *panel, int num_steps,
+                           const int parts, const int two, long ahead, int num_ahead, const float *y, long row) {
+    long part_bytes = (long)rows->tile_rows * 64;
+    const char *next = x + num_steps * parts * part_bytes;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (two) _tile_zero(2);
+    if (two) _tile_zero(3);
+    for (int s = 0; s < num_steps; s++, panel += STEP_BYTES) {
+        for (int i = 0; i < num_ahead; i++) _mm_prefetch(panel + ahead + 64 * i, _MM_HINT_T1);
+        for (int half = 0; s < 2 * AMX_TILE_ROWS && half < 2; half++) __builtin_prefetch(y + s * row + 16 * half, 1);
+        _tile_loadd(6, panel, WEIGHT_STRIDE);
+        _tile_loadd(7, panel + 64, WEIGHT_STRIDE);
 #pragma GCC unroll 2
-        for (int part = 0; part < AMX_PARTS; part++) {
-            _tile_loadd(4, x + s * step_bytes + part * part_bytes, 64);
+        for (int part = 0; part < parts; part++, x += part_bytes, next += part_bytes) {
+            _tile_loadd(4, x, 64);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
             if (!two) continue;
-            _tile_loadd(5, next + s * step_bytes + part * part_bytes, 64);
+            _tile_loadd(5, next, 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    end_sums(sums, two);
 }
 
-/* All steps of the only tile for a panel and the next one: two streams come faster from memory than one. */
-static void two_bfloat16_panels(const struct packed_rows *rows, const char *panel, int num_inputs, float *sums) {
+/* The sums of one tile of rows for a panel and the next one: two streams come faster from memory than one. */
+INLINE void tile_by_panels(const struct packed_rows *rows, const char *panel, int num_steps, const int parts) {
     long part_bytes = (long)rows->tile_rows * 64;
-    const char *x = rows->values, *next = panel + (long)num_inputs * PANEL * 2;
-    begin_sums(sums, 1, 1);
-    for (int s = 0; s < num_inputs / 32; s++, panel += STEP_BYTES, next += STEP_BYTES)
-#pragma GCC unroll 2
-        for (int part = 0; part < AMX_PARTS; part++, x += part_bytes) {
-            _tile_loadd(4, x, 64);
-            _tile_loadd(6, panel, WEIGHT_STRIDE);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, panel + 64, WEIGHT_STRIDE);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(6, next, WEIGHT_STRIDE);
-            _tile_dpbf16ps(2, 4, 6);
-            _tile_loadd(7, next + 64, WEIGHT_STRIDE);
-            _tile_dpbf16ps(3, 4, 7);
-        }
-    end_sums(sums, 1);
+    const char *x = rows->values, *next = panel + (long)num_steps * STEP_BYTES;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int s = 0; s < num_steps; s++, panel += STEP_BYTES, next += STEP_BYTES, x += parts * part_bytes) {
+        _tile_loadd(4, x, 64);
+        if (parts == 2) _tile_loadd(5, x + part_bytes, 64);
+        _tile_loadd(6, panel, WEIGHT_STRIDE);
+        _tile_dpbf16ps(0, 4, 6);
+        if (parts == 2) _tile_dpbf16ps(0, 5, 6);
+        _tile_loadd(7, panel + 64, WEIGHT_STRIDE);
+        _tile_dpbf16ps(1, 4, 7);
+        if (parts == 2) _tile_dpbf16ps(1, 5, 7);
+        _tile_loadd(6, next, WEIGHT_STRIDE);
+        _tile_dpbf16ps(2, 4, 6);
+        if (parts == 2) _tile_dpbf16ps(2, 5, 6);
+        _tile_loadd(7, next + 64, WEIGHT_STRIDE);
+        _tile_dpbf16ps(3, 4, 7);
+        if (parts == 2) _tile_dpbf16ps(3, 5, 7);
+    }
 }
 
-/* All tiles for a panel. sums: [tile][half of the panel][16][16]. */
-static void bfloat16_panel(const struct packed_rows *rows, const char *panel, int num_inputs, float *sums) {
-    int num_steps = num_inputs / 32, num_tiles = rows->num_tiles;
-    int at_a_time = num_tiles > 2 ? STEPS_AT_A_TIME : num_steps;
-    int num_ahead = ceil_div(STEP_BYTES / 64, ceil_div(num_tiles, 2)); /* every pair of tiles fetches its share */
-    for (int first = 0; first < num_steps; first += at_a_time) {
-        int last = at_most(first + at_a_time, num_steps), ahead = STEPS_AT_A_TIME * STEP_BYTES;
-        float *of_pair = sums;
-        for (int t = 0; t < num_tiles; t += 2, of_pair += 4 * SUMS, ahead += 64 * num_ahead)
-            if (t + 1 < num_tiles)
-                bfloat16_steps(rows, panel, num_inputs, t, 1, first, last, of_pair, ahead, num_ahead);
-            else
-                bfloat16_steps(rows, panel, num_inputs, t, 0, first, last, of_pair, ahead, num_ahead);
+/* Tiles 0 and 1, or 2 and 3, to y, or by way of a buffer where a part of them is padding or gets a bias. */
+INLINE void store_sums(const struct weight *w, const float *bias, int panel, float *y, int num_rows, const int second,
+                       int tile_rows) {
+    float sums[2 * SUMS] __attribute__((aligned(64)));
+    int is_whole = num_rows == tile_rows && (panel + 1) * PANEL <= w->num_outputs && !bias;
+    float *out = is_whole ? y + panel * PANEL : sums, *out_16 = is_whole ? out + 16 : sums + SUMS;
+    long stride = is_whole ? (long)w->num_outputs * sizeof(float) : 64;
+    if (second) {
+        _tile_stored(2, out, stride);
+        _tile_stored(3, out_16, stride);
+    } else {
+        _tile_stored(0, out, stride);
+        _tile_stored(1, out_16, stride);
+    }
+    if (!is_whole) store_rows(w, sums, bias, panel, y, num_rows);
+}
+
+INLINE void bfloat16_panels(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
+                            int first_panel, int last_panel, const int parts) {
+    int R = rows->tile_rows, num_steps = w->num_inputs / 32;
+    long panel_bytes = (long)num_steps * STEP_BYTES, tile_bytes = (long)num_steps * parts * R * 64;
+    int num_ahead = ceil_div(STEP_BYTES / 64, ceil_div(rows->num_tiles, 2)); /* every pair of tiles fetches its share */
+    for (int i = first_panel; i < last_panel; i++) {
+        const char *panel = (const char *)w->data + i * panel_bytes;
+        if (rows->num_tiles == 1 && i + 1 < last_panel) {
+            tile_by_panels(rows, panel, num_steps, parts);
+            store_sums(w, bias, i, y, rows->num_rows, 0, R);
+            store_sums(w, bias, ++i, y, rows->num_rows, 1, R);
+            continue;
+        }
+        for (int t = 0; t < rows->num_tiles; t += 2) {
+            const char *x = rows->values + t * tile_bytes;
+            int num_rows = rows->num_rows - t * R, two = t + 1 < rows->num_tiles;
+            long row = w->num_outputs, ahead = panel_bytes + 32 * t * num_ahead;
+            float *out = y + t * R * row;
+            if (two) tiles_by_panel(rows, x, panel, num_steps, parts, 1, ahead, num_ahead, out + i * PANEL, row);
+            else tiles_by_panel(rows, x, panel, num_steps, parts, 0, ahead, num_ahead, out + i * PANEL, row);
+            store_sums(w, bias, i, out, at_most(R, num_rows), 0, R);
+            if (two) store_sums(w, bias, i, out + R * row, at_most(R, num_rows - R), 1, R);
+        }
     }
 }
 
@@ -237,23 +265,22 @@ INLINE void integer_panel(const struct weight *w, const struct packed_rows *rows
             }
 }
 
-/* ---- whole matrices ---- */
-
-/* totals: [tile][half of the panel][16][16] */
-static void store_rows(const struct weight *w, const struct packed_rows *rows, const float *totals, const float *bias,
-                       int panel, float *y) {
-    int first = panel * PANEL, n = at_most(PANEL, w->num_outputs - first), R = rows->tile_rows;
-    __mmask16 there[2] = {n < 16 ? (1 << n) - 1 : 0xffff, n > 16 ? (1 << (n - 16)) - 1 : 0};
-    vec added[2] = {broadcast(0.0f), broadcast(0.0f)};
-    if (bias)
-        for (int half = 0; half < 2; half++) added[half] = _mm512_maskz_loadu_ps(there[half], bias + first + 16 * half);
-    y += first;
-    for (int i = 0; i < rows->num_rows; i += R, totals += 2 * SUMS)
-        for (int r = 0; r < at_most(R, rows->num_rows - i); r++, y += w->num_outputs) {
-            _mm512_mask_storeu_ps(y, there[0], load(totals + r * 16) + added[0]);
-            if (n > 16) _mm512_mask_storeu_ps(y + 16, there[1], load(totals + SUMS + r * 16) + added[1]);
-        }
+INLINE void integer_panels(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
+                           int first_panel, int last_panel, int format) {
+    int K = w->num_inputs, R = rows->tile_rows;
+    size_t totals_bytes = (size_t)rows->num_tiles * 2 * SUMS * sizeof(float);
+    size_t panel_bytes = (size_t)K * PANEL / (format == INT4 ? 2 : 1);
+    char *memory = scratch(SCRATCH_TILES, totals_bytes + (size_t)at_most(w->block_size, K) * PANEL + 2 * 64);
+    float *totals = take(&memory, totals_bytes);
+    for (int i = first_panel; i < last_panel; i++) {
+        integer_panel(w, rows, format, i, (const char *)w->data + i * panel_bytes, memory, totals);
+        for (int t = 0; t < rows->num_tiles; t++)
+            store_rows(w, totals + (long)t * 2 * SUMS, bias, i, y + (long)t * R * w->num_outputs,
+                       at_most(R, rows->num_rows - t * R));
+    }
 }
+
+/* ---- whole matrices ---- */
 
 /* Some tiles of `rows`. */
 static struct packed_rows some_tiles(const struct weight *w, const struct packed_rows *rows, long tile_bytes, int first,
@@ -274,25 +301,15 @@ static struct packed_rows some_tiles(const struct weight *w, const struct packed
 void amx_multiply(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
                   int first_panel, int last_panel) {
     int R = rows->tile_rows, is_bfloat16 = w->format == BFLOAT16, K = w->num_inputs;
-    int tile_bytes = R * K * (is_bfloat16 ? 2 * AMX_PARTS : 1);
+    int tile_bytes = R * K * (is_bfloat16 ? 2 * amx_parts(w) : 1);
     int at_a_time = ceil_div(GROUP_BYTES / 2, tile_bytes) * 2; /* tiles: pairs */
-    size_t totals_bytes = (size_t)at_a_time * 2 * SUMS * sizeof(float);
-    char *memory = scratch(SCRATCH_TILES, totals_bytes + (size_t)at_most(w->block_size, K) * PANEL + 2 * 64);
-    float *totals = take(&memory, totals_bytes);
-    char *unpacked = memory;
-    size_t panel_bytes = (size_t)K * PANEL * (is_bfloat16 ? 4 : w->format == INT8 ? 2 : 1) / 2;
     configure(R, is_bfloat16 ? 2 * rows->run : rows->run);
     for (int first = 0; first < rows->num_tiles; first += at_a_time) {
         struct packed_rows some = some_tiles(w, rows, tile_bytes, first, at_a_time);
-        for (int i = first_panel, num_panels; i < last_panel; i += num_panels) {
-            const char *panel = (const char *)w->data + i * panel_bytes;
-            num_panels = is_bfloat16 && some.num_tiles == 1 && i + 1 < last_panel ? 2 : 1;
-            if (num_panels == 2) two_bfloat16_panels(&some, panel, K, totals);
-            else if (is_bfloat16) bfloat16_panel(&some, panel, K, totals);
-            else if (w->format == INT8) integer_panel(w, &some, INT8, i, panel, unpacked, totals);
-            else integer_panel(w, &some, INT4, i, panel, unpacked, totals);
-            for (int p = 0; p < num_panels; p++) store_rows(w, &some, totals + p * 2 * SUMS, bias, i + p, y);
-        }
+        if (is_bfloat16 && amx_parts(w) == 2) bfloat16_panels(w, &some, bias, y, first_panel, last_panel, 2);
+        else if (is_bfloat16) bfloat16_panels(w, &some, bias, y, first_panel, last_panel, 1);
+        else if (w->format == INT8) integer_panels(w, &some, bias, y, first_panel, last_panel, INT8);
+        else integer_panels(w, &some, bias, y, first_panel, last_panel, INT4);
         y += (long)some.num_rows * w->num_outputs;
     }
     _tile_release();

@@ -40,7 +40,7 @@ class NativeKernels:
             matrix, name = weight.tensor, _FORMAT_OF_DTYPE[weight.tensor.dtype]
             together = 2 if name == "bfloat16" else 1
             panels = torch.empty(num_panels, -(-num_inputs // together), together * PANEL, dtype=matrix.dtype)
-            packed = {}
+            packed = {"bfloat16_inputs": weight.bfloat16_inputs}
         elif isinstance(weight, Int8Weight):
             matrix, name = weight.values, "int8"
             panels = torch.empty(num_panels, num_quads, 4 * PANEL, dtype=torch.uint8)

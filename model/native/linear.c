@@ -46,7 +46,10 @@ static struct packed_rows arrange(const struct weight *w, int num_rows) {
 
 /* Of one tile's values. */
 static size_t tile_bytes(const struct weight *w, const struct packed_rows *rows) {
-    int input_bytes = is_integer(w) ? 1 : 4; /* with AMX two parts of 2 bytes */
+    int input_bytes = is_integer(w) ? 1 : 4;
+#ifdef __AMX_TILE__
+    if (w->format == BFLOAT16 && rows->run > 1) input_bytes = 2 * amx_parts(w);
+#endif
     return (size_t)rows->tile_rows * padded_inputs(w) * input_bytes;
 }
 
@@ -110,6 +113,15 @@ static void pack_integer_tile(const struct weight *w, const float *x, const int3
     }
 }
 
+/* To the nearest bf16 number, the even one of two. */
+static float round_to_bfloat16(float a) {
+    uint32_t bits;
+    memcpy(&bits, &a, 4);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+    if (a == a) memcpy(&a, &bits, 4);
+    return a;
+}
+
 static void pack_float_tile(const struct weight *w, const float *x, const int32_t *row_ids, int tile,
                             const struct packed_rows *rows) {
     int K = w->num_inputs, padded_K = padded_inputs(w), R = rows->tile_rows;
@@ -118,6 +130,7 @@ static void pack_float_tile(const struct weight *w, const float *x, const int32_
         const float *row = i < rows->num_rows ? x + (long)(row_ids ? row_ids[i] : i) * K : NULL;
         float *out = (float *)rows->values + (long)tile * R * padded_K + r;
         for (int k = 0; k < padded_K; k++) out[(long)k * R] = row && k < K ? row[k] : 0.0f;
+        for (int k = 0; w->bfloat16_inputs && k < K; k++) out[(long)k * R] = round_to_bfloat16(out[(long)k * R]);
     }
 }
 
@@ -125,7 +138,7 @@ static void pack_tile(const struct weight *w, const float *x, const int32_t *row
                       const struct packed_rows *rows) {
     if (is_integer(w)) pack_integer_tile(w, x, row_ids, tile, rows);
 #ifdef __AMX_TILE__
-    else if (rows->run > 1) amx_pack_tile(rows, x, row_ids, w->num_inputs, tile);
+    else if (rows->run > 1) amx_pack_tile(w, rows, x, row_ids, tile);
 #endif
     else pack_float_tile(w, x, row_ids, tile, rows);
 }

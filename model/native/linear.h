@@ -8,7 +8,7 @@
 /* Rows of activations, packed for a weight's format in tiles of `tile_rows` rows (the last one padded with zeros):
  *   float formats   values [tile][input][row] float32
  *   INT8, INT4      values [tile][input / run][row][run] int8, scales [tile][block][row], sums [tile][block][row]
- *   BFLOAT16, AMX   values [tile][input / run][part][row][run] bf16, whose AMX_PARTS parts add up to the input
+ *   BFLOAT16, AMX   values [tile][input / run][part][row][run] bf16, whose parts add up to the input
  */
 struct packed_rows {
     int num_rows, tile_rows, num_tiles;
@@ -35,13 +35,17 @@ void AT_LEVEL(swiglu_row)(const float *h, int inner, float *out);
 
 #ifdef __AMX_TILE__
 
-enum { AMX_TILE_ROWS = 16, AMX_PARTS = 2 };
+enum { AMX_TILE_ROWS = 16 };
+
+/* bf16 numbers that an input of a BFLOAT16 weight is split in. */
+static inline int amx_parts(const struct weight *w) { return w->bfloat16_inputs ? 1 : 2; }
 
 /* Inputs that a tile takes at once of so many rows times this weight; 0 where vectors do it. */
 int amx_run(const struct weight *w, int num_rows);
 
 /* One tile of `pack_rows` for BFLOAT16. */
-void amx_pack_tile(const struct packed_rows *rows, const float *x, const int32_t *row_ids, int num_inputs, int tile);
+void amx_pack_tile(const struct weight *w, const struct packed_rows *rows, const float *x, const int32_t *row_ids,
+                   int tile);
 
 /* `multiply` for rows that were packed with amx_run. */
 void amx_multiply(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,

@@ -32,6 +32,7 @@ struct weight {
     int32_t num_outputs;
     int32_t num_inputs;
     int32_t block_size;
+    int32_t bfloat16_inputs; /* BFLOAT16: inputs are rounded to bfloat16 first */
 };
 
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }

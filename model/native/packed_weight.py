@@ -34,6 +34,8 @@ class PackedWeight:
     """int32 [K]: which input the packed input k is; None: k."""
     block_size: int = 0
     """Inputs that share an activation scale, and an int4 scale. 0 for float formats."""
+    bfloat16_inputs: bool = False
+    """As in `DenseWeight`."""
     struct: WeightStruct = field(init=False)
     address: int = field(init=False)
 
@@ -46,6 +48,7 @@ class PackedWeight:
             FORMATS.index(self.format),
             *self.shape,
             self.block_size,
+            self.bfloat16_inputs,
         )
         object.__setattr__(self, "struct", struct)
         object.__setattr__(self, "address", ctypes.addressof(struct))

@@ -25,7 +25,7 @@ def _fields(pointers: str, integers: str, floats: str = "") -> list[tuple[str, A
 class WeightStruct(ctypes.Structure):
     """`struct weight` of native.h."""
 
-    _fields_ = _fields("data scales zeros input_order", "format num_outputs num_inputs block_size")
+    _fields_ = _fields("data scales zeros input_order", "format num_outputs num_inputs block_size bfloat16_inputs")
 
 
 class AttentionStruct(ctypes.Structure):

@@ -67,6 +67,7 @@ class ThreadMesh:
     """A supervisor's place taken by the test: shards are threads of this process, views are published by hand."""
 
     model: Path
+    dtype: str | None = None
     quantization: str | None = None
     timeouts: Timeouts = QUICK
     shards: dict[str, ExpertShard] = field(default_factory=dict)
@@ -76,7 +77,9 @@ class ThreadMesh:
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def add_shard(self, shard_id: str) -> ExpertShard:
-        spec = ShardSpec(model=str(self.model), timeouts=self.timeouts, quantization=self.quantization)
+        spec = ShardSpec(
+            model=str(self.model), dtype=self.dtype, quantization=self.quantization, timeouts=self.timeouts
+        )
         shard = ExpertShard(shard_id, spec, host="127.0.0.1", node_id=f"node-{shard_id}", device=CPU)
         self.shards[shard_id] = shard
         return shard

@@ -1,5 +1,5 @@
 """Logits are the same bits alone and in any batch, for any chunking, local or on 1 to 4 shards over each transport, and
-before and after a recovery: for float32, bfloat16 and int8."""
+before and after a recovery: for float32, bfloat16 with activations of either kind, and int8."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from tests.actors.conftest import CPU, ThreadMesh, placed, prompt_of, wait_until
 from tests.model.conftest import TinyEngine, TinySequence
 from tests.tiny import write_tiny_model
 
-STORAGES: dict[str, tuple[dict[str, Any], str | None]] = {
-    "float32": ({}, None),
-    "bfloat16": ({"torch_dtype": "bfloat16"}, None),
-    "int8": ({}, "int8"),
+STORAGES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "float32": ({}, {}),
+    "bfloat16": ({"torch_dtype": "bfloat16"}, {}),
+    "bfloat16_activations": ({}, {"dtype": "bfloat16"}),
+    "int8": ({}, {"quantization": "int8"}),
 }
 PATIENT = Timeouts(formation_s=30.0)
 PROMPTS = [prompt_of(seed, length) for seed, length in enumerate((1, 9, 33, 61, 90))]
@@ -33,14 +34,14 @@ PROMPTS = [prompt_of(seed, length) for seed, length in enumerate((1, 9, 33, 61, 
 
 @pytest.fixture(scope="module", params=STORAGES)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyEngine]:
-    """All experts in this process, and the directory and quantization that it was made of."""
+    """All experts in this process, and the directory, dtype and quantization that it was made of."""
     kernels = select_kernels()
     if kernels == REFERENCE_KERNELS:
         pytest.skip("no native kernels here: they need a C compiler and AVX2")
-    values, quantization = STORAGES[request.param]
+    values, options = STORAGES[request.param]
     path = write_tiny_model(tmp_path_factory.mktemp(request.param), **values)
-    made = TinyEngine(path, block_size=16, quantization=quantization, kernels=kernels)
-    made.quantization = quantization
+    made = TinyEngine(path, block_size=16, kernels=kernels, **options)
+    made.options = options
     gc.freeze()  # each group's end collects garbage: not among all of torch and transformers
     yield made
     gc.unfreeze()
@@ -87,7 +88,7 @@ def test_batchmates_and_chunks_do_not_show(engine, alone):
 @pytest.mark.parametrize("transport", ["host", "star", "all_to_all"])
 def test_shards_transports_epochs_and_a_recovery_do_not_show(engine, alone, transport):
     """One run for each number of shards; the next number comes in the middle of it, and in the last one a loss."""
-    mesh = ThreadMesh(engine.checkpoint.directory, quantization=engine.quantization, timeouts=PATIENT)
+    mesh = ThreadMesh(engine.checkpoint.directory, timeouts=PATIENT, **engine.options)
     local = engine.exchange
     exchange: RemoteExchange
     membership = RouterMembership(

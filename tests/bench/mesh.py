@@ -33,12 +33,13 @@ WAIT_S = 300.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrangement:
-    """shards=0: all experts in the router. threads: of the router; a shard has one."""
+    """shards=0: all experts in the router. threads: of the router; a shard has one. dtype: as of `expertmesh serve`."""
 
     shards: int = 0
     routers: int = 1
     threads: int = 1
     quantization: str | None = None
+    dtype: str | None = None
     transport: str = "auto"
     max_num_seqs: int = 128
     max_model_len: int = 2048
@@ -91,7 +92,12 @@ class Mesh:
                 for s in shard_ids
             ]
             view = MeshView(epoch=1, shards=tuple(members), placement=placement, reason="bench")
-            spec = ShardSpec(model=str(self._model), quantization=arrangement.quantization, timeouts=TIMEOUTS)
+            spec = ShardSpec(
+                model=str(self._model),
+                dtype=arrangement.dtype,
+                quantization=arrangement.quantization,
+                timeouts=TIMEOUTS,
+            )
             for member in members:
                 keys = sorted(placement.held_by(member.shard_id))
                 ready.append(self._spawn(context, _shard_main, member, spec, keys))
@@ -99,6 +105,7 @@ class Mesh:
             router = RouterSpec(
                 model=str(self._model),
                 served_name="bench",
+                dtype=arrangement.dtype,
                 quantization=arrangement.quantization,
                 limits=SchedulerLimits(
                     max_num_seqs=arrangement.max_num_seqs, max_num_batched_tokens=2048, max_queue=4096

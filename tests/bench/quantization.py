@@ -68,10 +68,15 @@ class Loaded:
 
     @classmethod
     def from_directory(
-        cls, path: Path, kernels: Kernels, quantization: str | None = None, dtype: str | None = None
+        cls,
+        path: Path,
+        kernels: Kernels,
+        quantization: str | None = None,
+        dtype: str | None = None,
+        bfloat16_activations: bool = False,
     ) -> Loaded:
         config = ModelConfig.from_directory(path)
-        config = config if dtype is None else dataclasses.replace(config, dtype=dtype)
+        config = dataclasses.replace(config, dtype=dtype or config.dtype, bfloat16_activations=bfloat16_activations)
         loader = Loader(Checkpoint(path), config, quantization, kernels=kernels)
         decoder = loader.decoder()
         return cls(config, decoder, loader.head(decoder), loader.experts())
@@ -157,6 +162,9 @@ def measure(path: Path, scratch: Path, windows: list[list[int]]) -> list[Format]
     models: dict[str, Callable[[], Loaded]] = {
         "float32": lambda: Loaded.from_directory(_widened(path, scratch), kernels),
         "bfloat16": lambda: Loaded.from_directory(path, kernels, dtype="bfloat16"),
+        "bfloat16 activations": lambda: Loaded.from_directory(
+            path, kernels, dtype="bfloat16", bfloat16_activations=True
+        ),
         "float16": lambda: Loaded.from_directory(path, kernels, dtype="float16"),
         "int8": lambda: Loaded.from_directory(path, kernels, "int8"),
         "int4": lambda: Loaded.from_directory(path, kernels, "int4"),

@@ -14,8 +14,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from actors.model_source import load_config
 from model.checkpoint import Checkpoint
-from model.config import ModelConfig
 from model.experts import ExpertWeights
 from model.forward_batch import BlockTable, ForwardBatch
 from model.kernels import REFERENCE_KERNELS, Kernels, select_kernels
@@ -138,9 +138,15 @@ class TinyEngine:
     """
 
     def __init__(
-        self, path: Path, *, block_size: int = 4, quantization: str | None = None, kernels: Kernels = REFERENCE_KERNELS
+        self,
+        path: Path,
+        *,
+        block_size: int = 4,
+        dtype: str | None = None,
+        quantization: str | None = None,
+        kernels: Kernels = REFERENCE_KERNELS,
     ) -> None:
-        self.config = ModelConfig.from_directory(path)
+        self.config = load_config(path, dtype)
         self.checkpoint = Checkpoint(path)
         loader = Loader(self.checkpoint, self.config, quantization, kernels=kernels)
         self.decoder = loader.decoder()

@@ -82,3 +82,22 @@ def test_16_bit_checkpoints_keep_the_argmax_of_transformers(
     best, second = in_16_bits.topk(2, dim=-1).values.unbind(-1)
     clear = best - second > 0.05
     assert torch.equal(scores.argmax(-1)[clear], in_16_bits.argmax(-1)[clear])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bfloat16_activations_are_nearer_to_float32_than_those_of_transformers(
+    seed: int, fast_kernels: Kernels, tiny: Any, tmp_path: Path
+) -> None:
+    values = {**random_config(seed + 300, tiny.values), "dtype": "bfloat16"}
+    values.pop("torch_dtype", None)
+    oracle = tiny.build_oracle(values, seed)
+    path = tiny.write_checkpoint(tmp_path, values, oracle, dtype=torch.bfloat16)
+    tokens = list(range(1, 20))
+    in_float32 = oracle_scores(oracle, "Qwen2MoeForCausalLM", tokens)
+
+    scores = tiny.engine(path, dtype="bfloat16", kernels=fast_kernels).scores(tokens)
+
+    assert not torch.equal(scores, tiny.engine(path, kernels=fast_kernels).scores(tokens))
+    tiny.cast_parameters(oracle, torch.bfloat16)
+    in_bfloat16 = oracle_scores(oracle, "Qwen2MoeForCausalLM", tokens).float()
+    assert (scores - in_float32).norm() < (in_bfloat16 - in_float32).norm()

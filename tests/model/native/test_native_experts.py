@@ -12,7 +12,7 @@ from model.native.kernels import NativeKernels
 from model.quantize import quantize_int4, quantize_int8
 
 HIDDEN, INNER, NUM_EXPERTS, TOP_K = 72, 44, 6, 3
-STORAGES = ["float32", "bfloat16", "float16", "int8", "int4"]
+STORAGES = ["float32", "bfloat16", "bfloat16_inputs", "float16", "int8", "int4"]
 
 
 def _experts(storage: str) -> dict[int, ExpertWeights]:
@@ -24,6 +24,8 @@ def _experts(storage: str) -> dict[int, ExpertWeights]:
             return quantize_int8(matrix)
         if storage == "int4":
             return quantize_int4(matrix, 32)
+        if storage == "bfloat16_inputs":
+            return DenseWeight(matrix.bfloat16(), bfloat16_inputs=True)
         return DenseWeight(matrix.to(getattr(torch, storage)))
 
     return {e: ExpertWeights(weight(2 * INNER, HIDDEN), weight(HIDDEN, INNER)) for e in range(NUM_EXPERTS)}

@@ -12,7 +12,7 @@ from model.native.packed_weight import PackedWeight
 from model.quantize import quantize_int4, quantize_int8
 
 SHAPES = [(1, 8), (32, 16), (33, 20), (96, 64), (130, 257), (200, 130), (7, 384), (50, 320)]
-STORAGES = ["float32", "bfloat16", "float16", "int8", "int4", "int4_act_order"]
+STORAGES = ["float32", "bfloat16", "bfloat16_inputs", "float16", "int8", "int4", "int4_act_order"]
 INTEGERS = ["int8", "int4", "int4_act_order"]
 
 
@@ -34,6 +34,8 @@ def _weight(storage: str, num_outputs: int, num_inputs: int, seed: int = 0) -> W
             group_size=32,
             input_order=order,
         )
+    if storage == "bfloat16_inputs":
+        return DenseWeight(matrix.bfloat16(), bfloat16_inputs=True)
     return DenseWeight(matrix.to(getattr(torch, storage)))
 
 
@@ -75,16 +77,31 @@ def test_packing_takes_no_more_memory_when_panels_are_full(native: NativeKernels
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
-def test_float_weights_give_the_float32_product(native: NativeKernels, storage: str, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "bfloat16_inputs", "float16"])
+@pytest.mark.parametrize("way", ["native", "vectors", "torch"])
+def test_float_weights_give_the_float32_product(
+    native: NativeKernels, levels: list[NativeKernels], storage: str, shape: tuple[int, int], way: str
+) -> None:
     weight = _weight(storage, *shape)
-    packed, bias = native.pack_weight(weight), torch.randn(shape[0])
+    kernels = {"native": native, "vectors": levels[0]}.get(way)
+    packed, bias = kernels.pack_weight(weight) if kernels else weight, torch.randn(shape[0])
     for num_rows in (1, 5, 30):
         x_TK = torch.randn(num_rows, shape[1])
-        exact = x_TK.double() @ weight.dequantize().double().T + bias
+        used_TK = x_TK.bfloat16() if storage == "bfloat16_inputs" else x_TK
+        exact = used_TK.double() @ weight.dequantize().double().T + bias
         rounding = 1e-6 + 2**-18 * (storage == "bfloat16")  # with AMX an input keeps 16 bits
         bound = (x_TK.abs() @ weight.dequantize().abs().T + bias.abs()) * rounding
         assert ((linear(x_TK, packed, bias) - exact).abs() <= bound).all()
+
+
+def test_inputs_beyond_bfloat16_stay_what_they_are(levels: list[NativeKernels]) -> None:
+    """Infinity, NaN, and what rounds to infinity; 1.00390625 lies between two numbers, of which the even one is 1."""
+    x_TK = torch.tensor([[float("inf"), 0.0], [float("nan"), 0.0], [3.4e38, 0.0], [1.00390625, 0.0]])
+    weight = DenseWeight(torch.ones(1, 2).bfloat16(), bfloat16_inputs=True)
+    expected = linear(x_TK, weight)
+    assert expected.flatten().tolist()[2:] == [float("inf"), 1.0]
+    for kernels in levels:
+        assert torch.equal(linear(x_TK, kernels.pack_weight(weight)).nan_to_num(5.0), expected.nan_to_num(5.0))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
