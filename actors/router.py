@@ -252,7 +252,8 @@ def _kv_blocks(spec: RouterSpec, config: ModelConfig, max_model_len: int) -> tup
 def _local_exchange(
     spec: RouterSpec, directory: Path, config: ModelConfig, kernels: Kernels, device: torch.device
 ) -> LocalSteps:
-    return LocalSteps(Loader(Checkpoint(directory), config, spec.quantization, device, kernels).experts(), kernels)
+    loader = Loader(Checkpoint(directory), config, spec.quantization, device, kernels)
+    return LocalSteps(loader.experts(spec.num_threads), kernels)
 
 
 def _grammar_compiler(directory: Path, config: ModelConfig, eos: tuple[int, ...]) -> GrammarCompiler | None:

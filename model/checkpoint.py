@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Collection
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class Checkpoint:
         self.directory = Path(directory)
         self.bytes_read = 0
         """Bytes of tensor data read so far; headers and the index don't count."""
+        self._lock = threading.Lock()
         self._files: dict[Path, SafetensorsFile] = {}
         self._paths = self._locate_tensors()
         self.prefix = self._find_prefix()
@@ -54,7 +56,8 @@ class Checkpoint:
             known = ", ".join(TORCH_DTYPES)
             raise ValueError(f"{file.path}: tensor {name!r} has dtype {dtype}, expected one of {known}")
         tensor = file.read(name, first, shape)
-        self.bytes_read += tensor.nbytes
+        with self._lock:
+            self.bytes_read += tensor.nbytes
         return tensor
 
     def float_tensor(

@@ -15,6 +15,7 @@ from model.layers import add_gated, add_norm, swiglu
 from model.linear import Weight
 from model.native.kernels import NativeKernels
 from model.native.shared_object import load_shared_object
+from model.quantize import quantize
 from model.sampling import DrawTokens, draw_tokens_reference
 
 log = logging.getLogger("expertmesh.model")
@@ -42,6 +43,8 @@ class Kernels:
     draw_tokens: DrawTokens
     pack_weight: Callable[[Weight], Weight]
     """A weight in the layout that `linear` and `run_experts` are fast with, for when it is loaded."""
+    quantize: Callable[[Tensor, str], Weight]
+    """A float matrix as int8 or int4."""
 
 
 REFERENCE_KERNELS = Kernels(
@@ -53,6 +56,7 @@ REFERENCE_KERNELS = Kernels(
     add_gated=add_gated,
     draw_tokens=draw_tokens_reference,
     pack_weight=lambda weight: weight,
+    quantize=quantize,
 )
 
 
@@ -81,4 +85,5 @@ def select_kernels(device: torch.device | str = "cpu", *, native: bool = True, n
         add_gated=kernels.add_gated,
         draw_tokens=kernels.draw_tokens,
         pack_weight=kernels.pack_weight,
+        quantize=kernels.quantize,
     )

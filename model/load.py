@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,11 +22,12 @@ from model.kernels import REFERENCE_KERNELS, Kernels
 from model.layers import MLP, Rope
 from model.linear import DenseWeight, Embedding, Int4Weight, Weight, stack_rows
 from model.moe import Gate, MoeBlock
-from model.quantize import check_same_groups, from_gptq, quantize_int4, quantize_int8
+from model.quantize import check_same_groups, from_gptq
 
 QUANTIZATIONS = ("int8", "int4")
-# Numbers that are read, quantized and packed at a time: 1 or 2 MB with the float32 copies that quantizing makes.
-_BLOCK_ELEMENTS = 1 << 16
+# A matrix is read and packed in 16 blocks, but not in such small ones that Python takes longer than the work, nor in
+# such large ones that they leave the cache.
+_BLOCK_ELEMENTS = 1 << 16, 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +72,17 @@ class Loader:
             kernels=self.kernels,
         )
 
-    def experts(self) -> dict[tuple[int, int], ExpertWeights]:
-        """All of them, by (layer_idx, expert_id)."""
-        keys = itertools.product(self.config.moe_layers, range(self.config.num_experts))
-        return {key: self.expert(*key) for key in keys}
+    def experts(self, num_threads: int = 1) -> dict[tuple[int, int], ExpertWeights]:
+        """All of them, by (layer_idx, expert_id). torch's own threads would only stand in the way of these."""
+        keys = list(itertools.product(self.config.moe_layers, range(self.config.num_experts)))
+        if num_threads == 1:
+            return {key: self.expert(*key) for key in keys}
+        with ThreadPoolExecutor(num_threads) as pool:
+            try:
+                return dict(zip(keys, pool.map(lambda key: self.expert(*key), keys), strict=True))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def expert(self, layer_idx: int, expert_id: int) -> ExpertWeights:
         """One routed expert, from per-expert tensors or a slice of fused ones."""
@@ -188,11 +197,12 @@ class Loader:
             round_inputs = self.config.bfloat16_activations and block.dtype == torch.bfloat16 and not exact
             weight: Weight = DenseWeight(block, round_inputs)
             if quantization is not None:
-                weight = quantize_int8(block) if quantization == "int8" else quantize_int4(block)
+                weight = self.kernels.quantize(block, quantization)
             return self.kernels.pack_weight(weight) if packed else weight
 
-        step = max(32, _BLOCK_ELEMENTS // matrices[0].shape[-1] // 32 * 32)
-        return stack_rows(map(store, self._row_blocks(matrices, step)), sum(one.shape[-2] for one in matrices))
+        num_rows = sum(one.shape[-2] for one in matrices)
+        step = _block_rows(num_rows, matrices[0].shape[-1])
+        return stack_rows(map(store, self._row_blocks(matrices, step)), num_rows)
 
     def _row_blocks(self, matrices: Sequence[_Matrix], step: int) -> Iterator[Tensor]:
         """All rows in order, in blocks of `step`; one may hold rows of several matrices."""
@@ -238,7 +248,7 @@ class Loader:
         qzeros = read("qzeros", (num_groups, num_outputs // 8), ("I32",))
         scales = read("scales", (num_groups, num_outputs), FLOATS)
         g_idx = read("g_idx", (num_inputs,), ("I32", "I64")) if f"{name}.g_idx" in self.checkpoint else None
-        step = max(32, 8 * _BLOCK_ELEMENTS // num_inputs // 32 * 32)
+        step = _block_rows(num_outputs, num_inputs)
         for start in range(0, num_outputs, step):
             part, octets = slice(start, start + step), slice(start // 8, (start + step) // 8)
             tensors = qweight[:, part], qzeros[:, octets], scales[:, part], g_idx
@@ -264,6 +274,12 @@ def _refuse_another_models_tensors(checkpoint: Checkpoint, config: ModelConfig) 
                 f"{checkpoint.directory}: tensor {name!r} has no place in the model, {rule} in config.json; "
                 "the weights and config.json belong to different models"
             )
+
+
+def _block_rows(num_rows: int, num_inputs: int) -> int:
+    """A multiple of 32, so that blocks fill whole panels."""
+    least, most = _BLOCK_ELEMENTS
+    return max(32, min(max(num_rows * num_inputs // 16, least), most) // num_inputs // 32 * 32)
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

@@ -11,6 +11,11 @@ INT4_GROUP_SIZE = 64
 _FLOAT16 = torch.finfo(torch.float16)
 
 
+def quantize(matrix_NK: Tensor, quantization: str) -> Int8Weight | Int4Weight:
+    """A float32, bfloat16 or float16 matrix as "int8" or "int4". The reference for the native kernel."""
+    return quantize_int8(matrix_NK) if quantization == "int8" else quantize_int4(matrix_NK)
+
+
 def quantize_int8(matrix_NK: Tensor) -> Int8Weight:
     """Symmetric, one scale for each output channel: the largest weight of a row becomes +-127."""
     matrix_NK = matrix_NK.float()

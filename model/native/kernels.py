@@ -16,6 +16,7 @@ from model.experts import ExpertWeights, run_experts
 from model.linear import DenseWeight, Int4Weight, Int8Weight, Weight
 from model.native.packed_weight import FORMATS, PANEL, PackedWeight
 from model.native.shared_object import AttentionStruct, RotateStruct, SharedObject, pointer
+from model.quantize import INT4_GROUP_SIZE
 from model.random_bits import uniforms
 from model.sampler_state import SamplingRow
 
@@ -59,6 +60,36 @@ class NativeKernels:
         matrix = matrix.contiguous()
         self.shared_object.pack(pointer(matrix), *weight.shape, FORMATS.index(name), pointer(panels))
         return PackedWeight(shared_object=self.shared_object, format=name, shape=weight.shape, panels=panels, **packed)
+
+    def quantize(self, matrix_NK: Tensor, quantization: str) -> Weight:
+        """See `model.quantize.quantize`: the same bits."""
+        num_outputs, num_inputs = matrix_NK.shape
+        matrix_NK, name = matrix_NK.contiguous(), FORMATS.index(_FORMAT_OF_DTYPE[matrix_NK.dtype])
+        if quantization == "int8":
+            values, scales = torch.empty(num_outputs, num_inputs, dtype=torch.int8), torch.empty(num_outputs)
+            self.shared_object.quantize_int8(
+                pointer(matrix_NK), num_outputs, num_inputs, name, pointer(values), pointer(scales)
+            )
+            return Int8Weight(values, scales)
+        num_groups = -(-num_inputs // INT4_GROUP_SIZE)
+        weight = Int4Weight(
+            num_inputs=num_inputs,
+            values=torch.empty(num_outputs, -(-num_inputs // 2), dtype=torch.uint8),
+            scales=torch.empty(num_outputs, num_groups, dtype=torch.float16),
+            zeros=torch.empty(num_outputs, num_groups, dtype=torch.uint8),
+            group_size=INT4_GROUP_SIZE,
+        )
+        self.shared_object.quantize_int4(
+            pointer(matrix_NK),
+            num_outputs,
+            num_inputs,
+            name,
+            INT4_GROUP_SIZE,
+            pointer(weight.values),
+            pointer(weight.scales),
+            pointer(weight.zeros),
+        )
+        return weight
 
     def run_experts(
         self,

@@ -61,6 +61,8 @@ class SharedObject:
     swiglu: Any
     add_gated: Any
     draw_tokens: Any
+    quantize_int8: Any
+    quantize_int4: Any
     pack: Any
 
 
@@ -112,6 +114,10 @@ def load_shared_object(level: str | None = None, num_threads: int = 1, path: Pat
         add_gated=function(f"add_gated_{level}", None, address, address, address, integer, integer, integer),
         draw_tokens=function(
             f"draw_tokens_{level}", None, address, integer, integer, address, address, address, integer
+        ),
+        quantize_int8=function(f"quantize_int8_{level}", None, address, integer, integer, integer, address, address),
+        quantize_int4=function(
+            f"quantize_int4_{level}", None, *(address, integer, integer, integer, integer, address, address, address)
         ),
         pack=function("pack", None, address, integer, integer, integer, address),
     )

@@ -81,6 +81,7 @@ INLINE ivec add_ints(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
 INLINE int32_t sum_of_ints(ivec a) { return _mm512_reduce_add_epi32(a); }
 INLINE __m256 fold_add(vec a) { return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
 INLINE float max_of_lanes(vec a) { return _mm512_reduce_max_ps(a); }
+INLINE int any_nan(vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 INLINE void add_to_doubles(double *y, vec a) {
     _mm512_storeu_pd(y, _mm512_loadu_pd(y) + _mm512_cvtps_pd(_mm512_castps512_ps256(a)));
     _mm512_storeu_pd(y + 8, _mm512_loadu_pd(y + 8) + _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));
@@ -186,6 +187,7 @@ INLINE int32_t sum_of_ints(ivec a) {
     return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 }
 INLINE __m256 fold_add(vec a) { return a; }
+INLINE int any_nan(vec a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 INLINE float max_of_lanes(vec a) {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
