@@ -91,7 +91,7 @@ class EngineSettings(Section):
     # where they meet a weight, as other servers do: faster on a CPU with AMX. Otherwise they stay float32.
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["int8", "int4"] | None = None
-    kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where dtype says so, else float32
     # Tokens in a KV block. The native attention kernel needs a multiple of 16 (and such a head_dim, up to 256); others
     # run in plain torch, slower and without the promise of the same bits for any chunking of a prompt.
     block_size: int = Field(default=16, ge=1)

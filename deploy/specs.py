@@ -101,7 +101,7 @@ def router_spec(settings: Settings, num_cores: int = 1) -> RouterSpec:
         dtype=_dtype(settings),
         heads=heads(settings),
         quantization=engine.quantization,
-        kv_dtype="float32" if engine.kv_dtype == "auto" else engine.kv_dtype,
+        kv_dtype=_kv_dtype(settings),
         block_size=engine.block_size,
         num_kv_blocks=engine.num_kv_blocks,
         kv_cache_bytes=engine.kv_cache_bytes,
@@ -123,3 +123,10 @@ def router_spec(settings: Settings, num_cores: int = 1) -> RouterSpec:
 
 def _dtype(settings: Settings) -> str | None:
     return None if settings.engine.dtype == "auto" else settings.engine.dtype
+
+
+def _kv_dtype(settings: Settings) -> str:
+    """Keys and values are activations: where those are rounded anyway, wider ones would only take more room."""
+    if settings.engine.kv_dtype != "auto":
+        return settings.engine.kv_dtype
+    return "bfloat16" if settings.engine.dtype == "bfloat16" else "float32"

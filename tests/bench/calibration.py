@@ -42,7 +42,7 @@ def shape_of(name: str, precision: str, num_layers: int | None = None) -> ModelS
         shared_size=values["shared_expert_intermediate_size"],
         dense_size=values["intermediate_size"],
         vocab_size=values["vocab_size"],
-        weight_bytes={"bf16": 2.0, "int8": 1.0, "int4": 0.55}[precision],
+        weight_bytes={"int8": 1.0, "int4": 0.55}.get(precision, 2.0),
         kv_bytes=4.0,
         row_bytes=6.0,
     )

@@ -110,6 +110,7 @@ class Mesh:
                 limits=SchedulerLimits(
                     max_num_seqs=arrangement.max_num_seqs, max_num_batched_tokens=2048, max_queue=4096
                 ),
+                kv_dtype="bfloat16" if arrangement.dtype == "bfloat16" else "float32",
                 kv_cache_bytes=2 << 30,
                 max_model_len=arrangement.max_model_len,
                 prefix_caching=False,

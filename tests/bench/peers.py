@@ -24,14 +24,15 @@ from actors.ray_shards import worker_environment
 from tests.bench import service
 from tests.bench.checkpoints import checkpoint
 from tests.bench.peer_environment import VLLM, peer_python
-from tests.bench.run import RESULTS, SERVED, rounded
+from tests.bench.run import PRECISIONS, RESULTS, SERVED, rounded
 
 TRANSFORMERS = str(Path(__file__).parent / "peer_transformers.py")
 
 
-def ours(shape: str, way: str) -> dict[str, Any]:
+def ours(shape: str, way: str, precision: str = "bf16") -> dict[str, Any]:
     arguments, environment = SERVED[way]
-    with service.serving([str(checkpoint(shape)), *arguments], {**worker_environment(1), **environment}) as running:
+    wanted = [str(checkpoint(shape)), *arguments, *PRECISIONS[precision]]
+    with service.serving(wanted, {**worker_environment(1), **environment}) as running:
         return _load(shape, running.url, running.model)
 
 
@@ -96,6 +97,7 @@ def main() -> None:
             "expertmesh, 2 shards": lambda shape: ours(shape, "2 shards"),
             VLLM: vllm,
             "expertmesh, local": lambda shape: ours(shape, "local"),
+            "expertmesh, local, bf16 activations": lambda shape: ours(shape, "local", "bf16 activations"),
             "transformers": transformers,
         }
         for server, measure in servers.items():

@@ -95,7 +95,10 @@ class Loaded:
         exchange = LocalExchange(self.experts, self.decoder.kernels)
         num_blocks = -(-WINDOW_TOKENS // BLOCK_SIZE)
         num_groups = len(self.config.kv_groups)
-        cache = KVCache.allocate(self.config, num_blocks=[num_blocks] * num_groups, block_size=BLOCK_SIZE)
+        kv_dtype = torch.bfloat16 if self.config.bfloat16_activations else torch.float32  # as of `serve`
+        cache = KVCache.allocate(
+            self.config, num_blocks=[num_blocks] * num_groups, block_size=BLOCK_SIZE, dtype=kv_dtype
+        )
         for tokens in windows:
             places_T = torch.arange(len(tokens))
             table = BlockTable(block_ids_SB=torch.arange(num_blocks, dtype=torch.int32)[None], slots_T=places_T)

@@ -53,7 +53,8 @@ def _short(results: dict[str, Any]) -> Iterator[str]:
     """Every precision as served in one process and over two shards, beside the other servers."""
     yield (
         f"Tokens a second over HTTP on 2 cores that read {bandwidth(results) / 1e9:.0f} GB/s together, 1, 8 and 32 "
-        "streams, greedy. `mid`: 4 layers of Qwen1.5-MoE-A2.7B's shape, 2.4 B parameters; `small`: 0.13 B."
+        "streams, greedy. `mid`: 4 layers of Qwen1.5-MoE-A2.7B's shape, 2.4 B parameters; `small`: 0.13 B. "
+        "`bf16 activations`: with `--dtype bfloat16`, the arithmetic of the other servers."
     )
     yield ""
     rows = [
@@ -122,7 +123,7 @@ def _http(results: dict[str, Any]) -> Iterator[str]:
         if one["clients"]:
             yield ""
             yield (
-                f"`small` bf16, 16 clients, {one['way']}: {one['clients']['output_tok_s']:.0f} output tokens a second, "
+                f"`small` {one['precision']}, 16 clients, {one['way']}: {one['clients']['output_tok_s']:.0f} output tokens a second, "
                 f"TTFT p50 {one['clients']['ttft_p50_ms']:.0f} ms."
             )
 

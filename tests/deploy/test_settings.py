@@ -108,6 +108,15 @@ def test_a_router_computes_on_one_core_beside_shards_and_on_its_part_of_all_with
     assert threads(**{"mesh.local": True, "engine.threads": 3}) == threads(**{"engine.threads": 3}) == 3
 
 
+def test_bfloat16_is_also_that_of_keys_and_values() -> None:
+    def kv_dtype(**flags: object) -> str:
+        return specs.router_spec(load(flags=flags).settings).kv_dtype
+
+    assert kv_dtype() == kv_dtype(**{"engine.dtype": "float16"}) == "float32"
+    assert kv_dtype(**{"engine.dtype": "bfloat16"}) == "bfloat16"
+    assert kv_dtype(**{"engine.dtype": "bfloat16", "engine.kv_dtype": "float32"}) == "float32"
+
+
 def test_the_seed_is_that_of_requests_without_one(model_dir: Path) -> None:
     settings = load(flags={"model": {"path": str(model_dir), "served_names": ["tiny"]}, "engine.seed": 7}).settings
     served: list[ServedModel] = served_models(settings)
