@@ -122,9 +122,10 @@ def _http(results: dict[str, Any]) -> Iterator[str]:
     for one in results["http"]:
         if one["clients"]:
             yield ""
+            clients = one["clients"]
             yield (
-                f"`small` {one['precision']}, 16 clients, {one['way']}: {one['clients']['output_tok_s']:.0f} output tokens a second, "
-                f"TTFT p50 {one['clients']['ttft_p50_ms']:.0f} ms."
+                f"`small` {one['precision']}, 16 clients, {one['way']}: {clients['output_tok_s']:.0f} output tokens a "
+                f"second, TTFT p50 {clients['ttft_p50_ms']:.0f} ms."
             )
 
 
