@@ -4,8 +4,8 @@
  * BFLOAT16: a float32 input is taken as the sum of two bf16 numbers, each in a tile of its own, whose products add up in
  * the same sums: 16 of its 24 bits. Results are off by 2.5e-6 of their size, where the sums of 2,000 products in
  * float32 are by 0.8e-6; a third part would mend that and make prefill half as slow again. With `bfloat16_inputs` there
- * is one part, and results are off by 2e-3. The hardware adds in an order of its own, in which no other row has a part: a row has the same bits in
- * any batch, though not those of the other levels.
+ * is one part, and results are off by 2e-3. The hardware adds in an order of its own, in which no other row has a part:
+ * a row has the same bits in any batch, though not those of the other levels.
  *
  * Tiles: 0-3 sums, 4-5 rows, 6-7 weights of outputs 0-15 and 16-31 of a panel. A panel's inputs are its tiles' rows as
  * they lie, 128 bytes apart (see native.h); INT4 is unpacked to the same layout, a block at a time.

@@ -260,6 +260,20 @@ def test_weights_of_another_size_are_refused_with_both_shapes(tiny: Any, tmp_pat
         Loader(Checkpoint(tmp_path), config).decoder()
 
 
+def test_threads_load_the_same_experts_and_stop_at_the_first_defect(tiny: Any, tmp_path: Path) -> None:
+    tiny.write_checkpoint(tmp_path, tiny.values, tiny.build_oracle(tiny.values))
+    config, alone, together = ModelConfig.from_dict(tiny.values), Checkpoint(tmp_path), Checkpoint(tmp_path)
+    expected, found = Loader(alone, config).experts(), Loader(together, config).experts(num_threads=3)
+    assert list(found) == list(expected) and together.bytes_read == alone.bytes_read
+    for key, expert in expected.items():
+        assert torch.equal(found[key].down.dequantize(), expert.down.dequantize())
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop(name := "model.layers.1.mlp.experts.3.down_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"tensor {name!r} is missing"):
+        Loader(Checkpoint(tmp_path), config).experts(num_threads=3)
+
+
 def test_an_unknown_quantization_is_refused(tiny: Any, tmp_path: Path) -> None:
     tiny.write_checkpoint(tmp_path, tiny.values, tiny.build_oracle(tiny.values))
     with pytest.raises(ValueError, match="quantization 'int3' is not known: expected one of int8, int4"):
