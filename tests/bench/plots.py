@@ -78,7 +78,7 @@ def _breakdown(engines: list[dict[str, Any]], path: Path) -> None:
 def _shards(engines: list[dict[str, Any]], path: Path) -> None:
     some = [one for one in engines if one["shape"] == "mid" and one["precision"] == "int8"]
     figure, axes = pyplot.subplots(figsize=(6.5, 3.4), layout="constrained")
-    for batch, colour in zip(map(str, BATCHES), COLOURS.values(), strict=True):
+    for batch, colour in zip(map(str, BATCHES), COLOURS.values(), strict=False):
         mesh = sorted(
             (one["shards"], one["tok_s"][batch])
             for one in some
