@@ -123,13 +123,15 @@ def test_smaller_weights_take_their_share_of_memory_and_cost_little_accuracy(tmp
         assert small.num_bytes <= share * formats["bfloat16"].num_bytes, small
         assert small.accuracy is not None and small.accuracy.rise <= rise, small
         assert small.accuracy.divergence <= divergence, small
+    rounded = formats["bfloat16 activations"].accuracy
+    assert rounded is not None and rounded.rise <= 0.002 and 0 < rounded.divergence <= 2e-4, rounded
 
 
 def test_the_card_has_the_figures_of_all_formats() -> None:
     _, _, rest = (DEMO / "MODEL_CARD.md").read_text("utf-8").partition("<!-- weight formats: begin -->")
     lines, found, _ = rest.partition("<!-- weight formats: end -->")
     assert found and [line.split(" | ")[0] for line in lines.strip().splitlines()[2:]] == [
-        f"| {name}" for name in ("float32", "bfloat16", "float16", "int8", "int4")
+        f"| {name}" for name in ("float32", "bfloat16", "bfloat16 activations", "float16", "int8", "int4")
     ]
 
 
