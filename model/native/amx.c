@@ -115,6 +115,12 @@ INLINE void tiles_by_panel(const struct packed_rows *rows, const char *x, const 
     }
 }
 
+/* The parts of the rows in tiles 4 and 5 times 16 outputs' weights: tiles have numbers that the compiler must know. */
+#define ADD_PRODUCTS(sums, tile, weights)       \
+    _tile_loadd(tile, weights, WEIGHT_STRIDE);  \
+    _tile_dpbf16ps(sums, 4, tile);              \
+    if (parts == 2) _tile_dpbf16ps(sums, 5, tile);
+
 /* The sums of one tile of rows for a panel and the next one: two streams come faster from memory than one, and faster
  * still with what the next step needs asked for before this one's tiles wait. */
 INLINE void tile_by_panels(const struct packed_rows *rows, const char *panel, int num_steps, const int parts) {
@@ -131,18 +137,10 @@ INLINE void tile_by_panels(const struct packed_rows *rows, const char *panel, in
         }
         _tile_loadd(4, x, 64);
         if (parts == 2) _tile_loadd(5, x + part_bytes, 64);
-        _tile_loadd(6, panel, WEIGHT_STRIDE);
-        _tile_dpbf16ps(0, 4, 6);
-        if (parts == 2) _tile_dpbf16ps(0, 5, 6);
-        _tile_loadd(7, panel + 64, WEIGHT_STRIDE);
-        _tile_dpbf16ps(1, 4, 7);
-        if (parts == 2) _tile_dpbf16ps(1, 5, 7);
-        _tile_loadd(6, next, WEIGHT_STRIDE);
-        _tile_dpbf16ps(2, 4, 6);
-        if (parts == 2) _tile_dpbf16ps(2, 5, 6);
-        _tile_loadd(7, next + 64, WEIGHT_STRIDE);
-        _tile_dpbf16ps(3, 4, 7);
-        if (parts == 2) _tile_dpbf16ps(3, 5, 7);
+        ADD_PRODUCTS(0, 6, panel)
+        ADD_PRODUCTS(1, 7, panel + 64)
+        ADD_PRODUCTS(2, 6, next)
+        ADD_PRODUCTS(3, 7, next + 64)
     }
 }
 

@@ -129,8 +129,10 @@ static void pack_float_tile(const struct weight *w, const float *x, const int32_
         int i = tile * R + r;
         const float *row = i < rows->num_rows ? x + (long)(row_ids ? row_ids[i] : i) * K : NULL;
         float *out = (float *)rows->values + (long)tile * R * padded_K + r;
-        for (int k = 0; k < padded_K; k++) out[(long)k * R] = row && k < K ? row[k] : 0.0f;
-        for (int k = 0; w->bfloat16_inputs && k < K; k++) out[(long)k * R] = round_to_bfloat16(out[(long)k * R]);
+        for (int k = 0; k < padded_K; k++) {
+            float input = row && k < K ? row[k] : 0.0f;
+            out[(long)k * R] = w->bfloat16_inputs ? round_to_bfloat16(input) : input;
+        }
     }
 }
 

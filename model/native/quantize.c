@@ -6,13 +6,15 @@
 
 enum { SIDE = 16 }; /* rows are read in so many inputs, those beyond the end as zeros */
 
+static size_t bytes_of(int format) { return format == FLOAT32 ? 4 : 2; }
+
 /* Inputs [0, n) of a row as float32, padded to a multiple of SIDE. */
 static void widen(const char *row, int format, int n, float *out) {
-    int bytes = format == FLOAT32 ? 4 : 2;
+    size_t bytes = bytes_of(format);
     char last[4 * SIDE] = {0};
     for (int i = 0; i < n; i += LANES) {
-        const void *from = row + (size_t)i * bytes;
-        if (i + LANES > n) from = memcpy(last, from, (size_t)(n - i) * bytes);
+        const void *from = row + i * bytes;
+        if (i + LANES > n) from = memcpy(last, from, (n - i) * bytes);
         store(out + i, format == FLOAT32 ? load(from) : format == BFLOAT16 ? load_bf16(from) : load_f16(from));
     }
     for (int i = ceil_div(n, LANES) * LANES; i < ceil_div(n, SIDE) * SIDE; i++) out[i] = 0.0f;
@@ -60,7 +62,7 @@ static void quantize_int4_group(const float *inputs, int n, int8_t *steps, uint1
 void AT_LEVEL(quantize_int8)(const void *matrix, int N, int K, int format, int8_t *values, float *scales) {
     float *row = scratch(SCRATCH_CALL, (size_t)ceil_div(K, SIDE) * SIDE * sizeof(float));
     for (int n = 0; n < N; n++) {
-        widen((const char *)matrix + (size_t)n * K * (format == FLOAT32 ? 4 : 2), format, K, row);
+        widen((const char *)matrix + bytes_of(format) * n * K, format, K, row);
         quantize_int8_row(row, K, values + (size_t)n * K, scales + n);
     }
 }
@@ -74,10 +76,10 @@ void AT_LEVEL(quantize_int4)(const void *matrix, int N, int K, int format, int g
     float *group = take(&memory, padded * sizeof(float));
     int8_t *steps = take(&memory, padded), *row = take(&memory, K + 8);
     for (int n = 0; n < N; n++, values += row_bytes) {
-        const char *from = (const char *)matrix + (size_t)n * K * (format == FLOAT32 ? 4 : 2);
+        const char *from = (const char *)matrix + bytes_of(format) * n * K;
         for (int g = 0; g < num_groups; g++) {
             int first = g * group_size, size = at_most(group_size, K - first);
-            widen(from + (size_t)first * (format == FLOAT32 ? 4 : 2), format, size, group);
+            widen(from + bytes_of(format) * first, format, size, group);
             quantize_int4_group(group, size, steps, scales++, zeros++);
             memcpy(row + first, steps, size);
         }
