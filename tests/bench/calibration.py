@@ -42,8 +42,8 @@ def shape_of(name: str, precision: str, num_layers: int | None = None) -> ModelS
         shared_size=values["shared_expert_intermediate_size"],
         dense_size=values["intermediate_size"],
         vocab_size=values["vocab_size"],
-        weight_bytes={"int8": 1.0, "int4": 0.55}.get(precision, 2.0),
-        kv_bytes=4.0,
+        weight_bytes={"bf16": 2.0, "bf16 activations": 2.0, "int8": 1.0, "int4": 0.55}[precision],
+        kv_bytes=2.0 if precision == "bf16 activations" else 4.0,
         row_bytes=6.0,
     )
 

@@ -33,13 +33,12 @@ WAIT_S = 300.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrangement:
-    """shards=0: all experts in the router. threads: of the router; a shard has one. dtype: as of `expertmesh serve`."""
+    """shards=0: all experts in the router. threads: of the router; a shard has one."""
 
     shards: int = 0
     routers: int = 1
     threads: int = 1
     quantization: str | None = None
-    dtype: str | None = None
     transport: str = "auto"
     max_num_seqs: int = 128
     max_model_len: int = 2048
@@ -92,12 +91,7 @@ class Mesh:
                 for s in shard_ids
             ]
             view = MeshView(epoch=1, shards=tuple(members), placement=placement, reason="bench")
-            spec = ShardSpec(
-                model=str(self._model),
-                dtype=arrangement.dtype,
-                quantization=arrangement.quantization,
-                timeouts=TIMEOUTS,
-            )
+            spec = ShardSpec(model=str(self._model), quantization=arrangement.quantization, timeouts=TIMEOUTS)
             for member in members:
                 keys = sorted(placement.held_by(member.shard_id))
                 ready.append(self._spawn(context, _shard_main, member, spec, keys))
@@ -105,12 +99,10 @@ class Mesh:
             router = RouterSpec(
                 model=str(self._model),
                 served_name="bench",
-                dtype=arrangement.dtype,
                 quantization=arrangement.quantization,
                 limits=SchedulerLimits(
                     max_num_seqs=arrangement.max_num_seqs, max_num_batched_tokens=2048, max_queue=4096
                 ),
-                kv_dtype="bfloat16" if arrangement.dtype == "bfloat16" else "float32",
                 kv_cache_bytes=2 << 30,
                 max_model_len=arrangement.max_model_len,
                 prefix_caching=False,
