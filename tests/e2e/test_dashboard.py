@@ -42,6 +42,7 @@ def ask(prometheus: str, query: str) -> Any:
 
 def has_scraped_twice(prometheus: str) -> bool:
     try:
+        httpx.get(f"{prometheus}/-/ready", timeout=10).raise_for_status()  # it listens before it can answer queries
         return bool(ask(prometheus, "rate(expertmesh_steps_total[10s]) > 0"))
     except httpx.HTTPError:
         return False
