@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from model.experts import ExpertWeights
-from model.kernels import REFERENCE_KERNELS, Kernels
+from model.kernels import Kernels
 from model.moe import LocalExchange
 
 
 class LocalSteps(LocalExchange):
     """A LocalExchange with the engine's step hooks, which have nothing to do here."""
 
-    def __init__(self, experts: Mapping[tuple[int, int], ExpertWeights], kernels: Kernels = REFERENCE_KERNELS) -> None:
+    def __init__(self, experts: Mapping[tuple[int, int], ExpertWeights], kernels: Kernels | None = None) -> None:
         super().__init__(experts, kernels)
         self.while_waiting: Callable[[], None] = lambda: None
         self.recovery_s = 0.0

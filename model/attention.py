@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from model.forward_batch import ForwardBatch
 from model.kv_cache import KVCache
-from model.layers import joined, rotate, row_groups
+from model.layers import RMSNorm, add_norm, rotate
 from model.linear import Weight, linear
-
-if TYPE_CHECKING:
-    from model.kernels import Kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +26,10 @@ class AttentionInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """Grouped-query attention of one layer."""
+    """Grouped-query attention of one layer, and the norm before it."""
 
     layer_idx: int
+    norm: RMSNorm
     qkv: Weight
     """[(A + 2G) D, H]: the rows of q_proj, k_proj and v_proj."""
     qkv_bias: Tensor | None
@@ -44,29 +41,27 @@ class Attention:
     head_dim: int
     window: int | None
 
-    def forward(self, x_TH: Tensor, inputs: AttentionInputs, kv_cache: KVCache, kernels: Kernels) -> Tensor:
-        """Writes this step's keys and values into the cache, then attends. -> [T, H]."""
-        keys, values = kv_cache.keys[self.layer_idx], kv_cache.values[self.layer_idx]
-        num_heads = self.num_heads + 2 * self.num_kv_heads
-        (cos_T1D, sin_T1D), write_rows_TG = inputs.cos_sin_T1D, inputs.write_rows_TG
-        groups = []
-        for rows in row_groups(x_TH, self.qkv.shape[0]):
-            qkv_THD = linear(x_TH[rows], self.qkv, self.qkv_bias).view(-1, num_heads, self.head_dim)
-            groups.append(
-                kernels.rotate_into_cache(qkv_THD, cos_T1D[rows], sin_T1D[rows], write_rows_TG[rows], keys, values)
-            )
-        q_TAD = joined(groups)
-        out_TAD = kernels.paged_attention(
-            q_TAD,
-            keys,
-            values,
-            inputs.block_ids_SB,
-            inputs.batch.query_starts,
-            inputs.batch.context_lens_S,
-            self.window,
-            self.head_dim**-0.5,
-        )
-        return linear(out_TAD.flatten(1), self.o)
+
+def attention_reference(
+    layer: Attention, x_TH: Tensor, delta_TH: Tensor | None, inputs: AttentionInputs, kv_cache: KVCache
+) -> Tensor:
+    """x += delta, in place; then attention over norm(x), with this step's keys and values written into the cache first.
+    -> what the layer adds to x, float32 [T, H]."""
+    keys, values = kv_cache.keys[layer.layer_idx], kv_cache.values[layer.layer_idx]
+    normed_TH = add_norm(x_TH, delta_TH, layer.norm.weight_H, layer.norm.eps)
+    qkv_THD = linear(normed_TH, layer.qkv, layer.qkv_bias).view(len(x_TH), -1, layer.head_dim)
+    q_TAD = rotate_into_cache_reference(qkv_THD, *inputs.cos_sin_T1D, inputs.write_rows_TG, keys, values)
+    out_TAD = paged_attention_reference(
+        q_TAD,
+        keys,
+        values,
+        inputs.block_ids_SB,
+        inputs.batch.query_starts,
+        inputs.batch.context_lens_S,
+        layer.window,
+        layer.head_dim**-0.5,
+    )
+    return linear(out_TAD.flatten(1), layer.o)
 
 
 def rotate_into_cache_reference(

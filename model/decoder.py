@@ -11,17 +11,27 @@ from model.config import ModelConfig
 from model.forward_batch import ForwardBatch
 from model.kernels import Kernels
 from model.kv_cache import KVCache
-from model.layers import MLP, Rope
+from model.layers import MLP, RMSNorm, Rope
 from model.linear import Embedding
 from model.moe import Exchange, MoeBlock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DenseBlock:
+    """A norm and an MLP, in layers without experts."""
+
+    norm: RMSNorm
+    mlp: MLP
+
+    def forward(self, x_TH: Tensor, delta_TH: Tensor | None, _: Exchange, kernels: Kernels) -> Tensor:
+        """x += delta, in place. -> what the layer adds to x, [T, H]."""
+        return kernels.mlp(self.mlp, kernels.add_norm(x_TH, delta_TH, self.norm.weight_H, self.norm.eps))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderLayer:
-    input_norm_H: Tensor
     attention: Attention
-    post_attention_norm_H: Tensor
-    mlp: MLP | MoeBlock
+    mlp: DenseBlock | MoeBlock
     kv_group: int
 
 
@@ -33,7 +43,7 @@ class Decoder:
     embedding: Embedding
     """[V, H]. A tied LM head is the same weight."""
     layers: tuple[DecoderLayer, ...]
-    norm_H: Tensor
+    norm: RMSNorm
     rope: Rope
     kernels: Kernels
 
@@ -42,7 +52,6 @@ class Decoder:
 
         Running the same batch again gives the same result: keys and values go to the same slots.
         """
-        eps, kernels = self.config.rms_norm_eps, self.kernels
         cos_sin = self.rope.cos_sin(batch.positions_T, batch.rope_lens_T)
         groups = [
             AttentionInputs(batch, cos_sin, table.block_ids_SB, kv_cache.rows(table.slots_T)) for table in batch.tables
@@ -50,11 +59,6 @@ class Decoder:
         x_TH = self.embedding.rows(batch.token_ids_T).contiguous()
         delta_TH = None
         for layer in self.layers:
-            normed_TH = kernels.add_norm(x_TH, delta_TH, layer.input_norm_H, eps)
-            delta_TH = layer.attention.forward(normed_TH, groups[layer.kv_group], kv_cache, kernels)
-            normed_TH = kernels.add_norm(x_TH, delta_TH, layer.post_attention_norm_H, eps)
-            if isinstance(layer.mlp, MoeBlock):
-                delta_TH = layer.mlp.forward(normed_TH, exchange, kernels)
-            else:
-                delta_TH = layer.mlp.forward(normed_TH, kernels.swiglu)
-        return kernels.add_norm(x_TH, delta_TH, self.norm_H, eps)
+            delta_TH = self.kernels.attention(layer.attention, x_TH, delta_TH, groups[layer.kv_group], kv_cache)
+            delta_TH = layer.mlp.forward(x_TH, delta_TH, exchange, self.kernels)
+        return self.kernels.add_norm(x_TH, delta_TH, self.norm.weight_H, self.norm.eps)

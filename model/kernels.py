@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.attention import paged_attention_reference, rotate_into_cache_reference
+from model.attention import Attention, AttentionInputs, attention_reference
 from model.experts import ExpertWeights, run_experts
-from model.layers import add_gated, add_norm, swiglu
+from model.kv_cache import KVCache
+from model.layers import MLP, add_gated, add_norm
 from model.linear import Weight
+from model.moe import MoeBlock, Routed, route_reference
 from model.native.kernels import NativeKernels
 from model.native.shared_object import load_shared_object
 from model.quantize import quantize
@@ -21,8 +23,6 @@ from model.sampling import DrawTokens, draw_tokens_reference
 log = logging.getLogger("expertmesh.model")
 
 
-PagedAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int | None, float], Tensor]
-"""`paged_attention_reference` or its equal."""
 RunExperts = Callable[[Tensor, Tensor, Tensor, Tensor, Mapping[int, ExpertWeights], Tensor | None], Tensor]
 """`run_experts` or its equal."""
 
@@ -34,11 +34,11 @@ class Kernels:
     Quantized weights are the exception: the native kernels round activations to 8 bits too, the reference doesn't.
     """
 
-    paged_attention: PagedAttention
+    attention: Callable[[Attention, Tensor, Tensor | None, AttentionInputs, KVCache], Tensor]
+    route: Callable[[MoeBlock, Tensor, Tensor | None], Routed]
     run_experts: RunExperts
+    mlp: Callable[[MLP, Tensor], Tensor]
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
-    rotate_into_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-    swiglu: Callable[[Tensor], Tensor]
     add_gated: Callable[[Tensor, Tensor, Tensor], Tensor]
     draw_tokens: DrawTokens
     pack_weight: Callable[[Weight], Weight]
@@ -48,11 +48,11 @@ class Kernels:
 
 
 REFERENCE_KERNELS = Kernels(
-    paged_attention=paged_attention_reference,
+    attention=attention_reference,
+    route=route_reference,
     run_experts=run_experts,
+    mlp=MLP.forward,
     add_norm=add_norm,
-    rotate_into_cache=rotate_into_cache_reference,
-    swiglu=swiglu,
     add_gated=add_gated,
     draw_tokens=draw_tokens_reference,
     pack_weight=lambda weight: weight,
@@ -77,11 +77,11 @@ def select_kernels(device: torch.device | str = "cpu", *, native: bool = True, n
         return REFERENCE_KERNELS
     kernels = NativeKernels(shared_object)
     return Kernels(
-        paged_attention=kernels.paged_attention,
+        attention=kernels.attention,
+        route=kernels.route,
         run_experts=kernels.run_experts,
+        mlp=kernels.mlp,
         add_norm=kernels.add_norm,
-        rotate_into_cache=kernels.rotate_into_cache,
-        swiglu=kernels.swiglu,
         add_gated=kernels.add_gated,
         draw_tokens=kernels.draw_tokens,
         pack_weight=kernels.pack_weight,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +13,18 @@ from model.config import ModelConfig
 from model.linear import Weight, linear
 from model.rope_config import RopeConfig
 
-_GROUP_BYTES = 24 << 20
+
+@dataclass(frozen=True, slots=True)
+class RMSNorm:
+    """arXiv 1910.07467."""
+
+    weight_H: Tensor
+    """float32."""
+    eps: float
 
 
 def add_norm(x_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float) -> Tensor:
-    """Adds delta to x in place. -> the root-mean-square norm of x (arXiv 1910.07467), float32."""
+    """Adds delta to x in place. -> the root-mean-square norm of x, float32."""
     if delta_TH is not None:
         x_TH += delta_TH
     return F.rms_norm(x_TH, weight_H.shape, weight_H, eps)
@@ -39,25 +45,6 @@ def add_gated(y_TH: Tensor, x_TH: Tensor, gate_T1: Tensor) -> Tensor:
     return y_TH.add_(x_TH * gate_T1.double().sigmoid().float())
 
 
-def row_groups(x_TH: Tensor, width: int) -> list[slice]:
-    """Even groups of the rows, so that what is `width` wide for one of them stays small on CPU.
-
-    glibc gives more than 32 MB back with each free, and the page faults of taking it anew cost half as much as the
-    product that fills it.
-    """
-    num_rows = x_TH.shape[0]
-    most = max(64, _GROUP_BYTES // (4 * width))
-    if x_TH.device.type != "cpu" or num_rows <= most:
-        return [slice(None)]
-    num_groups = -(-num_rows // most)
-    return [slice(num_rows * i // num_groups, num_rows * (i + 1) // num_groups) for i in range(num_groups)]
-
-
-def joined(groups: list[Tensor]) -> Tensor:
-    """What was computed for each of `row_groups`, as one tensor."""
-    return groups[0] if len(groups) == 1 else torch.cat(groups)
-
-
 @dataclass(frozen=True, slots=True)
 class MLP:
     """A SwiGLU MLP: a dense layer's, the shared expert or a routed one."""
@@ -71,9 +58,9 @@ class MLP:
     def num_bytes(self) -> int:
         return self.gate_up.num_bytes + self.down.num_bytes
 
-    def forward(self, x_TH: Tensor, swiglu: Callable[[Tensor], Tensor] = swiglu) -> Tensor:
-        groups = row_groups(x_TH, self.gate_up.shape[0])
-        return joined([linear(swiglu(linear(x_TH[rows], self.gate_up)), self.down) for rows in groups])
+    def forward(self, x_TH: Tensor) -> Tensor:
+        """-> [T, H]"""
+        return linear(swiglu(linear(x_TH, self.gate_up)), self.down)
 
 
 class Rope:

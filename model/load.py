@@ -15,11 +15,11 @@ from torch import Tensor
 from model.attention import Attention
 from model.checkpoint import FLOATS, Checkpoint
 from model.config import ModelConfig
-from model.decoder import Decoder, DecoderLayer
+from model.decoder import Decoder, DecoderLayer, DenseBlock
 from model.experts import ExpertWeights
 from model.heads import Head
 from model.kernels import REFERENCE_KERNELS, Kernels
-from model.layers import MLP, Rope
+from model.layers import MLP, RMSNorm, Rope
 from model.linear import DenseWeight, Embedding, Int4Weight, Weight, stack_rows
 from model.moe import Gate, MoeBlock
 from model.quantize import check_same_groups, from_gptq
@@ -67,7 +67,7 @@ class Loader:
             config=self.config,
             embedding=self._embedding(),
             layers=tuple(self._layer(layer_idx) for layer_idx in range(self.config.num_hidden_layers)),
-            norm_H=self._vector(f"{self.checkpoint.prefix}norm.weight", self.config.hidden_size),
+            norm=self._norm(f"{self.checkpoint.prefix}norm"),
             rope=Rope(self.config, self.device),
             kernels=self.kernels,
         )
@@ -113,34 +113,35 @@ class Loader:
         }[kind]
         return Head(
             kind=kind,
-            weight=self._unquantized(f"{module}.weight", (num_outputs, self.config.hidden_size)),
+            weight=self._unquantized(_Matrix(f"{module}.weight", (num_outputs, self.config.hidden_size))),
             bias=self._vector(f"{module}.bias", num_outputs) if has_bias else None,
             pad_token_id=self.config.pad_token_id if kind == "sequence_classification" else None,
         )
 
     def _layer(self, layer_idx: int) -> DecoderLayer:
-        config = self.config
-        layer, hidden = f"{self.checkpoint.prefix}layers.{layer_idx}", config.hidden_size
-        mlp: MLP | MoeBlock
-        if config.is_moe_layer(layer_idx):
-            gate = self._unquantized(f"{layer}.mlp.gate.weight", (config.num_experts, hidden))
-            mlp = MoeBlock(
-                layer_idx=layer_idx,
-                gate=Gate(gate, config.num_experts_per_tok, config.norm_topk_prob),
-                shared_expert=self._mlp(f"{layer}.mlp.shared_expert", config.shared_expert_intermediate_size),
-                shared_expert_gate=self._unquantized(f"{layer}.mlp.shared_expert_gate.weight", (1, hidden)),
-            )
-        else:
-            mlp = self._mlp(f"{layer}.mlp", config.intermediate_size)
+        layer = f"{self.checkpoint.prefix}layers.{layer_idx}"
         return DecoderLayer(
-            input_norm_H=self._vector(f"{layer}.input_layernorm.weight", hidden),
-            attention=self._attention(f"{layer}.self_attn", layer_idx),
-            post_attention_norm_H=self._vector(f"{layer}.post_attention_layernorm.weight", hidden),
-            mlp=mlp,
-            kv_group=config.layer_kv_group(layer_idx),
+            attention=self._attention(f"{layer}.self_attn", layer_idx, self._norm(f"{layer}.input_layernorm")),
+            mlp=self._mlp_block(f"{layer}.mlp", layer_idx, self._norm(f"{layer}.post_attention_layernorm")),
+            kv_group=self.config.layer_kv_group(layer_idx),
         )
 
-    def _attention(self, name: str, layer_idx: int) -> Attention:
+    def _mlp_block(self, name: str, layer_idx: int, norm: RMSNorm) -> DenseBlock | MoeBlock:
+        config = self.config
+        if not config.is_moe_layer(layer_idx):
+            return DenseBlock(norm=norm, mlp=self._mlp(name, config.intermediate_size))
+        weight = self._unquantized(
+            _Matrix(f"{name}.gate.weight", (config.num_experts, config.hidden_size)),
+            _Matrix(f"{name}.shared_expert_gate.weight", (1, config.hidden_size)),
+        )
+        return MoeBlock(
+            layer_idx=layer_idx,
+            norm=norm,
+            gate=Gate(weight, config.num_experts_per_tok, config.norm_topk_prob),
+            shared_expert=self._mlp(f"{name}.shared_expert", config.shared_expert_intermediate_size),
+        )
+
+    def _attention(self, name: str, layer_idx: int, norm: RMSNorm) -> Attention:
         config = self.config
         num_heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
         projections = [(f"{name}.{part}_proj", number * config.head_dim) for part, number in num_heads.items()]
@@ -149,6 +150,7 @@ class Loader:
             bias = torch.cat([self._vector(f"{module}.bias", num_outputs) for module, num_outputs in projections])
         return Attention(
             layer_idx=layer_idx,
+            norm=norm,
             qkv=self._linear(projections, config.hidden_size),
             qkv_bias=bias,
             o=self._linear([(f"{name}.o_proj", config.hidden_size)], config.num_attention_heads * config.head_dim),
@@ -165,6 +167,9 @@ class Loader:
             down=self._linear([(f"{name}.down_proj", hidden)], inner),
         )
 
+    def _norm(self, name: str) -> RMSNorm:
+        return RMSNorm(self._vector(f"{name}.weight", self.config.hidden_size), self.config.rms_norm_eps)
+
     def _vector(self, name: str, length: int) -> Tensor:
         """Norms and biases: float32, since they meet float32 activations elementwise."""
         return self.checkpoint.float_tensor(name, (length,), None).float().to(self.device)
@@ -175,9 +180,9 @@ class Loader:
         is_head = self.config.tie_word_embeddings and self.config.head_kind == "causal_lm"
         return cast(Embedding, self._weight([_Matrix(*table)], self.quantization and "int8", packed=is_head))
 
-    def _unquantized(self, name: str, shape: tuple[int, int]) -> Weight:
+    def _unquantized(self, *matrices: _Matrix) -> Weight:
         """Gates and small heads."""
-        return self._weight([_Matrix(name, shape)], None, exact=True)
+        return self._weight(matrices, None, exact=True)
 
     def _linear(self, modules: Sequence[tuple[str, int]], num_inputs: int) -> Weight:
         """The weights of several modules (name, outputs) with the same input, as one matrix of all their rows."""

@@ -14,8 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "native.h"
-#include "simd.h"
+#include "layer.h"
 
 #if LANES == 16
 enum { GEMM_ROWS = 12 };
@@ -24,19 +23,6 @@ enum { GEMM_ROWS = 6 };
 #endif
 enum { SPAN = 64, MAX_TILE = 192, MAX_HEAD_DIM = 256 };
 enum { FEW_ROWS = 8 }; /* up to here, values are used where they lie instead of being copied first */
-
-struct attention_call {
-    float *out;             /* [T, A, D] */
-    const float *q;         /* [T, A, D] */
-    const char *k, *v;      /* [num_blocks, G, block_size, D], float32 or bfloat16 */
-    const int32_t *block_ids;    /* [S, max_blocks] */
-    const int32_t *query_starts; /* [S + 1] */
-    const int32_t *context_lens; /* [S], the new tokens included */
-    int32_t num_sequences, num_heads, num_kv_heads, head_dim, block_size, max_blocks;
-    int32_t window;         /* keys a token sees, its own included; 0: all */
-    int32_t kv_is_bfloat16;
-    float scale;
-};
 
 struct task {
     int32_t sequence, kv_head, first_row, num_rows;
@@ -276,7 +262,6 @@ static void run_task(void *context, int i) {
     else attend(job->call, task, next, 0, w);
 }
 
-/* head_dim a multiple of 16 up to MAX_HEAD_DIM, block_size a multiple of 16, num_heads / num_kv_heads <= MAX_TILE. */
 void AT_LEVEL(paged_attention)(const struct attention_call *call, int num_threads) {
     int heads_per_kv = call->num_heads / call->num_kv_heads, step = MAX_TILE / heads_per_kv * heads_per_kv;
     int max_tasks = 0, num_tasks = 0;

@@ -34,14 +34,20 @@ static void run_expert(void *context, int i) {
     float *h = take(&memory, 2 * h_bytes), *activated = take(&memory, h_bytes);
 
     struct packed_rows rows = AT_LEVEL(pack_rows)(gate_up, routing->x, routing->rows + first, num_rows, packed_in);
-    AT_LEVEL(multiply)(gate_up, &rows, NULL, h, 0, num_panels(gate_up));
-    for (int r = 0; r < num_rows; r++)
-        AT_LEVEL(swiglu_row)(h + (long)r * 2 * inner, inner, activated + (long)r * inner);
-    rows = AT_LEVEL(pack_rows)(down, activated, NULL, num_rows, packed_inner);
-    AT_LEVEL(multiply)(down, &rows, NULL, routing->outputs + (long)first * routing->hidden, 0, num_panels(down));
+    struct packed_rows inner_rows;
+    if (AT_LEVEL(activates)(gate_up, down)) {
+        inner_rows = AT_LEVEL(lay_out)(down, num_rows, packed_inner);
+        AT_LEVEL(activate_by_all)(gate_up, &rows, &inner_rows, 1);
+    } else {
+        AT_LEVEL(multiply)(gate_up, &rows, NULL, h, 0, num_panels(gate_up));
+        for (int r = 0; r < num_rows; r++)
+            AT_LEVEL(swiglu_row)(h + (long)r * 2 * inner, inner, activated + (long)r * inner);
+        inner_rows = AT_LEVEL(pack_rows)(down, activated, NULL, num_rows, packed_inner);
+    }
+    AT_LEVEL(multiply)(down, &inner_rows, NULL, routing->outputs + (long)first * routing->hidden, 0, num_panels(down));
 }
 
-enum { SUM_COLUMNS = 512 };
+enum { SUM_COLUMNS = 128 };
 
 /* y[row] += weight * output, pair by pair in the order given, for SUM_COLUMNS columns: the product in float32, the sum
  * in float64, which is then exact in all but freak cases and so the same in any order. */

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.attention import paged_attention_reference
+from model.attention import Attention, AttentionInputs, attention_reference
 from model.experts import ExpertWeights, run_experts
+from model.kv_cache import KVCache
+from model.layers import MLP
 from model.linear import DenseWeight, Int4Weight, Int8Weight, Weight
+from model.moe import MoeBlock, Routed, route_reference
 from model.native.packed_weight import FORMATS, PANEL, PackedWeight
-from model.native.shared_object import AttentionStruct, RotateStruct, SharedObject, pointer
+from model.native.shared_object import AttentionLayerStruct, RouteStruct, SharedObject, pointer
 from model.quantize import INT4_GROUP_SIZE
 from model.random_bits import uniforms
 from model.sampler_state import SamplingRow
@@ -128,54 +131,82 @@ class NativeKernels:
         )
         return y_NH
 
-    def paged_attention(
-        self,
-        q_TAD: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_ids_SB: Tensor,
-        query_starts: Tensor,
-        context_lens_S: Tensor,
-        window: int | None,
-        scale: float,
+    def attention(
+        self, layer: Attention, x_TH: Tensor, delta_TH: Tensor | None, inputs: AttentionInputs, kv_cache: KVCache
     ) -> Tensor:
-        """See `model.attention.paged_attention_reference`; a token's bits don't depend on batch or chunking."""
-        num_heads, head_dim = q_TAD.shape[1:]
-        num_kv_heads, block_size = k_cache.shape[1:3]
-        supported = (
-            head_dim % 16 == 0
-            and head_dim <= MAX_HEAD_DIM
+        """See `model.attention.attention_reference`; a token's bits don't depend on batch or chunking."""
+        k_cache, v_cache = kv_cache.keys[layer.layer_idx], kv_cache.values[layer.layer_idx]
+        block_size, (qkv, o) = k_cache.shape[2], (layer.qkv, layer.o)
+        is_supported = (
+            layer.head_dim % 16 == 0
+            and layer.head_dim <= MAX_HEAD_DIM
             and block_size % 16 == 0
-            and num_heads // num_kv_heads <= MAX_HEADS_PER_KV
+            and layer.num_heads // layer.num_kv_heads <= MAX_HEADS_PER_KV
             and k_cache.dtype in (torch.float32, torch.bfloat16)
         )
-        if not supported:
-            return paged_attention_reference(
-                q_TAD, k_cache, v_cache, block_ids_SB, query_starts, context_lens_S, window, scale
-            )
-        q_TAD, block_ids_SB = q_TAD.contiguous(), block_ids_SB.contiguous()
-        query_starts, context_lens_S = query_starts.contiguous(), context_lens_S.contiguous()
-        out_TAD = torch.empty_like(q_TAD)
-        call = AttentionStruct(
-            pointer(out_TAD),
-            pointer(q_TAD),
-            pointer(k_cache),
-            pointer(v_cache),
-            pointer(block_ids_SB),
-            pointer(query_starts),
-            pointer(context_lens_S),
-            len(context_lens_S),
-            num_heads,
-            num_kv_heads,
-            head_dim,
+        if not (is_supported and isinstance(qkv, PackedWeight) and isinstance(o, PackedWeight)):
+            return attention_reference(layer, x_TH, delta_TH, inputs, kv_cache)
+        assert x_TH.is_contiguous() and (delta_TH is None or delta_TH.is_contiguous())
+        (cos_T1D, sin_T1D), batch = inputs.cos_sin_T1D, inputs.batch
+        y_TH = torch.empty_like(x_TH)
+        call = AttentionLayerStruct(
+            *map(pointer, (x_TH, delta_TH, layer.norm.weight_H)),
+            qkv.address,
+            pointer(layer.qkv_bias),
+            o.address,
+            *map(pointer, (cos_T1D, sin_T1D, inputs.write_rows_TG, k_cache, v_cache, inputs.block_ids_SB)),
+            *map(pointer, (batch.query_starts, batch.context_lens_S, y_TH)),
+            len(x_TH),
+            len(batch.context_lens_S),
+            layer.num_heads,
+            layer.num_kv_heads,
+            layer.head_dim,
             block_size,
-            block_ids_SB.shape[1],
-            window or 0,
+            inputs.block_ids_SB.shape[1],
+            layer.window or 0,
             k_cache.dtype == torch.bfloat16,
-            scale,
+            layer.norm.eps,
+            layer.head_dim**-0.5,
         )
-        self.shared_object.paged_attention(ctypes.addressof(call), self.shared_object.num_threads)
-        return out_TAD
+        self.shared_object.attention_layer(ctypes.addressof(call), self.shared_object.num_threads)
+        return y_TH
+
+    def route(self, block: MoeBlock, x_TH: Tensor, delta_TH: Tensor | None) -> Routed:
+        """See `model.moe.route_reference`."""
+        gate = block.gate
+        if not isinstance(gate.weight, PackedWeight):
+            return route_reference(block, x_TH, delta_TH)
+        assert x_TH.is_contiguous() and (delta_TH is None or delta_TH.is_contiguous())
+        num_tokens, top_k = len(x_TH), gate.num_experts_per_tok
+        normed_TH, shared_gate_T1 = torch.empty_like(x_TH), torch.empty(num_tokens, 1)
+        topk_ids_TK, topk_weights_TK = torch.empty(num_tokens, top_k, dtype=torch.int64), torch.empty(num_tokens, top_k)
+        call = RouteStruct(
+            *map(pointer, (x_TH, delta_TH, block.norm.weight_H)),
+            gate.weight.address,
+            *map(pointer, (normed_TH, topk_ids_TK, topk_weights_TK, shared_gate_T1)),
+            num_tokens,
+            top_k,
+            gate.norm_topk_prob,
+            block.norm.eps,
+        )
+        self.shared_object.route(ctypes.addressof(call), self.shared_object.num_threads)
+        return Routed(normed_TH, topk_ids_TK, topk_weights_TK, shared_gate_T1)
+
+    def mlp(self, mlp: MLP, x_TH: Tensor) -> Tensor:
+        """See `model.layers.MLP.forward`."""
+        if not (isinstance(mlp.gate_up, PackedWeight) and isinstance(mlp.down, PackedWeight)):
+            return mlp.forward(x_TH)
+        assert x_TH.is_contiguous()
+        y_TH = torch.empty_like(x_TH)
+        self.shared_object.mlp(
+            mlp.gate_up.address,
+            mlp.down.address,
+            pointer(x_TH),
+            len(x_TH),
+            pointer(y_TH),
+            self.shared_object.num_threads,
+        )
+        return y_TH
 
     def add_norm(self, x_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float) -> Tensor:
         """See `model.layers.add_norm`."""
@@ -191,38 +222,6 @@ class NativeKernels:
             self.shared_object.num_threads,
         )
         return y_TH
-
-    def rotate_into_cache(
-        self, qkv_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, rows_TG: Tensor, k_cache: Tensor, v_cache: Tensor
-    ) -> Tensor:
-        """See `model.attention.rotate_into_cache_reference`."""
-        num_tokens, num_heads, head_dim = qkv_THD.shape
-        num_kv_heads = rows_TG.shape[1]
-        q_TAD = torch.empty(num_tokens, num_heads - 2 * num_kv_heads, head_dim)
-        call = RotateStruct(
-            pointer(q_TAD),
-            pointer(qkv_THD),
-            pointer(cos_T1D),
-            pointer(sin_T1D),
-            pointer(rows_TG),
-            pointer(k_cache),
-            pointer(v_cache),
-            q_TAD.shape[1],
-            num_kv_heads,
-            head_dim,
-            k_cache.dtype == torch.bfloat16,
-        )
-        self.shared_object.rotate_into_cache(ctypes.addressof(call), num_tokens, self.shared_object.num_threads)
-        return q_TAD
-
-    def swiglu(self, gate_up_T2I: Tensor) -> Tensor:
-        """See `model.layers.swiglu`."""
-        num_tokens, width = gate_up_T2I.shape
-        out_TI = torch.empty(num_tokens, width // 2)
-        self.shared_object.swiglu(
-            pointer(gate_up_T2I), num_tokens, width // 2, pointer(out_TI), self.shared_object.num_threads
-        )
-        return out_TI
 
     def add_gated(self, y_TH: Tensor, x_TH: Tensor, gate_T1: Tensor) -> Tensor:
         """See `model.layers.add_gated`."""

@@ -1,11 +1,12 @@
-/* What stands between the products of a layer: norm, rotary embedding, SwiGLU and the shared expert's gate.
+/* What stands between the products of a layer: norm, rotary embedding, the choice of experts, SwiGLU and the shared
+ * expert's gate.
  *
  * Rows are computed each for itself, and in the same order at every width: a row has the same bits in any batch.
  */
 #include <math.h>
 #include <string.h>
 
-#include "linear.h"
+#include "layer.h"
 
 enum { ROWS_EACH = 16 }; /* of a task */
 
@@ -73,7 +74,6 @@ static void norm_row(const void *context, int row) {
         store_some(y + h, load_some(x + h, H - h) * scale * load_some(call->weight + h, H - h), H - h);
 }
 
-/* x [num_rows, width] += delta (or NULL); y = x / sqrt(mean(x^2) + eps) * weight */
 void AT_LEVEL(add_norm)(float *x, const float *delta, const float *weight, float eps, int num_rows, int width,
                         float *y, int num_threads) {
     struct norm_call call = {x, delta, weight, y, width, eps};
@@ -81,15 +81,6 @@ void AT_LEVEL(add_norm)(float *x, const float *delta, const float *weight, float
 }
 
 /* ---- rotary embedding, and keys and values into their cache ---- */
-
-struct rotate_call {
-    float *q;                 /* [T, A, D] */
-    const float *qkv;         /* [T, A + 2G, D] */
-    const float *cos, *sin;   /* [T, D]; sin of the first half negative */
-    const int64_t *cache_rows; /* [T, G] */
-    char *k, *v;              /* [rows, D], float32 or bfloat16 */
-    int32_t num_heads, num_kv_heads, head_dim, kv_is_bfloat16;
-};
 
 INLINE uint16_t to_bfloat16(float a) { /* to nearest, ties to even */
     uint32_t bits;
@@ -137,6 +128,63 @@ void AT_LEVEL(rotate_into_cache)(const struct rotate_call *call, int num_rows, i
     for_each_row(rotate_row, call, num_rows, num_threads);
 }
 
+/* ---- the choice of experts ---- */
+
+struct topk_call {
+    const float *logits;
+    int64_t *ids;
+    float *weights, *shared_gate;
+    int num_experts, top_k, normalize;
+};
+
+/* probabilities [num_experts, rounded up to 16 with zeros]; all NaN if one logit is. */
+static void softmax(const float *logits, int num_experts, float *probabilities) {
+    vec largest = broadcast(-INFINITY), sums[16 / LANES];
+    int is_nan = 0;
+    for (int e = 0; e < num_experts; e += LANES) {
+        vec a = load_some(logits + e, num_experts - e);
+        is_nan |= any_nan(a);
+        largest = vmax(largest, keep_range(a, 0, num_experts - e, broadcast(-INFINITY)));
+    }
+    vec maximum = broadcast(max_of_lanes(largest));
+    for (int i = 0; i < 16 / LANES; i++) sums[i] = broadcast(0.0f);
+    for (int e = 0; e < num_experts; e += LANES) {
+        vec p = exponential(load_some(logits + e, num_experts - e) - maximum);
+        p = keep_range(p, 0, num_experts - e, broadcast(0.0f));
+        store(probabilities + e, p);
+        sums[e / LANES % (16 / LANES)] += p;
+    }
+    vec sum = broadcast(is_nan ? NAN : sum_of_16(sums));
+    for (int e = 0; e < num_experts; e += LANES) store(probabilities + e, load(probabilities + e) / sum);
+}
+
+static void choose_experts(const void *context, int row) {
+    const struct topk_call *call = context;
+    int E = call->num_experts, K = call->top_k, num_found = 0;
+    const float *logits = call->logits + (long)row * (E + 1);
+    int64_t *ids = call->ids + (long)row * K;
+    float *weights = call->weights + (long)row * K, probabilities[ceil_div(E, 16) * 16], sum = 0.0f;
+    softmax(logits, E, probabilities);
+    for (int e = 0; e < E; e++) { /* with NaN, which is not greater than anything, the first K */
+        float p = probabilities[e];
+        if (num_found == K && !(p > weights[K - 1])) continue;
+        int place = num_found < K ? num_found++ : K - 1;
+        for (; place > 0 && p > weights[place - 1]; place--)
+            weights[place] = weights[place - 1], ids[place] = ids[place - 1];
+        weights[place] = p, ids[place] = e;
+    }
+    call->shared_gate[row] = logits[E];
+    if (!call->normalize) return;
+    for (int k = 0; k < K; k++) sum += weights[k];
+    for (int k = 0; k < K; k++) weights[k] /= sum;
+}
+
+void AT_LEVEL(topk_softmax)(const float *logits, int num_rows, int num_experts, int top_k, int normalize, int64_t *ids,
+                            float *weights, float *shared_gate, int num_threads) {
+    struct topk_call call = {logits, ids, weights, shared_gate, num_experts, top_k, normalize};
+    for_each_row(choose_experts, &call, num_rows, num_threads);
+}
+
 /* ---- SwiGLU ---- */
 
 struct swiglu_call {
@@ -148,9 +196,8 @@ struct swiglu_call {
 /* out [inner] = silu(h[0..inner)) * h[inner..2 inner) */
 void AT_LEVEL(swiglu_row)(const float *h, int inner, float *out) {
     for (int i = 0; i < inner; i += LANES) {
-        vec gate = load_some(h + i, inner - i);
-        vec e = exponential(vmin(broadcast(0.0f) - gate, broadcast(87.0f)));
-        store_some(out + i, gate / (broadcast(1.0f) + e) * load_some(h + inner + i, inner - i), inner - i);
+        int n = inner - i;
+        store_some(out + i, silu_times(load_some(h + i, n), load_some(h + inner + i, n)), n);
     }
 }
 
@@ -159,7 +206,6 @@ static void swiglu_of_row(const void *context, int row) {
     AT_LEVEL(swiglu_row)(call->h + (long)row * 2 * call->inner, call->inner, call->out + (long)row * call->inner);
 }
 
-/* out [num_rows, inner] of h [num_rows, 2 inner] */
 void AT_LEVEL(swiglu)(const float *h, int num_rows, int inner, float *out, int num_threads) {
     struct swiglu_call call = {h, out, inner};
     for_each_row(swiglu_of_row, &call, num_rows, num_threads);

@@ -136,8 +136,8 @@ static void pack_float_tile(const struct weight *w, const float *x, const int32_
     }
 }
 
-static void pack_tile(const struct weight *w, const float *x, const int32_t *row_ids, int tile,
-                      const struct packed_rows *rows) {
+static void pack_tile(const struct weight *w, const struct packed_rows *rows, const float *x, const int32_t *row_ids,
+                      int tile) {
     if (is_integer(w)) pack_integer_tile(w, x, row_ids, tile, rows);
 #ifdef __AMX_TILE__
     else if (rows->run > 1) amx_pack_tile(w, rows, x, row_ids, tile);
@@ -145,8 +145,7 @@ static void pack_tile(const struct weight *w, const float *x, const int32_t *row
     else pack_float_tile(w, x, row_ids, tile, rows);
 }
 
-/* `arrange`, and where in memory of packed_rows_bytes everything goes. */
-static struct packed_rows lay_out(const struct weight *w, int num_rows, char *memory) {
+struct packed_rows AT_LEVEL(lay_out)(const struct weight *w, int num_rows, char *memory) {
     struct packed_rows rows = arrange(w, num_rows);
     int num_blocks = is_integer(w) ? ceil_div(w->num_inputs, w->block_size) : 0;
     size_t num_scales = (size_t)rows.num_tiles * rows.tile_rows * num_blocks;
@@ -158,8 +157,27 @@ static struct packed_rows lay_out(const struct weight *w, int num_rows, char *me
 
 struct packed_rows AT_LEVEL(pack_rows)(const struct weight *w, const float *x, const int32_t *row_ids, int num_rows,
                                        char *memory) {
-    struct packed_rows rows = lay_out(w, num_rows, memory);
-    for (int tile = 0; tile < rows.num_tiles; tile++) pack_tile(w, x, row_ids, tile, &rows);
+    struct packed_rows rows = AT_LEVEL(lay_out)(w, num_rows, memory);
+    for (int tile = 0; tile < rows.num_tiles; tile++) pack_tile(w, &rows, x, row_ids, tile);
+    return rows;
+}
+
+struct pack_call {
+    const struct weight *w;
+    const float *x;
+    const struct packed_rows *rows;
+};
+
+static void pack_part(void *context, int tile) {
+    const struct pack_call *call = context;
+    pack_tile(call->w, call->rows, call->x, NULL, tile);
+}
+
+struct packed_rows AT_LEVEL(pack_by_all)(const struct weight *w, const float *x, int num_rows, char *memory,
+                                         int num_threads) {
+    struct packed_rows rows = AT_LEVEL(lay_out)(w, num_rows, memory);
+    struct pack_call call = {w, x, &rows};
+    parallel_for(pack_part, &call, rows.num_tiles, num_rows < ROWS_WORTH_A_THREAD ? 1 : num_threads);
     return rows;
 }
 
@@ -352,7 +370,6 @@ void AT_LEVEL(multiply)(const struct weight *w, const struct packed_rows *rows, 
 
 struct linear_call {
     const struct weight *w;
-    const float *x;
     struct packed_rows rows;
     const float *bias;
     float *y;
@@ -366,23 +383,61 @@ static void multiply_part(void *context, int i) {
                        at_most(first + call->panels_each, num_panels(call->w)));
 }
 
-static void pack_part(void *context, int tile) {
-    const struct linear_call *call = context;
-    pack_tile(call->w, call->x, NULL, tile, &call->rows);
-}
-
 /* Waking a thread takes some 30 us, in which the first reads half a megabyte; one that is awake needs 2 us. */
 enum { BYTES_WORTH_A_WAKE = 2 << 20, BYTES_WORTH_A_THREAD = 256 << 10 };
 
-/* y [num_rows, num_outputs] = x [num_rows, num_inputs] @ weight.T + bias (or NULL). */
+static int threads_worth(const struct weight *w, int num_rows, int num_threads) {
+    size_t least = threads_are_awake() ? BYTES_WORTH_A_THREAD : BYTES_WORTH_A_WAKE;
+    return num_panels(w) * panel_bytes(w) * ceil_div(num_rows, 8) < least ? 1 : num_threads;
+}
+
+void AT_LEVEL(multiply_by_all)(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
+                               int num_threads) {
+    struct linear_call call = {.w = w, .rows = *rows, .bias = bias, .y = y};
+    num_threads = threads_worth(w, rows->num_rows, num_threads);
+    call.panels_each = num_threads > 1 ? FEW_ROWS_PANELS * 2 : num_panels(w);
+    parallel_for(multiply_part, &call, ceil_div(num_panels(w), call.panels_each), num_threads);
+}
+
 void AT_LEVEL(linear)(const struct weight *w, const float *x, int num_rows, const float *bias, float *y,
                       int num_threads) {
     if (num_rows == 0) return;
     char *memory = scratch(SCRATCH_CALL, AT_LEVEL(packed_rows_bytes)(w, num_rows));
-    struct linear_call call = {.w = w, .x = x, .rows = lay_out(w, num_rows, memory), .bias = bias, .y = y};
-    parallel_for(pack_part, &call, call.rows.num_tiles, num_rows < ROWS_WORTH_A_THREAD ? 1 : num_threads);
-    size_t least = threads_are_awake() ? BYTES_WORTH_A_THREAD : BYTES_WORTH_A_WAKE;
-    if (num_panels(w) * panel_bytes(w) * ceil_div(num_rows, 8) < least) num_threads = 1;
-    call.panels_each = num_threads > 1 ? FEW_ROWS_PANELS * 2 : num_panels(w);
-    parallel_for(multiply_part, &call, ceil_div(num_panels(w), call.panels_each), num_threads);
+    struct packed_rows rows = AT_LEVEL(pack_by_all)(w, x, num_rows, memory, num_threads);
+    AT_LEVEL(multiply_by_all)(w, &rows, bias, y, num_threads);
+}
+
+/* ---- SwiGLU between two products ---- */
+
+int AT_LEVEL(activates)(const struct weight *gate_up, const struct weight *down) {
+#ifdef __AMX_TILE__
+    return amx_activates(gate_up, down);
+#else
+    (void)gate_up, (void)down;
+    return 0;
+#endif
+}
+
+struct activate_call {
+    const struct weight *gate_up;
+    const struct packed_rows *rows, *activated;
+    int panels_each, num_panels;
+};
+
+static void activate_part(void *context, int i) {
+    const struct activate_call *call = context;
+    int first = i * call->panels_each, last = at_most(first + call->panels_each, call->num_panels);
+#ifdef __AMX_TILE__
+    amx_activate(call->gate_up, call->rows, call->activated, first, last);
+#else
+    (void)first, (void)last;
+#endif
+}
+
+void AT_LEVEL(activate_by_all)(const struct weight *gate_up, const struct packed_rows *rows,
+                               const struct packed_rows *activated, int num_threads) {
+    struct activate_call call = {gate_up, rows, activated, FEW_ROWS_PANELS, num_panels(gate_up) / 2};
+    num_threads = threads_worth(gate_up, rows->num_rows, num_threads);
+    if (num_threads == 1) call.panels_each = call.num_panels;
+    parallel_for(activate_part, &call, ceil_div(call.num_panels, call.panels_each), num_threads);
 }

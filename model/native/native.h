@@ -37,6 +37,10 @@ struct weight {
 
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 static inline int at_most(int a, int b) { return a < b ? a : b; }
+/* Of even parts of `whole` that are no more than `most` each. */
+static inline int even_part(int whole, int most) {
+    return whole > most ? ceil_div(whole, ceil_div(whole, most)) : whole;
+}
 static inline int is_integer(const struct weight *w) { return w->format >= INT8; }
 /* Inputs that stand side by side in a panel; a number of inputs that it doesn't divide is padded with zeros. */
 static inline int inputs_together(int format) { return format >= INT8 ? 4 : format == BFLOAT16 ? 2 : 1; }
@@ -54,7 +58,7 @@ int threads_are_awake(void);
 
 /* At least num_bytes of memory owned by the calling thread, aligned to 64 bytes, valid until its next call with the
  * same slot. Kept until the thread ends: steps of one model need the same sizes again and again. */
-enum scratch_slot { SCRATCH_CALL, SCRATCH_BODY, SCRATCH_TILES, NUM_SCRATCH_SLOTS };
+enum scratch_slot { SCRATCH_LAYER, SCRATCH_CALL, SCRATCH_BODY, SCRATCH_TILES, NUM_SCRATCH_SLOTS };
 void *scratch(enum scratch_slot slot, size_t num_bytes);
 
 /* Cut the next num_bytes, rounded up to 64, off a block of scratch memory. */

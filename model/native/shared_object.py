@@ -44,22 +44,43 @@ class RotateStruct(ctypes.Structure):
     _fields_ = _fields("q qkv cos sin cache_rows k v", "num_heads num_kv_heads head_dim kv_is_bfloat16")
 
 
+class AttentionLayerStruct(ctypes.Structure):
+    """`struct attention_layer` of decoder.c."""
+
+    _fields_ = _fields(
+        "x delta norm qkv qkv_bias o cos sin cache_rows k v block_ids query_starts context_lens y",
+        "num_tokens num_sequences num_heads num_kv_heads head_dim block_size max_blocks window kv_is_bfloat16",
+        "eps scale",
+    )
+
+
+class RouteStruct(ctypes.Structure):
+    """`struct route_call` of decoder.c."""
+
+    _fields_ = _fields("x delta norm gate normed ids weights shared_gate", "num_tokens top_k normalize", "eps")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SharedObject:
     """The kernels at one vector width, with the number of threads that a call may use.
 
-    The functions take what their C sources say, tensors as `pointer(tensor)`.
+    The functions take what their C sources say, tensors as `pointer(tensor)`. Paged attention, rotation, the choice of
+    experts and SwiGLU are pieces of others, and here for tests and measurements.
     """
 
     level: str
     num_threads: int
     linear: Any
     run_experts: Any
-    paged_attention: Any
+    attention_layer: Any
+    route: Any
+    mlp: Any
     add_norm: Any
-    rotate_into_cache: Any
-    swiglu: Any
     add_gated: Any
+    paged_attention: Any
+    rotate_into_cache: Any
+    topk_softmax: Any
+    swiglu: Any
     draw_tokens: Any
     quantize_int8: Any
     quantize_int4: Any
@@ -105,13 +126,21 @@ def load_shared_object(level: str | None = None, num_threads: int = 1, path: Pat
             None,
             *(address, integer, address, integer, integer, address, address, address, integer, address, integer),
         ),
-        paged_attention=function(f"paged_attention_{level}", None, address, integer),
+        attention_layer=function(f"attention_layer_{level}", None, address, integer),
+        route=function(f"route_{level}", None, address, integer),
+        mlp=function(f"mlp_{level}", None, address, address, address, integer, address, integer),
         add_norm=function(
             f"add_norm_{level}", None, address, address, address, ctypes.c_float, integer, integer, address, integer
         ),
-        rotate_into_cache=function(f"rotate_into_cache_{level}", None, address, integer, integer),
-        swiglu=function(f"swiglu_{level}", None, address, integer, integer, address, integer),
         add_gated=function(f"add_gated_{level}", None, address, address, address, integer, integer, integer),
+        paged_attention=function(f"paged_attention_{level}", None, address, integer),
+        rotate_into_cache=function(f"rotate_into_cache_{level}", None, address, integer, integer),
+        topk_softmax=function(
+            f"topk_softmax_{level}",
+            None,
+            *(address, integer, integer, integer, integer, address, address, address, integer),
+        ),
+        swiglu=function(f"swiglu_{level}", None, address, integer, integer, address, integer),
         draw_tokens=function(
             f"draw_tokens_{level}", None, address, integer, integer, address, address, address, integer
         ),

@@ -252,4 +252,10 @@ INLINE vec exponential(vec x) {
     return zero_below(p * power_of_two(to_int(n)), x, -87.0f);
 }
 
+/* silu(gate) * up */
+INLINE vec silu_times(vec gate, vec up) {
+    vec e = exponential(vmin(broadcast(0.0f) - gate, broadcast(87.0f)));
+    return gate / (broadcast(1.0f) + e) * up;
+}
+
 #endif

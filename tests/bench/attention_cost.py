@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 
 from model.attention import paged_attention_reference
-from model.kernels import select_kernels
+from model.native.shared_object import load_shared_object
+from tests.model.native.pieces import NativePieces
 
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 BLOCK = 16
@@ -45,7 +46,10 @@ def main() -> None:
     options = parser.parse_args()
     num_seqs, num_kv_heads, head_dim = options.sequences, options.kv_heads, options.head_dim
     torch.set_num_threads(1)
-    kernel = select_kernels("cpu").paged_attention
+    shared_object = load_shared_object()
+    if shared_object is None:
+        raise SystemExit("no native kernels here")
+    kernel = NativePieces(shared_object).paged_attention
     print(
         f"A={options.heads} G={num_kv_heads} D={head_dim}, {num_seqs} sequences, float32, one thread; per token, layer"
     )

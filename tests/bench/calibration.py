@@ -70,9 +70,12 @@ def _in_processes(count: int, quantization: str | None) -> list[dict[str, Any]]:
 def _time_kernels(barrier: Any, answers: Any, quantization: str | None) -> None:
     import torch
 
+    from model.attention import paged_attention_reference
     from model.kernels import select_kernels
     from model.linear import DenseWeight, Weight, linear
+    from model.native.shared_object import load_shared_object
     from model.quantize import quantize_int4, quantize_int8
+    from tests.model.native.pieces import NativePieces
 
     torch.set_num_threads(1)
     kernels = select_kernels()
@@ -97,7 +100,9 @@ def _time_kernels(barrier: Any, answers: Any, quantization: str | None) -> None:
         torch.arange(num_seqs + 1, dtype=torch.int32),
         torch.full((num_seqs,), context, dtype=torch.int32),
     )
-    attention_s = _median_s(lambda: kernels.paged_attention(*arguments, None, 0.1))
+    shared_object = load_shared_object()
+    attend = NativePieces(shared_object).paged_attention if shared_object else paged_attention_reference
+    attention_s = _median_s(lambda: attend(*arguments, None, 0.1))
     answers.put({"rows": rows, "kv_bandwidth": 2 * 4 * num_seqs * context * heads * size / attention_s})
 
 

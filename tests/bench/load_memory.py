@@ -40,7 +40,7 @@ def measure(checkpoint: Path, part: str, quantization: str | None, dtype: str | 
     def load_router() -> Any:
         loader = Loader(Checkpoint(checkpoint), config, quantization, kernels=kernels)
         decoder = loader.decoder()
-        return decoder.embedding, decoder.layers, decoder.norm_H, loader.head(decoder)
+        return decoder.embedding, decoder.layers, decoder.norm, loader.head(decoder)
 
     def load_shard() -> Any:
         loader = Loader(Checkpoint(checkpoint), config, quantization, kernels=kernels)

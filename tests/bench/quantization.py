@@ -84,7 +84,7 @@ class Loaded:
     @property
     def router_bytes(self) -> int:
         decoder = self.decoder
-        return resident_bytes(decoder.embedding, decoder.layers, decoder.norm_H, self.head)
+        return resident_bytes(decoder.embedding, decoder.layers, decoder.norm, self.head)
 
     @property
     def shard_bytes(self) -> int:

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import actors.engine
@@ -14,10 +15,9 @@ import actors.step_outputs
 from actors.remote_exchange import RemoteExchange
 from actors.router import Router
 from actors.scheduler import Scheduler
-from model.attention import Attention
 from model.heads import Head
-from model.layers import MLP
-from model.moe import Gate, LocalExchange
+from model.kernels import Kernels
+from model.moe import LocalExchange
 
 PARTS = (
     "attention",
@@ -56,9 +56,6 @@ class StepClock:
         self._router = router
         self._shard_times = shard_times
         for owner, name, part in (
-            (Attention, "forward", "attention"),
-            (Gate, "forward", "gate"),
-            (MLP, "forward", "shared expert"),
             (Head, "forward", "head"),
             (actors.step_outputs, "sample", "sampling"),
             (Scheduler, "schedule", "scheduler"),
@@ -69,6 +66,12 @@ class StepClock:
             (RemoteExchange, "combine", "combine"),
         ):
             self._wrap(owner, name, part)
+        parts = {"attention": "attention", "route": "gate", "mlp": "shared expert"}
+        decoder = router.engine.model.decoder
+        kernels = SimpleNamespace(**{name: getattr(decoder.kernels, name) for name in Kernels.__dataclass_fields__})
+        for name, part in parts.items():
+            self._wrap(kernels, name, part)
+        object.__setattr__(decoder, "kernels", Kernels(**vars(kernels)))
         self._step = router.engine.step
         router.engine.step = self._timed_step  # type: ignore[method-assign]
         self._transport: Any = None

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from model.kernels import REFERENCE_KERNELS, Kernels
-from model.layers import row_groups
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 DYNAMIC = {"max_position_embeddings": 16, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
@@ -94,17 +93,3 @@ def test_with_native_kernels_neither_chunks_nor_batchmates_change_a_bit(
 
     for prompt, hidden_parts in zip(prompts, parts, strict=True):
         assert torch.equal(engine.head.forward(torch.cat(hidden_parts)), engine.scores(prompt))
-
-
-@pytest.mark.parametrize("overrides", [{}, SLIDING], ids=["full", "sliding"])
-def test_rows_in_groups_have_the_bits_of_all_at_once(
-    overrides: dict[str, Any], fast_kernels: Kernels, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A long chunk's QKV and MLPs are computed for some of its rows at a time, at least 64."""
-    tiny.make(tmp_path, **overrides)
-    engine = tiny.engine(tmp_path, kernels=fast_kernels)
-    tokens = [i * i % 61 for i in range(120)]
-    together = engine.scores(tokens)
-    monkeypatch.setattr("model.layers._GROUP_BYTES", 1)
-    assert len(row_groups(torch.empty(120, 8), 8)) == 2
-    assert torch.equal(engine.scores(tokens), together)

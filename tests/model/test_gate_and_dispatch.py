@@ -62,11 +62,13 @@ def test_the_gate_picks_the_k_most_probable_experts_once_each(
     (num_tokens, num_experts, seed), k = batch
     generator = torch.Generator().manual_seed(seed)
     x_TH = torch.randn(num_tokens, HIDDEN, generator=generator)
-    gate = Gate(DenseWeight(torch.randn(num_experts, HIDDEN, generator=generator)), k, normalized)
+    gate = Gate(DenseWeight(torch.randn(num_experts + 1, HIDDEN, generator=generator)), k, normalized)
 
-    ids_TK, weights_TK = gate.forward(x_TH)
+    ids_TK, weights_TK, shared_T1 = gate.forward(x_TH)
 
-    share_TE = (x_TH @ gate.weight.dequantize().T).softmax(-1)
+    logits_TE = x_TH @ gate.weight.dequantize().T
+    torch.testing.assert_close(shared_T1, logits_TE[:, -1:])
+    share_TE = logits_TE[:, :-1].softmax(-1)
     assert all(len(set(row)) == k for row in ids_TK.tolist())
     torch.testing.assert_close(share_TE.topk(k).values, share_TE.gather(1, ids_TK))
     sums_T = weights_TK.sum(-1)
@@ -74,7 +76,7 @@ def test_the_gate_picks_the_k_most_probable_experts_once_each(
 
 
 def test_equal_probabilities_are_settled_by_the_row_alone() -> None:
-    gate = Gate(DenseWeight(torch.zeros(7, HIDDEN)), 3, False)
+    gate = Gate(DenseWeight(torch.zeros(8, HIDDEN)), 3, False)
     x_TH = torch.randn(40, HIDDEN)
     together = gate.forward(x_TH)[0]
     assert all(torch.equal(gate.forward(x_TH[row : row + 1])[0][0], together[row]) for row in range(40))

@@ -117,7 +117,7 @@ def test_loading_takes_at_most_a_fifth_more_than_what_stays(
     with LiveBytes() as live:
         if part == "router":
             decoder = loader.decoder()
-            loaded = (decoder.embedding, decoder.layers, decoder.norm_H, loader.head(decoder))
+            loaded = (decoder.embedding, decoder.layers, decoder.norm, loader.head(decoder))
         else:
             loaded = loader.experts()
     assert live.most <= 1.2 * resident_bytes(loaded), (live.most, resident_bytes(loaded))

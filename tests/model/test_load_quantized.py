@@ -66,7 +66,8 @@ def test_matrices_are_quantized_while_loading_and_gates_are_not(
 
     qkv = torch.cat([getattr(theirs.self_attn, f"{part}_proj").weight for part in "qkv"])
     assert torch.equal(ours.attention.qkv.dequantize(), quantize(qkv).dequantize())
-    assert torch.equal(ours.mlp.gate.weight.dequantize(), theirs.mlp.gate.weight)
+    gates = torch.cat([theirs.mlp.gate.weight, theirs.mlp.shared_expert_gate.weight])
+    assert torch.equal(ours.mlp.gate.weight.dequantize(), gates)
     expert = engine.experts[1, 4]
     assert torch.equal(expert.gate_up.dequantize(), quantize(theirs.mlp.experts.gate_up_proj[4]).dequantize())
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from model.native.build import build
-from model.native.kernels import NativeKernels
 from model.native.shared_object import LEVELS, SharedObject, load_shared_object
+from tests.model.native.pieces import NativePieces
 
 
 def _load(level: str | None, num_threads: int = 1) -> SharedObject:
@@ -25,17 +25,17 @@ def _same_numbers_every_time() -> None:
 
 
 @pytest.fixture(scope="session")
-def native() -> NativeKernels:
+def native() -> NativePieces:
     """The kernels at the best level of this CPU."""
-    return NativeKernels(_load(None))
+    return NativePieces(_load(None))
 
 
 @pytest.fixture(scope="session")
-def two_threads() -> NativeKernels:
-    return NativeKernels(_load(None, num_threads=2))
+def two_threads() -> NativePieces:
+    return NativePieces(_load(None, num_threads=2))
 
 
 @pytest.fixture(scope="session")
-def levels() -> list[NativeKernels]:
+def levels() -> list[NativePieces]:
     """AVX2 and AVX-512, where the CPU has both."""
-    return [NativeKernels(_load(level)) for level in LEVELS[:2]]
+    return [NativePieces(_load(level)) for level in LEVELS[:2]]

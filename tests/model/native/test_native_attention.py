@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.attention import paged_attention_reference
-from model.native.kernels import NativeKernels
+from tests.model.native.pieces import NativePieces
 
 HEADS = [(4, 4, 16), (6, 2, 32), (2, 1, 48), (14, 2, 64), (4, 4, 128), (1, 1, 256)]
 
@@ -90,7 +90,7 @@ def _case(
 @pytest.mark.parametrize("block_size", [16, 48])
 @pytest.mark.parametrize("window", [None, 100, 7])
 def test_attention_agrees_with_the_reference(
-    native: NativeKernels, heads: tuple[int, int, int], dtype: torch.dtype, block_size: int, window: int | None
+    native: NativePieces, heads: tuple[int, int, int], dtype: torch.dtype, block_size: int, window: int | None
 ) -> None:
     query_lens, context_lens = [1, 1, 3, 50, 1, 130], [1, 77, 200, 130, 301, 200]
     case = _case(heads, query_lens, context_lens, block_size=block_size, dtype=dtype, window=window)
@@ -101,7 +101,7 @@ def test_attention_agrees_with_the_reference(
 @pytest.mark.parametrize("heads", [(4, 4, 32), (14, 2, 64), (4, 4, 128)])
 @pytest.mark.parametrize("window", [None, 40])
 def test_a_token_has_the_same_bits_in_a_batch_in_chunks_and_decoded_alone(
-    native: NativeKernels, heads: tuple[int, int, int], window: int | None
+    native: NativePieces, heads: tuple[int, int, int], window: int | None
 ) -> None:
     case = _case(heads, [1, 150, 3], [500, 230, 90], window=window)
     together = native.paged_attention(*case.args())[1:151]
@@ -114,27 +114,19 @@ def test_a_token_has_the_same_bits_in_a_batch_in_chunks_and_decoded_alone(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_vector_widths_give_the_same_bits(levels: list[NativeKernels], dtype: torch.dtype) -> None:
+def test_both_vector_widths_give_the_same_bits(levels: list[NativePieces], dtype: torch.dtype) -> None:
     for heads in HEADS:
         case = _case(heads, [1, 70], [130, 100], dtype=dtype, window=60)
         first, second = (kernels.paged_attention(*case.args()) for kernels in levels)
         assert torch.equal(first, second)
 
 
-def test_two_threads_give_the_same_bits(native: NativeKernels, two_threads: NativeKernels) -> None:
+def test_two_threads_give_the_same_bits(native: NativePieces, two_threads: NativePieces) -> None:
     case = _case((14, 2, 64), [1, 90, 1], [300, 200, 64])
     assert torch.equal(native.paged_attention(*case.args()), two_threads.paged_attention(*case.args()))
 
 
-@pytest.mark.parametrize(("head_dim", "block_size"), [(24, 16), (32, 8), (272, 16)])
-def test_sizes_the_kernel_does_not_know_take_the_reference(
-    native: NativeKernels, head_dim: int, block_size: int
-) -> None:
-    case = _case((2, 1, head_dim), [4], [40], block_size=block_size)
-    assert torch.equal(native.paged_attention(*case.args()), paged_attention_reference(*case.args()))
-
-
-def test_one_dominating_score_of_any_size_is_followed(native: NativeKernels) -> None:
+def test_one_dominating_score_of_any_size_is_followed(native: NativePieces) -> None:
     case = _case((1, 1, 64), [1], [200])
     case.q_TAD.mul_(1000.0)
     expected = paged_attention_reference(*case.args())

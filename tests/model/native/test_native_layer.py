@@ -11,14 +11,14 @@ from torch import Tensor
 from model.attention import rotate_into_cache_reference
 from model.kernels import REFERENCE_KERNELS, Kernels
 from model.layers import add_gated, add_norm, swiglu
-from model.native.kernels import NativeKernels
+from tests.model.native.pieces import NativePieces
 
 WIDTHS = [4, 16, 52, 72, 512]  # with and without a rest beyond 8 and 16 lanes
 NUM_ROWS = [1, 3, 200]  # the last is shared among threads
 
 
 def _rotated(
-    kernels: NativeKernels | None, head_dim: int, num_tokens: int, dtype: torch.dtype, order: Tensor | None = None
+    kernels: NativePieces | None, head_dim: int, num_tokens: int, dtype: torch.dtype, order: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and both caches after one step of 3 query heads and 2 key-value heads, tokens in the order given."""
     generator = torch.Generator().manual_seed(1)
@@ -39,7 +39,7 @@ def _same(found: Tensor, expected: Tensor, tolerance: float = 2e-6) -> bool:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
 @pytest.mark.parametrize("with_delta", [False, True])
-def test_norm(two_threads: NativeKernels, width: int, num_rows: int, with_delta: bool) -> None:
+def test_norm(two_threads: NativePieces, width: int, num_rows: int, with_delta: bool) -> None:
     x, delta, weight = torch.randn(num_rows, width), torch.randn(num_rows, width), torch.randn(width)
     expected_x = x.clone()
     expected = add_norm(expected_x, delta if with_delta else None, weight, 1e-6)
@@ -50,7 +50,7 @@ def test_norm(two_threads: NativeKernels, width: int, num_rows: int, with_delta:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
-def test_swiglu_and_the_shared_gate(two_threads: NativeKernels, width: int, num_rows: int) -> None:
+def test_swiglu_and_the_shared_gate(two_threads: NativePieces, width: int, num_rows: int) -> None:
     gate_up = torch.randn(num_rows, 2 * width) * 20
     assert _same(two_threads.swiglu(gate_up), swiglu(gate_up))
     y, x, gate = torch.randn(num_rows, width), torch.randn(num_rows, width), torch.randn(num_rows, 1) * 10
@@ -62,9 +62,7 @@ def test_swiglu_and_the_shared_gate(two_threads: NativeKernels, width: int, num_
 @pytest.mark.parametrize("head_dim", [2, 6, 16, 48, 64, 128])
 @pytest.mark.parametrize("num_tokens", NUM_ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotation_into_the_cache(
-    two_threads: NativeKernels, head_dim: int, num_tokens: int, dtype: torch.dtype
-) -> None:
+def test_rotation_into_the_cache(two_threads: NativePieces, head_dim: int, num_tokens: int, dtype: torch.dtype) -> None:
     tolerance = 2e-6 if dtype == torch.float32 else 8e-3  # a key between two bf16 numbers may go either way
     for found, expected in zip(
         _rotated(two_threads, head_dim, num_tokens, dtype), _rotated(None, head_dim, num_tokens, dtype), strict=True
@@ -73,7 +71,7 @@ def test_rotation_into_the_cache(
         assert _same(found, expected, tolerance)
 
 
-def test_bfloat16_caches_round_as_torch_does(native: NativeKernels) -> None:
+def test_bfloat16_caches_round_as_torch_does(native: NativePieces) -> None:
     values = torch.tensor([1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1e-40, -0.0, 3.4e38, float("inf"), -2.5])
     qkv = values.expand(1, 3, 8).contiguous()
     caches = [torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16) for _ in range(2)]
@@ -82,11 +80,11 @@ def test_bfloat16_caches_round_as_torch_does(native: NativeKernels) -> None:
 
 
 @pytest.mark.parametrize("width", [16, 72])
-def test_a_row_has_the_same_bits_alone_at_any_place_and_at_every_width(levels: list[NativeKernels], width: int) -> None:
+def test_a_row_has_the_same_bits_alone_at_any_place_and_at_every_width(levels: list[NativePieces], width: int) -> None:
     x, delta, weight = torch.randn(90, width), torch.randn(90, width), torch.randn(width)
     gate, gate_up = torch.randn(90, 1), torch.randn(90, 2 * width)
 
-    def results(kernels: NativeKernels, rows: Tensor) -> list[Tensor]:
+    def results(kernels: NativePieces, rows: Tensor) -> list[Tensor]:
         return [
             kernels.add_norm(x[rows], delta[rows], weight, 1e-6),
             kernels.swiglu(gate_up[rows]),
@@ -110,7 +108,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.view(torch.int32), other.view(torch.int32))
 
 
-def test_native_kernels_have_every_operator_of_the_seam(native: NativeKernels) -> None:
+def test_native_kernels_have_every_operator_of_the_seam(native: NativePieces) -> None:
     for name in Kernels.__dataclass_fields__:
         of_reference: Callable[..., object] = getattr(REFERENCE_KERNELS, name)
         assert callable(of_reference) and callable(getattr(native, name))
