@@ -15,6 +15,9 @@
 #include <string.h>
 
 #include "layer.h"
+#ifdef __AMX_TILE__
+#include "amx.h"
+#endif
 
 #if LANES == 16
 enum { GEMM_ROWS = 12 };
@@ -216,22 +219,38 @@ INLINE float softmax_span(float *scores, int first, int last, float scale, float
     return factor[0];
 }
 
+/* Where each row lies in q and out, and the keys that it sees. */
+static void begin_rows(const struct attention_call *call, const struct task *task, long *offsets, int *first_key,
+                       int *last_key) {
+    int heads_per_kv = call->num_heads / call->num_kv_heads, first_token = call->query_starts[task->sequence];
+    int first_position = call->context_lens[task->sequence] - (call->query_starts[task->sequence + 1] - first_token);
+    for (int r = 0; r < task->num_rows; r++) {
+        int token = (task->first_row + r) / heads_per_kv, head = (task->first_row + r) % heads_per_kv;
+        long row = (long)(first_token + token) * call->num_heads + task->kv_head * heads_per_kv + head;
+        offsets[r] = row * call->head_dim;
+        last_key[r] = first_position + token + 1;
+        first_key[r] = first_key_seen(call, first_position + token);
+    }
+}
+
+/* out = sums of values [num_rows][MAX_HEAD_DIM] / sums of probabilities */
+static void end_rows(const struct attention_call *call, const struct task *task, const long *offsets,
+                     const float *values, const float *sums) {
+    for (int r = 0; r < task->num_rows; r++)
+        for (int d = 0; d < call->head_dim; d += LANES)
+            store(call->out + offsets[r] + d, load(values + r * MAX_HEAD_DIM + d) / broadcast(sums[r]));
+}
+
 /* next: the task that follows, whose first keys are asked for in time. */
 INLINE void attend(const struct attention_call *call, const struct task *task, const struct task *next, int is_bfloat16,
                    struct workspace *w) {
     int D = call->head_dim, padded_dim = ceil_div(D, 2 * LANES) * 2 * LANES, num_rows = task->num_rows;
-    int heads_per_kv = call->num_heads / call->num_kv_heads;
-    int first_token = call->query_starts[task->sequence];
-    int first_position = call->context_lens[task->sequence] - (call->query_starts[task->sequence + 1] - first_token);
     long offsets[MAX_TILE];
+    begin_rows(call, task, offsets, w->first_key, w->last_key);
     for (int r = 0; r < num_rows; r++) {
-        int token = (task->first_row + r) / heads_per_kv, head = (task->first_row + r) % heads_per_kv;
-        offsets[r] = ((long)(first_token + token) * call->num_heads + task->kv_head * heads_per_kv + head) * D;
         memcpy(w->queries[r], call->q + offsets[r], D * sizeof(float));
         memset(w->out[r], 0, padded_dim * sizeof(float));
         w->maxima[r] = -INFINITY, w->sums[r] = 0.0f;
-        w->last_key[r] = first_position + token + 1;
-        w->first_key[r] = first_key_seen(call, first_position + token);
     }
     for (int start = task->first_key / SPAN * SPAN; start < task->last_key; start += SPAN) {
         /* Whole groups of 16 before the window are not read: their blocks may have been given back. */
@@ -249,14 +268,206 @@ INLINE void attend(const struct attention_call *call, const struct task *task, c
         }
         use_values(w, call, task, start, first, last, is_bfloat16);
     }
-    for (int r = 0; r < num_rows; r++)
-        for (int d = 0; d < D; d += LANES)
-            store(call->out + offsets[r] + d, load(&w->out[r][d]) / broadcast(w->sums[r]));
+    end_rows(call, task, offsets, w->out[0], w->sums);
 }
+
+#ifdef __AMX_TILE__
+
+/* ---- the same in AMX tiles, for keys and values in bfloat16 ----
+ *
+ * Queries and probabilities are taken as the sum of two bf16 numbers, 16 of their 24 bits, so the result is that of the
+ * vectors but for their last bits; the tiles are so fast that the softmax takes most of the time either way.
+ */
+
+enum { ROWS = AMX_TILE_ROWS, PARTS = 2 };
+
+struct amx_workspace {
+    uint16_t queries[MAX_TILE / ROWS][MAX_HEAD_DIM / 32][PARTS][ROWS][32];
+    uint16_t keys[MAX_HEAD_DIM / 32][SPAN / 16][16][32];   /* a row: 2 elements of each of 16 keys */
+    uint16_t values[SPAN / 32][MAX_HEAD_DIM / 16][16][32]; /* a row: 16 elements of each of 2 values */
+    uint16_t probabilities[2][SPAN / 32][PARTS][ROWS][32]; /* of two tiles in turn */
+    float scores[2][ROWS][SPAN];
+    float out[MAX_TILE][MAX_HEAD_DIM];
+    float maxima[MAX_TILE], sums[MAX_TILE][16]; /* each row's in 16 parts */
+    int first_key[MAX_TILE], last_key[MAX_TILE];
+};
+
+/* 32 numbers of a row in parts, `part_size` numbers apart. */
+INLINE void split(vec low, vec high, uint16_t *out, long part_size) {
+    for (int part = 0; part < PARTS; part++, out += part_size) {
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        _mm512_store_si512(out, both);
+        low -= (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), 16);
+        high -= (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16);
+    }
+}
+
+/* 16 keys [16][D] to the tiles of their place in the span. */
+INLINE void lay_out_keys(struct amx_workspace *w, const uint16_t *k, int group, int D) {
+    for (int d = 0; d < D; d += 32) {
+        vec rows[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) rows[i] = load((const float *)(k + (long)i * D + d));
+        transpose(rows);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) store((float *)w->keys[d / 32][group][i], rows[i]);
+    }
+}
+
+/* The first `num_valid` of 16 values [16][D], and zeros for the others, which may be anything. */
+INLINE void lay_out_values(struct amx_workspace *w, const uint16_t *v, int group, int num_valid, int D) {
+    const ivec low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                      36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const ivec high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int i = 0; i < 16; i += 2)
+        for (int d = 0; d < D; d += 32) {
+            ivec one = i < num_valid ? load_bytes(v + (long)i * D + d) : ibroadcast(0);
+            ivec other = i + 1 < num_valid ? load_bytes(v + (long)(i + 1) * D + d) : ibroadcast(0);
+            uint16_t *to = w->values[group / 2][d / 16][group % 2 * 8 + i / 2];
+            _mm512_store_si512(to, _mm512_permutex2var_epi16(one, low, other));
+            _mm512_store_si512(to + 16 * 32, _mm512_permutex2var_epi16(one, high, other));
+        }
+}
+
+/* Products of the parts in tiles 4 and 5 with a tile: tiles have numbers that the compiler must know. */
+#define ADD_PRODUCTS(sums, tile, from)  \
+    _tile_loadd(tile, from, 64);        \
+    _tile_dpbf16ps(sums, 4, tile);      \
+    _tile_dpbf16ps(sums, 5, tile);
+
+/* Scores of a tile of queries. */
+INLINE void amx_scores(struct amx_workspace *w, int tile, int D) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int i = 0; i < D / 32; i++) {
+        _tile_loadd(4, w->queries[tile][i][0], 64);
+        _tile_loadd(5, w->queries[tile][i][1], 64);
+        ADD_PRODUCTS(0, 6, w->keys[i][0])
+        ADD_PRODUCTS(1, 7, w->keys[i][1])
+        ADD_PRODUCTS(2, 6, w->keys[i][2])
+        ADD_PRODUCTS(3, 7, w->keys[i][3])
+    }
+    float *scores = w->scores[tile % 2][0];
+    _tile_stored(0, scores, SPAN * sizeof(float));
+    _tile_stored(1, scores + 16, SPAN * sizeof(float));
+    _tile_stored(2, scores + 32, SPAN * sizeof(float));
+    _tile_stored(3, scores + 48, SPAN * sizeof(float));
+}
+
+/* Scores to probabilities, and what was summed so far to the new maximum: `softmax_span` for a tile of rows. */
+INLINE void amx_softmax(struct amx_workspace *w, int tile, int num_rows, int start, int D, float scale) {
+    int first_row = tile * ROWS, n = at_most(ROWS, num_rows - first_row);
+    float maxima[ROWS], factors[ROWS];
+    for (int i = 0; i < n; i++) {
+        float *scores = w->scores[tile % 2][i];
+        int first = w->first_key[first_row + i] - start, last = w->last_key[first_row + i] - start;
+        vec largest = broadcast(-INFINITY);
+        for (int k = 0; k < SPAN; k += 16) {
+            vec scaled = load(scores + k) * broadcast(scale);
+            if (first > 0 || last < SPAN) scaled = keep_range(scaled, first - k, last - k, broadcast(-INFINITY));
+            store(scores + k, scaled);
+            largest = vmax(largest, scaled);
+        }
+        maxima[i] = max_of_lanes(largest);
+    }
+    vec before = load(w->maxima + first_row), now = vmax(before, load(maxima));
+    store(w->maxima + first_row, now);
+    now = zero_below(now, now, -INFINITY); /* where nothing was seen yet, any number does: all is 0 */
+    store(maxima, now);
+    store(factors, exponential(before - now));
+    for (int i = 0; i < n; i++) {
+        float *scores = w->scores[tile % 2][i], *out = w->out[first_row + i], *sums = w->sums[first_row + i];
+        vec p[SPAN / 16];
+#pragma GCC unroll 4
+        for (int k = 0; k < SPAN / 16; k++) p[k] = exponential(load(scores + 16 * k) - broadcast(maxima[i]));
+        for (int k = 0; k < SPAN / 32; k++)
+            split(p[2 * k], p[2 * k + 1], w->probabilities[tile % 2][k][0][i], ROWS * 32);
+        store(sums, fma_add(load(sums), broadcast(factors[i]), (p[0] + p[1]) + (p[2] + p[3])));
+        if (factors[i] == 1.0f) continue;
+        for (int d = 0; d < D; d += LANES) store(out + d, load(out + d) * broadcast(factors[i]));
+    }
+}
+
+/* out += probabilities . values, for 64 elements from d on, or 32. */
+INLINE void amx_add_values(struct amx_workspace *w, int tile, int d, const int is_wide) {
+    float *out = w->out[tile * ROWS] + d;
+    long stride = sizeof(w->out[0]);
+    _tile_loadd(0, out, stride);
+    _tile_loadd(1, out + 16, stride);
+    if (is_wide) _tile_loadd(2, out + 32, stride);
+    if (is_wide) _tile_loadd(3, out + 48, stride);
+    for (int i = 0; i < SPAN / 32; i++) {
+        _tile_loadd(4, w->probabilities[tile % 2][i][0], 64);
+        _tile_loadd(5, w->probabilities[tile % 2][i][1], 64);
+        ADD_PRODUCTS(0, 6, w->values[i][d / 16])
+        ADD_PRODUCTS(1, 7, w->values[i][d / 16 + 1])
+        if (!is_wide) continue;
+        ADD_PRODUCTS(2, 6, w->values[i][d / 16 + 2])
+        ADD_PRODUCTS(3, 7, w->values[i][d / 16 + 3])
+    }
+    _tile_stored(0, out, stride);
+    _tile_stored(1, out + 16, stride);
+    if (is_wide) _tile_stored(2, out + 32, stride);
+    if (is_wide) _tile_stored(3, out + 48, stride);
+}
+
+static void amx_attend(const struct attention_call *call, const struct task *task, const struct task *next,
+                       struct amx_workspace *w) {
+    int D = call->head_dim, num_rows = task->num_rows, num_tiles = ceil_div(num_rows, ROWS);
+    long offsets[MAX_TILE];
+    begin_rows(call, task, offsets, w->first_key, w->last_key);
+    for (int r = 0; r < num_rows; r++) {
+        for (int d = 0; d < D; d += 32)
+            split(load(call->q + offsets[r] + d), load(call->q + offsets[r] + d + 16),
+                  w->queries[r / ROWS][d / 32][0][r % ROWS], ROWS * 32);
+        memset(w->out[r], 0, D * sizeof(float));
+        memset(w->sums[r], 0, sizeof(w->sums[r]));
+        w->maxima[r] = -INFINITY;
+    }
+    amx_configure(at_most(ROWS, num_rows), 64);
+    for (int start = task->first_key / SPAN * SPAN; start < task->last_key; start += SPAN) {
+        int is_last = start + SPAN >= task->last_key, next_start = is_last ? next->first_key / SPAN * SPAN : start + SPAN;
+        for (int group = 0; group < SPAN / 16; group++) {
+            int key = start + 16 * group, is_read = key + 16 > task->first_key && key < task->last_key;
+            prefetch(call, is_last ? next : task, next_start + 16 * group, sizeof(uint16_t));
+            long at = is_read ? offset_of(call, task, key) : 0;
+            if (is_read) lay_out_keys(w, (const uint16_t *)call->k + at, group, D);
+            lay_out_values(w, (const uint16_t *)call->v + at, group, is_read ? task->last_key - key : 0, D);
+        }
+        int first = 0, last = num_tiles; /* tiles with a row that sees a key of the span */
+        while (first < last && w->last_key[at_most((first + 1) * ROWS, num_rows) - 1] <= start) first++;
+        while (first < last && w->first_key[(last - 1) * ROWS] >= start + SPAN) last--;
+        /* While one tile's scores are on their way, the softmax works on those before, and so on. */
+        for (int tile = first; tile < last + 2; tile++) {
+            if (tile < last) amx_scores(w, tile, D);
+            if (tile > first && tile <= last) amx_softmax(w, tile - 1, num_rows, start, D, call->scale);
+            if (tile < first + 2) continue;
+            int d = 0;
+            for (; d + 64 <= D; d += 64) amx_add_values(w, tile - 2, d, 1);
+            if (d < D) amx_add_values(w, tile - 2, d, 0);
+        }
+    }
+    _tile_release();
+    for (int r = 0; r < num_rows; r++) {
+        vec sums = load(w->sums[r]);
+        w->maxima[r] = sum_of_16(&sums);
+    }
+    end_rows(call, task, offsets, w->out[0], w->maxima);
+}
+
+#endif
 
 static void run_task(void *context, int i) {
     const struct attention_job *job = context;
     const struct task *task = &job->tasks[i], *next = &job->tasks[at_most(i + 1, job->num_tasks - 1)];
+#ifdef __AMX_TILE__
+    if (job->call->kv_is_bfloat16 && job->call->head_dim % 32 == 0) {
+        amx_attend(job->call, task, next, scratch(SCRATCH_BODY, sizeof(struct amx_workspace)));
+        return;
+    }
+#endif
     struct workspace *w = scratch(SCRATCH_BODY, sizeof(struct workspace));
     if (job->call->kv_is_bfloat16) attend(job->call, task, next, 1, w);
     else attend(job->call, task, next, 0, w);

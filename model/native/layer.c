@@ -82,13 +82,6 @@ void AT_LEVEL(add_norm)(float *x, const float *delta, const float *weight, float
 
 /* ---- rotary embedding, and keys and values into their cache ---- */
 
-INLINE uint16_t to_bfloat16(float a) { /* to nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &a, 4);
-    if (a != a) return 0x7fc0;
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
 static void write_head(char *cache, int64_t row, const float *x, const struct rotate_call *call) {
     int D = call->head_dim;
     if (!call->kv_is_bfloat16) {
@@ -96,7 +89,12 @@ static void write_head(char *cache, int64_t row, const float *x, const struct ro
         return;
     }
     uint16_t *out = (uint16_t *)cache + row * D;
-    for (int d = 0; d < D; d++) out[d] = to_bfloat16(x[d]);
+    for (int d = 0; d < D; d += LANES) {
+        uint16_t rounded[LANES];
+        int n = at_most(LANES, D - d);
+        store_as_bf16(n == LANES ? out + d : rounded, load_some(x + d, n));
+        if (n < LANES) memcpy(out + d, rounded, n * sizeof(uint16_t));
+    }
 }
 
 static void rotate_head(const float *x, const float *cos, const float *sin, int D, float *out) {

@@ -70,6 +70,12 @@ INLINE vec load_u8_as_float(const uint8_t *p) {
     return to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 INLINE void store_as_i8(int8_t *p, ivec a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a)); }
+INLINE void store_as_bf16(uint16_t *p, vec a) { /* to nearest, ties to even */
+    ivec bits = _mm512_castps_si512(a), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    ivec rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(rounded));
+}
 /* Each int32 lane: acc + the dot product of its four bytes, unsigned in w and signed in x. Exact. */
 INLINE ivec dot_bytes(ivec acc, ivec w, ivec x) {
     /* In assembly, since GCC 12 copies and spills the sums around the intrinsic: a quarter slower. */
@@ -172,6 +178,14 @@ INLINE void store_as_i8(int8_t *p, ivec a) {
     int32_t lanes[8];
     _mm256_storeu_si256((__m256i *)lanes, a);
     for (int i = 0; i < 8; i++) p[i] = (int8_t)lanes[i];
+}
+INLINE void store_as_bf16(uint16_t *p, vec a) {
+    ivec bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    ivec rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    ivec is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+    _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(_mm256_castsi256_si128(rounded),
+                                                    _mm256_extracti128_si256(rounded, 1)));
 }
 INLINE ivec dot_bytes(ivec acc, ivec w, ivec x) { /* through 16 bits: u8 * s8 sums don't fit maddubs' saturation */
     ivec w_even = _mm256_and_si256(w, _mm256_set1_epi16(0xff)), w_odd = _mm256_srli_epi16(w, 8);
