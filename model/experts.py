@@ -21,10 +21,10 @@ def run_experts(
     experts: Mapping[int, ExpertWeights],
     out_NH: Tensor | None = None,
 ) -> Tensor:
-    """For each pair, `y[row] += weight * expert(x[row])`. -> y_NH float64, zero where a row has no pair.
+    """For each pair, `y[row] += weight * expert(x[row])`. -> y_NH, zero where a row has no pair.
 
     x_NH and pair_weights_P are float32, pair_rows_P and pair_experts_P int64, pairs in any order; out_NH: where y_NH
-    goes, if not into memory of its own. The products are float32 and their sum float64: 24 bits in 53 add up exactly
+    goes, rounded to float32 if it is that, instead of into float64 memory of its own. The products are float32 and their sum float64: 24 bits in 53 add up exactly
     unless they lie 2^26 apart, so after the one rounding at the combine neither the order of the pairs nor their split
     over shards shows. Raises KeyError when a pair names an expert that isn't in `experts`.
 

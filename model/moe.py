@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -44,15 +45,24 @@ class LocalExchange:
         self._run_experts = kernels.run_experts if kernels else run_experts
 
     def dispatch(self, layer_idx: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Receipt:
-        num_tokens, num_picks = topk_ids_TK.shape
-        rows_P = torch.arange(num_tokens, device=x_TH.device).repeat_interleave(num_picks)
         return self._run_experts(
-            x_TH, rows_P, topk_ids_TK.flatten(), topk_weights_TK.flatten(), self._layers[layer_idx], None
-        ).float()
+            x_TH,
+            _rows_of_pairs(*topk_ids_TK.shape, x_TH.device),
+            topk_ids_TK.flatten(),
+            topk_weights_TK.flatten(),
+            self._layers[layer_idx],
+            torch.empty_like(x_TH),
+        )
 
     def combine(self, receipt: Receipt) -> Tensor:
         assert isinstance(receipt, Tensor)
         return receipt
+
+
+@functools.lru_cache(maxsize=64)
+def _rows_of_pairs(num_tokens: int, num_picks: int, device: torch.device) -> Tensor:
+    """0 0 0 0 1 1 1 1 ...; not to be written to."""
+    return torch.arange(num_tokens, device=device).repeat_interleave(num_picks)
 
 
 @dataclass(frozen=True, slots=True)

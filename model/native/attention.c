@@ -428,7 +428,8 @@ static void amx_attend(const struct attention_call *call, const struct task *tas
     }
     amx_configure(at_most(ROWS, num_rows), 64);
     for (int start = task->first_key / SPAN * SPAN; start < task->last_key; start += SPAN) {
-        int is_last = start + SPAN >= task->last_key, next_start = is_last ? next->first_key / SPAN * SPAN : start + SPAN;
+        int is_last = start + SPAN >= task->last_key;
+        int next_start = is_last ? next->first_key / SPAN * SPAN : start + SPAN;
         for (int group = 0; group < SPAN / 16; group++) {
             int key = start + 16 * group, is_read = key + 16 > task->first_key && key < task->last_key;
             prefetch(call, is_last ? next : task, next_start + 16 * group, sizeof(uint16_t));

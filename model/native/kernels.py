@@ -127,6 +127,7 @@ class NativeKernels:
             pointer(pair_weights_P),
             len(pair_rows_P),
             pointer(y_NH),
+            y_NH.dtype == torch.float32,
             self.shared_object.num_threads,
         )
         return y_NH

@@ -124,7 +124,8 @@ def load_shared_object(level: str | None = None, num_threads: int = 1, path: Pat
         run_experts=function(
             f"run_experts_{level}",
             None,
-            *(address, integer, address, integer, integer, address, address, address, integer, address, integer),
+            *(address, integer, address, integer, integer),
+            *(address, address, address, integer, address, integer, integer),
         ),
         attention_layer=function(f"attention_layer_{level}", None, address, integer),
         route=function(f"route_{level}", None, address, integer),
