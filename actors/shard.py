@@ -48,6 +48,7 @@ class ExpertShard:
         self._kernels = select_kernels(device, num_threads=spec.num_threads)
         self._loader = Loader(Checkpoint(directory), self._config, spec.quantization, device, self._kernels)
         self._layers: dict[int, dict[int, ExpertWeights]] = {i: {} for i in self._config.moe_layers}
+        self._tables = {i: self._kernels.expert_table(layer) for i, layer in self._layers.items()}
         self._load_lock = threading.Lock()
         self._compute_lock = threading.Lock()
         self._issue_order: contextlib.AbstractContextManager[Any] = (
@@ -106,6 +107,7 @@ class ExpertShard:
                 layer = self._layers[layer_idx]
                 if expert_id not in layer:
                     layer[expert_id] = self._loader.expert(layer_idx, expert_id)
+            self._make_tables()
         return int(self.info()["weight_bytes"])
 
     def keep_only(self, keys: Iterable[ExpertKey], order: int = 0) -> None:
@@ -120,7 +122,12 @@ class ExpertShard:
             for layer_idx, layer in self._layers.items():
                 for expert_id in [e for e in layer if (layer_idx, e) not in wanted]:
                     del layer[expert_id]
+            self._make_tables()
         gc.collect()
+
+    def _make_tables(self) -> None:
+        """What is computed with from now on. A table is never changed: one in use stays whole."""
+        self._tables = {i: self._kernels.expert_table(layer) for i, layer in self._layers.items()}
 
     def join(
         self,
@@ -194,7 +201,7 @@ class ExpertShard:
                 message.pair_rows_P,
                 message.pair_experts_P,
                 message.pair_weights_P,
-                self._layers[header.layer],
+                self._tables[header.layer],
                 message.sums_NH,
             )
             self._busy_s += time.perf_counter() - started

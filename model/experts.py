@@ -24,9 +24,10 @@ def run_experts(
     """For each pair, `y[row] += weight * expert(x[row])`. -> y_NH, zero where a row has no pair.
 
     x_NH and pair_weights_P are float32, pair_rows_P and pair_experts_P int64, pairs in any order; out_NH: where y_NH
-    goes, rounded to float32 if it is that, instead of into float64 memory of its own. The products are float32 and their sum float64: 24 bits in 53 add up exactly
-    unless they lie 2^26 apart, so after the one rounding at the combine neither the order of the pairs nor their split
-    over shards shows. Raises KeyError when a pair names an expert that isn't in `experts`.
+    goes, rounded to float32 if it is that, instead of into float64 memory of its own. The products are float32 and
+    their sum float64: 24 bits in 53 add up exactly unless they lie 2^26 apart, so after the one rounding at the combine
+    neither the order of the pairs nor their split over shards shows. Raises KeyError when a pair names an expert that
+    isn't in `experts`.
 
     Plain torch, one pass for each expert that has pairs: the reference for the native kernel, and the path on CUDA,
     where the loop costs one device-to-host sync for the counts.

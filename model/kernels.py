@@ -41,6 +41,8 @@ class Kernels:
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
     add_gated: Callable[[Tensor, Tensor, Tensor], Tensor]
     draw_tokens: DrawTokens
+    expert_table: Callable[[Mapping[int, ExpertWeights]], Mapping[int, ExpertWeights]]
+    """A layer's experts as `run_experts` is fast with, to be made once for as long as they are the same."""
     pack_weight: Callable[[Weight], Weight]
     """A weight in the layout that `linear` and `run_experts` are fast with, for when it is loaded."""
     quantize: Callable[[Tensor, str], Weight]
@@ -55,6 +57,7 @@ REFERENCE_KERNELS = Kernels(
     add_norm=add_norm,
     add_gated=add_gated,
     draw_tokens=draw_tokens_reference,
+    expert_table=dict,
     pack_weight=lambda weight: weight,
     quantize=quantize,
 )
@@ -84,6 +87,7 @@ def select_kernels(device: torch.device | str = "cpu", *, native: bool = True, n
         add_norm=kernels.add_norm,
         add_gated=kernels.add_gated,
         draw_tokens=kernels.draw_tokens,
+        expert_table=kernels.expert_table,
         pack_weight=kernels.pack_weight,
         quantize=kernels.quantize,
     )

@@ -39,9 +39,11 @@ class LocalExchange:
 
     def __init__(self, experts: Mapping[tuple[int, int], ExpertWeights], kernels: Kernels | None = None) -> None:
         """`experts` by (layer_idx, expert_id); kernels: None for the reference."""
-        self._layers: dict[int, dict[int, ExpertWeights]] = {}
+        layers: dict[int, dict[int, ExpertWeights]] = {}
         for (layer_idx, expert_id), weights in experts.items():
-            self._layers.setdefault(layer_idx, {})[expert_id] = weights
+            layers.setdefault(layer_idx, {})[expert_id] = weights
+        expert_table = kernels.expert_table if kernels else dict
+        self._layers = {layer_idx: expert_table(layer) for layer_idx, layer in layers.items()}
         self._run_experts = kernels.run_experts if kernels else run_experts
 
     def dispatch(self, layer_idx: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Receipt:

@@ -84,11 +84,13 @@ static void sort(const int64_t *keys, int count, int num_keys, int32_t *starts, 
     starts[0] = 0;
 }
 
-/* y [num_rows, hidden], float64 or float32, = for each pair, weight * expert(x[row]) added to its row. Experts that no
- * pair names may be NULL in `matrices`. */
-void AT_LEVEL(run_experts)(const struct weight *const *matrices, int num_experts, const float *x, int num_rows,
+/* y [num_rows, hidden], float64 or float32, = for each pair, weight * expert(x[row]) added to its row. Returns -1; or,
+ * with nothing done, the place of the first pair whose expert is NULL in `matrices` or beyond them. */
+int AT_LEVEL(run_experts)(const struct weight *const *matrices, int num_experts, const float *x, int num_rows,
                            int hidden, const int64_t *pair_rows, const int64_t *pair_experts,
                            const float *pair_weights, int num_pairs, void *y, int y_is_float32, int num_threads) {
+    for (int p = 0; p < num_pairs; p++)
+        if (pair_experts[p] < 0 || pair_experts[p] >= num_experts || !matrices[2 * pair_experts[p]]) return p;
     size_t ints = (size_t)(2 * num_experts + num_rows + 2 + 4 * num_pairs) * sizeof(int32_t) + 6 * 64;
     char *memory = scratch(SCRATCH_CALL, ints + (size_t)num_pairs * hidden * sizeof(float) + 64);
     struct routing routing = {
@@ -114,4 +116,5 @@ void AT_LEVEL(run_experts)(const struct weight *const *matrices, int num_experts
         if (routing.starts[e + 1] > routing.starts[e]) routing.used_experts[num_used++] = e;
     parallel_for(run_expert, &routing, num_used, num_threads);
     parallel_for(sum_rows, &routing, ceil_div(num_rows, SUM_ROWS), num_threads);
+    return -1;
 }

@@ -17,7 +17,7 @@ from model.kv_cache import KVCache
 from model.layers import MLP
 from model.linear import DenseWeight, Int4Weight, Int8Weight, Weight
 from model.moe import MoeBlock, Routed, route_reference
-from model.native.packed_weight import FORMATS, PANEL, PackedWeight
+from model.native.packed_weight import FORMATS, PANEL, PackedExperts, PackedWeight
 from model.native.shared_object import AttentionLayerStruct, RouteStruct, SharedObject, pointer
 from model.quantize import INT4_GROUP_SIZE
 from model.random_bits import uniforms
@@ -94,6 +94,12 @@ class NativeKernels:
         )
         return weight
 
+    def expert_table(self, experts: Mapping[int, ExpertWeights]) -> Mapping[int, ExpertWeights]:
+        """See `Kernels.expert_table`."""
+        matrices = [matrix for expert in experts.values() for matrix in (expert.gate_up, expert.down)]
+        is_packed = all(isinstance(matrix, PackedWeight) for matrix in matrices)
+        return PackedExperts(experts) if is_packed else dict(experts)
+
     def run_experts(
         self,
         x_NH: Tensor,
@@ -104,22 +110,16 @@ class NativeKernels:
         out_NH: Tensor | None = None,
     ) -> Tensor:
         """See `model.experts.run_experts`; a row's bits don't depend on the other rows."""
-        used = set(pair_experts_P.tolist())
-        num_experts = max(used, default=-1) + 1
-        matrices = (ctypes.c_void_p * (2 * num_experts))()
-        for expert_id in used:
-            expert = experts[expert_id]
-            if not isinstance(expert.gate_up, PackedWeight) or not isinstance(expert.down, PackedWeight):
-                return run_experts(x_NH, pair_rows_P, pair_experts_P, pair_weights_P, experts, out_NH)
-            matrices[2 * expert_id] = expert.gate_up.address
-            matrices[2 * expert_id + 1] = expert.down.address
+        table = experts if isinstance(experts, PackedExperts) else self.expert_table(experts)
+        if not isinstance(table, PackedExperts):
+            return run_experts(x_NH, pair_rows_P, pair_experts_P, pair_weights_P, experts, out_NH)
         x_NH = x_NH.contiguous()
         pair_rows_P, pair_experts_P = pair_rows_P.contiguous(), pair_experts_P.contiguous()
         pair_weights_P = pair_weights_P.contiguous()
         y_NH = torch.empty(x_NH.shape, dtype=torch.float64) if out_NH is None else out_NH
-        self.shared_object.run_experts(
-            matrices,
-            num_experts,
+        missing = self.shared_object.run_experts(
+            table.matrices,
+            table.num_experts,
             pointer(x_NH),
             *x_NH.shape,
             pointer(pair_rows_P),
@@ -130,6 +130,8 @@ class NativeKernels:
             y_NH.dtype == torch.float32,
             self.shared_object.num_threads,
         )
+        if missing >= 0:
+            raise KeyError(int(pair_experts_P[missing]))
         return y_NH
 
     def attention(

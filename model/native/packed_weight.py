@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from model.layers import MLP
 from model.linear import tensors_of
 from model.native.shared_object import SharedObject, WeightStruct, pointer
 
@@ -108,3 +110,17 @@ class PackedWeight:
         if self.input_order is not None:
             matrix = torch.empty_like(matrix).index_copy_(1, self.input_order.long(), matrix)
         return matrix[:num_outputs]
+
+
+class PackedExperts(dict[int, MLP]):
+    """A layer's experts that are all packed, with the addresses that the kernel takes. Not to be changed."""
+
+    def __init__(self, experts: Mapping[int, MLP]) -> None:
+        super().__init__(experts)
+        self.num_experts = max(self, default=-1) + 1
+        self.matrices = (ctypes.c_void_p * (2 * self.num_experts))()
+        for expert_id, expert in self.items():
+            gate_up, down = expert.gate_up, expert.down
+            assert isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight)
+            self.matrices[2 * expert_id] = gate_up.address
+            self.matrices[2 * expert_id + 1] = down.address

@@ -123,7 +123,7 @@ def load_shared_object(level: str | None = None, num_threads: int = 1, path: Pat
         linear=function(f"linear_{level}", None, address, address, integer, address, address, integer),
         run_experts=function(
             f"run_experts_{level}",
-            None,
+            integer,
             *(address, integer, address, integer, integer),
             *(address, address, address, integer, address, integer, integer),
         ),
