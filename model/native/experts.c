@@ -66,10 +66,12 @@ static void sum_rows(void *context, int i) {
                 for (; c < n; c++) sums[c] += (double)(weight * output[c]);
             }
             long at = (long)row * hidden + first;
-            if (routing->y_float32)
-                for (c = 0; c < n; c++) routing->y_float32[at + c] = (float)sums[c];
-            else
+            if (routing->y_float64) {
                 memcpy(routing->y_float64 + at, sums, n * sizeof(double));
+                continue;
+            }
+            for (c = 0; c + LANES <= n; c += LANES) store(routing->y_float32 + at + c, load_doubles(sums + c));
+            for (; c < n; c++) routing->y_float32[at + c] = (float)sums[c];
         }
 }
 

@@ -92,6 +92,10 @@ INLINE void add_to_doubles(double *y, vec a) {
     _mm512_storeu_pd(y, _mm512_loadu_pd(y) + _mm512_cvtps_pd(_mm512_castps512_ps256(a)));
     _mm512_storeu_pd(y + 8, _mm512_loadu_pd(y + 8) + _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));
 }
+INLINE vec load_doubles(const double *y) { /* rounded */
+    __m512 low = _mm512_castps256_ps512(_mm512_cvtpd_ps(_mm512_loadu_pd(y)));
+    return _mm512_insertf32x8(low, _mm512_cvtpd_ps(_mm512_loadu_pd(y + 8)), 1);
+}
 
 /* rows[i] lane j -> rows[j] lane i. */
 INLINE void transpose(vec rows[LANES]) {
@@ -211,6 +215,9 @@ INLINE float max_of_lanes(vec a) {
 INLINE void add_to_doubles(double *y, vec a) {
     _mm256_storeu_pd(y, _mm256_loadu_pd(y) + _mm256_cvtps_pd(_mm256_castps256_ps128(a)));
     _mm256_storeu_pd(y + 4, _mm256_loadu_pd(y + 4) + _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));
+}
+INLINE vec load_doubles(const double *y) {
+    return _mm256_set_m128(_mm256_cvtpd_ps(_mm256_loadu_pd(y + 4)), _mm256_cvtpd_ps(_mm256_loadu_pd(y)));
 }
 
 INLINE void transpose(vec rows[LANES]) {

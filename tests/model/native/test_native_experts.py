@@ -107,6 +107,14 @@ def test_two_threads_give_the_same_bits(native: NativeKernels, two_threads: Nati
         assert torch.equal(two_threads.run_experts(*routed, experts), one)
 
 
+@pytest.mark.parametrize("num_rows", [1, 30])
+def test_sums_are_rounded_where_float32_is_wanted(native: NativeKernels, num_rows: int) -> None:
+    experts, routed = _packed(native, _experts("float32")), _routed(num_rows)
+    out_NH = torch.full((num_rows, HIDDEN), float("nan"))
+    assert native.run_experts(*routed, experts, out_NH) is out_NH
+    assert torch.equal(out_NH, native.run_experts(*routed, experts).float())
+
+
 def test_large_gate_values_neither_overflow_nor_turn_into_nan(native: NativeKernels) -> None:
     experts = _experts("float32")
     x_NH, rows_P, experts_P, weights_P = _routed(8)
@@ -119,8 +127,10 @@ def test_large_gate_values_neither_overflow_nor_turn_into_nan(native: NativeKern
 def test_a_pair_with_an_expert_that_is_not_held_is_refused(native: NativeKernels) -> None:
     experts = _packed(native, _experts("float32"))
     x_NH, rows_P, experts_P, weights_P = _routed(2)
-    with pytest.raises(KeyError):
-        native.run_experts(x_NH, rows_P, experts_P + NUM_EXPERTS, weights_P, experts)
+    del experts[0]
+    for ids_P in (experts_P + NUM_EXPERTS, experts_P - NUM_EXPERTS, torch.zeros_like(experts_P)):
+        with pytest.raises(KeyError):
+            native.run_experts(x_NH, rows_P, ids_P, weights_P, native.expert_table(experts))
 
 
 def test_experts_that_are_not_packed_take_the_plain_loop(native: NativeKernels) -> None:
