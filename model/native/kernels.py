@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +21,12 @@ from model.moe import MoeBlock, Routed, route_reference
 from model.native.packed_weight import FORMATS, PANEL, PackedExperts, PackedWeight
 from model.native.shared_object import AttentionLayerStruct, RouteStruct, SharedObject, pointer
 from model.quantize import INT4_GROUP_SIZE
-from model.random_bits import uniforms
 from model.sampler_state import SamplingRow
 
 # Inputs of an int8 weight that share one activation scale: an outlier coarsens 128 neighbours, not the whole row.
 INT8_ACTIVATION_BLOCK = 128
 MAX_HEAD_DIM, MAX_HEADS_PER_KV = 256, 192
+_DRAW = struct.Struct("=4d2Q")
 _FORMAT_OF_DTYPE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -236,24 +237,27 @@ class NativeKernels:
 
     def draw_tokens(self, logits_RV: Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[float]]:
         """See `model.sampling.draw_tokens_reference`."""
-        random_R = uniforms([row.state.params.seed for row in rows], [row.state.position for row in rows])
-        draws = np.array(
-            [
-                (0 if p.is_greedy else 1 / p.temperature, p.top_k or 0, p.top_p, p.min_p, uniform)
-                for p, uniform in zip((row.state.params for row in rows), random_R.tolist(), strict=True)
-            ]
-        )
+        draws = b"".join(map(_packed_draw, rows))
         logits_RV = logits_RV.contiguous()
         tokens_R, largest_R = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
         self.shared_object.draw_tokens(
             pointer(logits_RV),
             *logits_RV.shape,
-            draws.ctypes.data,
+            draws,
             tokens_R.ctypes.data,
             largest_R.ctypes.data,
             self.shared_object.num_threads,
         )
         return tokens_R.tolist(), largest_R.tolist()
+
+
+def _packed_draw(row: SamplingRow) -> bytes:
+    """`struct draw` of sampling.c."""
+    p = row.state.params
+    inverse_temperature = 0.0 if p.is_greedy else 1 / p.temperature
+    return _DRAW.pack(
+        inverse_temperature, p.top_k or 0, p.top_p, p.min_p, p.seed & 2**64 - 1, row.state.position & 2**32 - 1
+    )
 
 
 def _pad_rows(tensor: Tensor, num_panels: int) -> Tensor:

@@ -54,9 +54,10 @@ INLINE unsigned equal_lanes(ivec a, ivec b) {
 INLINE unsigned nan_lanes(vec a) { return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 #endif
 
-/* What is asked for one row. inverse_temperature 0: the likeliest token. top_k 0: all. uniform: in (0, 1). */
+/* What is asked for one row. inverse_temperature 0: the likeliest token. top_k 0: all. */
 struct draw {
-    double inverse_temperature, top_k, top_p, min_p, uniform;
+    double inverse_temperature, top_k, top_p, min_p;
+    uint64_t seed, position;
 };
 
 struct row {
@@ -269,6 +270,17 @@ static int find(struct row *row, double goal, int exceed, int *place) {
     return b;
 }
 
+/* A number in (0, 1) by seed and position: `uniforms` of model/random_bits.py. */
+static double uniform(const struct draw *draw) {
+    uint32_t first = (uint32_t)draw->seed, second = draw->seed >> 32, key = (uint32_t)draw->position;
+    for (int round = 0; round < 10; round++, key += 0x9E3779B9) { /* Philox2x32-10 */
+        uint64_t product = (uint64_t)first * 0xD256D193;
+        first = (product >> 32) ^ key ^ second;
+        second = (uint32_t)product;
+    }
+    return (double)(((uint64_t)first << 20 | second >> 12) + 0.5) * 0x1p-52;
+}
+
 static int draw_token(struct row *row, const struct draw *draw) {
     int place;
     choose_buckets(row, draw);
@@ -279,7 +291,7 @@ static int draw_token(struct row *row, const struct draw *draw) {
         int bucket = find(row, draw->top_p * kept_mass(row), 0, &place);
         cut(row, bucket, place + 1);
     }
-    find(row, draw->uniform * kept_mass(row), 1, &place);
+    find(row, uniform(draw) * kept_mass(row), 1, &place);
     return token_at(row, place);
 }
 
