@@ -215,3 +215,25 @@ def test_mlp_in_groups_of_rows(two_threads: NativePieces) -> None:
         found = two_threads.mlp(packed, x_TH)
         assert _share(found, mlp.forward(x_TH)) < STORAGES[storage]
         assert torch.equal(two_threads.mlp(packed, x_TH[99:].contiguous())[0], found[99])
+
+
+# ---- every width ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_both_vector_widths_give_the_same_bits(levels: list[NativePieces], storage: str) -> None:
+    heads = (6, 2, 32)
+    layer, mlp, gate = _attention(heads, storage, 20), _mlp(352, storage), Gate(_weight(21, HIDDEN, storage), 4, True)
+    inputs, cache = _step(heads, [1, 70, 3], [40, 100, 3], 16, torch.float32)
+    x_TH, delta_TH = torch.randn(2, 74, HIDDEN)
+    results = []
+    for kernels in levels:
+        packed = MLP(kernels.pack_weight(mlp.gate_up), kernels.pack_weight(mlp.down))
+        packed_gate = replace(gate, weight=kernels.pack_weight(gate.weight))
+        block = MoeBlock(layer_idx=0, norm=layer.norm, gate=packed_gate, shared_expert=packed)
+        caches = KVCache((cache.keys[0].clone(),), (cache.values[0].clone(),), cache.block_size)
+        attended = kernels.attention(_packed(kernels, layer), x_TH.clone(), delta_TH, inputs, caches)
+        routed = kernels.route(block, x_TH.clone(), delta_TH)
+        results.append([attended, *routed, kernels.mlp(packed, x_TH), caches.keys[0], caches.values[0]])
+    for one, other in zip(results[0], results[-1], strict=True):
+        assert torch.equal(one, other)
