@@ -152,6 +152,7 @@ class NativeKernels:
             return attention_reference(layer, x_TH, delta_TH, inputs, kv_cache)
         assert x_TH.is_contiguous() and (delta_TH is None or delta_TH.is_contiguous())
         (cos_T1D, sin_T1D), batch = inputs.cos_sin_T1D, inputs.batch
+        assert inputs.block_ids_SB.is_contiguous() and inputs.write_rows_TG.is_contiguous()
         y_TH = torch.empty_like(x_TH)
         call = AttentionLayerStruct(
             *map(pointer, (x_TH, delta_TH, layer.norm.weight_H)),
