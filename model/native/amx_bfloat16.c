@@ -19,15 +19,6 @@ enum { STREAMED_BYTES = 2 << 20 }; /* of results that no cache would hold until 
 
 /* ---- rows ---- */
 
-/* 16 inputs of a row, in parts. */
-INLINE void split(vec inputs, char *out, long part_bytes, int parts) {
-    for (int part = 0; part < parts; part++, out += part_bytes) {
-        __m256i nearest = (__m256i)_mm512_cvtneps_pbh(inputs);
-        _mm256_storeu_si256((__m256i *)out, nearest);
-        inputs -= _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(nearest), 16)); /* exact */
-    }
-}
-
 void amx_pack_tile(const struct weight *w, const struct packed_rows *rows, const float *x, const int32_t *row_ids,
                    int tile) {
     int R = rows->tile_rows, num_rows = at_most(R, rows->num_rows - tile * R), num_inputs = w->num_inputs;
@@ -40,10 +31,8 @@ void amx_pack_tile(const struct weight *w, const struct packed_rows *rows, const
         from[r] = x + (long)(row_ids ? row_ids[i] : i) * num_inputs;
     }
     for (int k = 0; k < num_inputs; k += 32, out += part_bytes * parts)
-        for (int r = 0; r < num_rows; r++) {
-            split(load(from[r] + k), out + r * 64, part_bytes, parts);
-            split(load(from[r] + k + 16), out + r * 64 + 32, part_bytes, parts);
-        }
+        for (int r = 0; r < num_rows; r++)
+            split(load(from[r] + k), load(from[r] + k + 16), out + r * 64, part_bytes, parts);
 }
 
 /* ---- tiles ---- */
@@ -98,15 +87,8 @@ INLINE void add_products(const char *x, long tile_bytes, long part_bytes, const 
     if (two) _tile_stored(3, sums + 3 * SUMS, 64);
 }
 
-/* The parts of the rows in tiles 4 and 5 times 16 outputs' weights: tiles have numbers that the compiler must know. */
-#define ADD_PRODUCTS(sums, tile, weights)       \
-    _tile_loadd(tile, weights, WEIGHT_STRIDE);  \
-    _tile_dpbf16ps(sums, 4, tile);              \
-    if (parts == 2) _tile_dpbf16ps(sums, 5, tile);
-
 /* The sums of one tile of rows for two panels: two streams come faster from memory than one, and faster still with what
- * the next step needs asked for before this one's tiles wait. `sums` of the second lie where those of a second row tile
- * and its panel would. */
+ * the next step needs asked for before this one's tiles wait. Each panel's sums take the room of a pair of tiles. */
 INLINE void two_panels(const char *x, long part_bytes, const char *panel, const char *other, int num_steps,
                        const int parts, float *sums) {
     _tile_zero(0);
@@ -120,10 +102,10 @@ INLINE void two_panels(const char *x, long part_bytes, const char *panel, const 
         }
         _tile_loadd(4, x, 64);
         if (parts == 2) _tile_loadd(5, x + part_bytes, 64);
-        ADD_PRODUCTS(0, 6, panel)
-        ADD_PRODUCTS(1, 7, panel + 64)
-        ADD_PRODUCTS(2, 6, other)
-        ADD_PRODUCTS(3, 7, other + 64)
+        ADD_PRODUCTS(0, 6, panel, WEIGHT_STRIDE, parts)
+        ADD_PRODUCTS(1, 7, panel + 64, WEIGHT_STRIDE, parts)
+        ADD_PRODUCTS(2, 6, other, WEIGHT_STRIDE, parts)
+        ADD_PRODUCTS(3, 7, other + 64, WEIGHT_STRIDE, parts)
     }
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + SUMS, 64);
@@ -234,11 +216,11 @@ static void activate_block(const struct packed_rows *rows, const float *sums, in
         const float *gate = sums_of_row(sums, rows, r);
         int tile = r / rows->tile_rows, row = r % rows->tile_rows;
         char *out = activated->values + tile * tile_bytes + first * parts * part_bytes + row * 64;
-        for (int i = 0; i < count; i++, gate += 2 * panel_sums, out += parts * part_bytes)
-            for (int half = 0; half < 2; half++) {
-                const float *at = gate + half * SUMS;
-                split(silu_times(load(at), load(at + panel_sums)), out + 32 * half, part_bytes, parts);
-            }
+        for (int i = 0; i < count; i++, gate += 2 * panel_sums, out += parts * part_bytes) {
+            vec low = silu_times(load(gate), load(gate + panel_sums));
+            vec high = silu_times(load(gate + SUMS), load(gate + SUMS + panel_sums));
+            split(low, high, out, part_bytes, parts);
+        }
     }
 }
 

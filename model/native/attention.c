@@ -292,16 +292,6 @@ struct amx_workspace {
     int first_key[MAX_TILE], last_key[MAX_TILE];
 };
 
-/* 32 numbers of a row in parts, `part_size` numbers apart. */
-INLINE void split(vec low, vec high, uint16_t *out, long part_size) {
-    for (int part = 0; part < PARTS; part++, out += part_size) {
-        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-        _mm512_store_si512(out, both);
-        low -= (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), 16);
-        high -= (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16);
-    }
-}
-
 /* 16 keys [16][D] to the tiles of their place in the span. */
 INLINE void lay_out_keys(struct amx_workspace *w, const uint16_t *k, int group, int D) {
     for (int d = 0; d < D; d += 32) {
@@ -329,12 +319,6 @@ INLINE void lay_out_values(struct amx_workspace *w, const uint16_t *v, int group
         }
 }
 
-/* Products of the parts in tiles 4 and 5 with a tile: tiles have numbers that the compiler must know. */
-#define ADD_PRODUCTS(sums, tile, from)  \
-    _tile_loadd(tile, from, 64);        \
-    _tile_dpbf16ps(sums, 4, tile);      \
-    _tile_dpbf16ps(sums, 5, tile);
-
 /* Scores of a tile of queries. */
 INLINE void amx_scores(struct amx_workspace *w, int tile, int D) {
     _tile_zero(0);
@@ -344,10 +328,10 @@ INLINE void amx_scores(struct amx_workspace *w, int tile, int D) {
     for (int i = 0; i < D / 32; i++) {
         _tile_loadd(4, w->queries[tile][i][0], 64);
         _tile_loadd(5, w->queries[tile][i][1], 64);
-        ADD_PRODUCTS(0, 6, w->keys[i][0])
-        ADD_PRODUCTS(1, 7, w->keys[i][1])
-        ADD_PRODUCTS(2, 6, w->keys[i][2])
-        ADD_PRODUCTS(3, 7, w->keys[i][3])
+        ADD_PRODUCTS(0, 6, w->keys[i][0], 64, PARTS)
+        ADD_PRODUCTS(1, 7, w->keys[i][1], 64, PARTS)
+        ADD_PRODUCTS(2, 6, w->keys[i][2], 64, PARTS)
+        ADD_PRODUCTS(3, 7, w->keys[i][3], 64, PARTS)
     }
     float *scores = w->scores[tile % 2][0];
     _tile_stored(0, scores, SPAN * sizeof(float));
@@ -383,7 +367,7 @@ INLINE void amx_softmax(struct amx_workspace *w, int tile, int num_rows, int sta
 #pragma GCC unroll 4
         for (int k = 0; k < SPAN / 16; k++) p[k] = exponential(load(scores + 16 * k) - broadcast(maxima[i]));
         for (int k = 0; k < SPAN / 32; k++)
-            split(p[2 * k], p[2 * k + 1], w->probabilities[tile % 2][k][0][i], ROWS * 32);
+            split(p[2 * k], p[2 * k + 1], w->probabilities[tile % 2][k][0][i], ROWS * 64, PARTS);
         store(sums, fma_add(load(sums), broadcast(factors[i]), (p[0] + p[1]) + (p[2] + p[3])));
         if (factors[i] == 1.0f) continue;
         for (int d = 0; d < D; d += LANES) store(out + d, load(out + d) * broadcast(factors[i]));
@@ -401,11 +385,11 @@ INLINE void amx_add_values(struct amx_workspace *w, int tile, int d, const int i
     for (int i = 0; i < SPAN / 32; i++) {
         _tile_loadd(4, w->probabilities[tile % 2][i][0], 64);
         _tile_loadd(5, w->probabilities[tile % 2][i][1], 64);
-        ADD_PRODUCTS(0, 6, w->values[i][d / 16])
-        ADD_PRODUCTS(1, 7, w->values[i][d / 16 + 1])
+        ADD_PRODUCTS(0, 6, w->values[i][d / 16], 64, PARTS)
+        ADD_PRODUCTS(1, 7, w->values[i][d / 16 + 1], 64, PARTS)
         if (!is_wide) continue;
-        ADD_PRODUCTS(2, 6, w->values[i][d / 16 + 2])
-        ADD_PRODUCTS(3, 7, w->values[i][d / 16 + 3])
+        ADD_PRODUCTS(2, 6, w->values[i][d / 16 + 2], 64, PARTS)
+        ADD_PRODUCTS(3, 7, w->values[i][d / 16 + 3], 64, PARTS)
     }
     _tile_stored(0, out, stride);
     _tile_stored(1, out + 16, stride);
@@ -421,7 +405,7 @@ static void amx_attend(const struct attention_call *call, const struct task *tas
     for (int r = 0; r < num_rows; r++) {
         for (int d = 0; d < D; d += 32)
             split(load(call->q + offsets[r] + d), load(call->q + offsets[r] + d + 16),
-                  w->queries[r / ROWS][d / 32][0][r % ROWS], ROWS * 32);
+                  w->queries[r / ROWS][d / 32][0][r % ROWS], ROWS * 64, PARTS);
         memset(w->out[r], 0, D * sizeof(float));
         memset(w->sums[r], 0, sizeof(w->sums[r]));
         w->maxima[r] = -INFINITY;

@@ -90,27 +90,15 @@ void AT_LEVEL(route)(const struct route_call *call, int num_threads) {
 /* y [num_rows, H] = down(swiglu(gate_up(x [num_rows, H]))) */
 void AT_LEVEL(mlp)(const struct weight *gate_up, const struct weight *down, const float *x, int num_rows, float *y,
                    int num_threads) {
-    int inner = down->num_inputs, group = rows_of_a_group(num_rows, 2 * inner);
-    int is_fused = AT_LEVEL(activates)(gate_up, down);
-    size_t row_bytes = (size_t)group * inner * sizeof(float);
-    size_t in_bytes = is_fused ? AT_LEVEL(packed_rows_bytes)(gate_up, group) : 2 * row_bytes;
-    size_t inner_bytes = is_fused ? AT_LEVEL(packed_rows_bytes)(down, group) : row_bytes;
-    char *memory = scratch(SCRATCH_LAYER, in_bytes + inner_bytes + 2 * 64);
-    char *in_memory = take(&memory, in_bytes), *inner_memory = take(&memory, inner_bytes);
+    int group = rows_of_a_group(num_rows, gate_up->num_outputs);
+    size_t in_bytes = AT_LEVEL(packed_rows_bytes)(gate_up, group);
+    char *memory = scratch(SCRATCH_LAYER, in_bytes + AT_LEVEL(activated_bytes)(gate_up, down, group) + 64);
+    char *in_memory = take(&memory, in_bytes);
     for (int first = 0; first < num_rows; first += group) {
-        int n = at_most(group, num_rows - first);
         const float *from = x + (long)first * gate_up->num_inputs;
-        float *to = y + (long)first * down->num_outputs;
-        if (is_fused) {
-            struct packed_rows rows = AT_LEVEL(pack_by_all)(gate_up, from, n, in_memory, num_threads);
-            struct packed_rows activated = AT_LEVEL(lay_out)(down, n, inner_memory);
-            AT_LEVEL(activate_by_all)(gate_up, &rows, &activated, num_threads);
-            AT_LEVEL(multiply_by_all)(down, &activated, NULL, to, num_threads);
-        } else {
-            float *h = (float *)in_memory, *activated = (float *)inner_memory;
-            AT_LEVEL(linear)(gate_up, from, n, NULL, h, num_threads);
-            AT_LEVEL(swiglu)(h, n, inner, activated, num_threads);
-            AT_LEVEL(linear)(down, activated, n, NULL, to, num_threads);
-        }
+        struct packed_rows rows, activated;
+        rows = AT_LEVEL(pack_rows)(gate_up, from, NULL, at_most(group, num_rows - first), in_memory, num_threads);
+        activated = AT_LEVEL(activate)(gate_up, down, &rows, memory, num_threads);
+        AT_LEVEL(multiply)(down, &activated, NULL, y + (long)first * down->num_outputs, num_threads);
     }
 }

@@ -24,26 +24,14 @@ static void run_expert(void *context, int i) {
     const struct routing *routing = context;
     int expert = routing->used_experts[i], first = routing->starts[expert];
     const struct weight *gate_up = routing->matrices[2 * expert], *down = routing->matrices[2 * expert + 1];
-    int num_rows = routing->starts[expert + 1] - first, inner = down->num_inputs;
+    int num_rows = routing->starts[expert + 1] - first;
     size_t in_bytes = AT_LEVEL(packed_rows_bytes)(gate_up, num_rows);
-    size_t inner_bytes = AT_LEVEL(packed_rows_bytes)(down, num_rows);
-    size_t h_bytes = (size_t)num_rows * inner * sizeof(float);
-    char *memory = scratch(SCRATCH_BODY, in_bytes + inner_bytes + 3 * h_bytes + 4 * 64);
-    char *packed_in = take(&memory, in_bytes), *packed_inner = take(&memory, inner_bytes);
-    float *h = take(&memory, 2 * h_bytes), *activated = take(&memory, h_bytes);
-
-    struct packed_rows rows = AT_LEVEL(pack_rows)(gate_up, routing->x, routing->rows + first, num_rows, packed_in);
-    struct packed_rows inner_rows;
-    if (AT_LEVEL(activates)(gate_up, down)) {
-        inner_rows = AT_LEVEL(lay_out)(down, num_rows, packed_inner);
-        AT_LEVEL(activate_by_all)(gate_up, &rows, &inner_rows, 1);
-    } else {
-        AT_LEVEL(multiply)(gate_up, &rows, NULL, h, 0, num_panels(gate_up));
-        for (int r = 0; r < num_rows; r++)
-            AT_LEVEL(swiglu_row)(h + (long)r * 2 * inner, inner, activated + (long)r * inner);
-        inner_rows = AT_LEVEL(pack_rows)(down, activated, NULL, num_rows, packed_inner);
-    }
-    AT_LEVEL(multiply)(down, &inner_rows, NULL, routing->outputs + (long)first * routing->hidden, 0, num_panels(down));
+    char *memory = scratch(SCRATCH_BODY, in_bytes + AT_LEVEL(activated_bytes)(gate_up, down, num_rows) + 64);
+    char *in_memory = take(&memory, in_bytes);
+    struct packed_rows rows, activated;
+    rows = AT_LEVEL(pack_rows)(gate_up, routing->x, routing->rows + first, num_rows, in_memory, 1);
+    activated = AT_LEVEL(activate)(gate_up, down, &rows, memory, 1);
+    AT_LEVEL(multiply)(down, &activated, NULL, routing->outputs + (long)first * routing->hidden, 1);
 }
 
 enum { SUM_ROWS = 4, SUM_COLUMNS = 512 };

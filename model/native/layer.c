@@ -192,7 +192,7 @@ struct swiglu_call {
 };
 
 /* out [inner] = silu(h[0..inner)) * h[inner..2 inner) */
-void AT_LEVEL(swiglu_row)(const float *h, int inner, float *out) {
+static void swiglu_row(const float *h, int inner, float *out) {
     for (int i = 0; i < inner; i += LANES) {
         int n = inner - i;
         store_some(out + i, silu_times(load_some(h + i, n), load_some(h + inner + i, n)), n);
@@ -201,7 +201,7 @@ void AT_LEVEL(swiglu_row)(const float *h, int inner, float *out) {
 
 static void swiglu_of_row(const void *context, int row) {
     const struct swiglu_call *call = context;
-    AT_LEVEL(swiglu_row)(call->h + (long)row * 2 * call->inner, call->inner, call->out + (long)row * call->inner);
+    swiglu_row(call->h + (long)row * 2 * call->inner, call->inner, call->out + (long)row * call->inner);
 }
 
 void AT_LEVEL(swiglu)(const float *h, int num_rows, int inner, float *out, int num_threads) {

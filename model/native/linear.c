@@ -10,7 +10,7 @@
  */
 #include <string.h>
 
-#include "linear.h"
+#include "layer.h"
 
 #if LANES == 16
 enum { MAX_TILE_ROWS = 12, FEW_ROWS = 3, SOME_ROWS = 6 };
@@ -145,7 +145,8 @@ static void pack_tile(const struct weight *w, const struct packed_rows *rows, co
     else pack_float_tile(w, x, row_ids, tile, rows);
 }
 
-struct packed_rows AT_LEVEL(lay_out)(const struct weight *w, int num_rows, char *memory) {
+/* `arrange`, and where in memory of packed_rows_bytes everything goes. */
+static struct packed_rows lay_out(const struct weight *w, int num_rows, char *memory) {
     struct packed_rows rows = arrange(w, num_rows);
     int num_blocks = is_integer(w) ? ceil_div(w->num_inputs, w->block_size) : 0;
     size_t num_scales = (size_t)rows.num_tiles * rows.tile_rows * num_blocks;
@@ -155,28 +156,22 @@ struct packed_rows AT_LEVEL(lay_out)(const struct weight *w, int num_rows, char 
     return rows;
 }
 
-struct packed_rows AT_LEVEL(pack_rows)(const struct weight *w, const float *x, const int32_t *row_ids, int num_rows,
-                                       char *memory) {
-    struct packed_rows rows = AT_LEVEL(lay_out)(w, num_rows, memory);
-    for (int tile = 0; tile < rows.num_tiles; tile++) pack_tile(w, &rows, x, row_ids, tile);
-    return rows;
-}
-
 struct pack_call {
     const struct weight *w;
-    const float *x;
     const struct packed_rows *rows;
+    const float *x;
+    const int32_t *row_ids;
 };
 
 static void pack_part(void *context, int tile) {
     const struct pack_call *call = context;
-    pack_tile(call->w, call->rows, call->x, NULL, tile);
+    pack_tile(call->w, call->rows, call->x, call->row_ids, tile);
 }
 
-struct packed_rows AT_LEVEL(pack_by_all)(const struct weight *w, const float *x, int num_rows, char *memory,
-                                         int num_threads) {
-    struct packed_rows rows = AT_LEVEL(lay_out)(w, num_rows, memory);
-    struct pack_call call = {w, x, &rows};
+struct packed_rows AT_LEVEL(pack_rows)(const struct weight *w, const float *x, const int32_t *row_ids, int num_rows,
+                                       char *memory, int num_threads) {
+    struct packed_rows rows = lay_out(w, num_rows, memory);
+    struct pack_call call = {w, &rows, x, row_ids};
     parallel_for(pack_part, &call, rows.num_tiles, num_rows < ROWS_WORTH_A_THREAD ? 1 : num_threads);
     return rows;
 }
@@ -342,16 +337,27 @@ static void (*const TILE_OF_FORMAT[])(const struct tile *, int, int) = {tile_f32
 
 /* ---- whole matrices ---- */
 
-void AT_LEVEL(multiply)(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
-                        int first_panel, int last_panel) {
+struct multiply_call {
+    const struct weight *w;
+    const struct packed_rows *rows;
+    const float *bias;
+    float *y;
+    int panels_each;
+};
+
+static void multiply_part(void *context, int part) {
+    const struct multiply_call *call = context;
+    const struct weight *w = call->w;
+    const struct packed_rows *rows = call->rows;
+    int first_panel = part * call->panels_each, last_panel = at_most(first_panel + call->panels_each, num_panels(w));
 #ifdef __AMX_TILE__
     if (rows->run > 4) {
-        amx_multiply(w, rows, bias, y, first_panel, last_panel);
+        amx_multiply(w, rows, call->bias, call->y, first_panel, last_panel);
         return;
     }
 #endif
     int R = rows->tile_rows, num_blocks = is_integer(w) ? ceil_div(w->num_inputs, w->block_size) : 0;
-    struct tile t = {.w = w, .panel_bytes = panel_bytes(w), .bias = bias};
+    struct tile t = {.w = w, .panel_bytes = panel_bytes(w), .bias = call->bias};
     for (int panel = first_panel, C; panel < last_panel; panel += C) {
         C = R <= FEW_ROWS ? FEW_ROWS_PANELS : R <= SOME_ROWS ? SOME_ROWS_PANELS : 1;
         if (last_panel - panel < C) C = 1;
@@ -361,41 +367,26 @@ void AT_LEVEL(multiply)(const struct weight *w, const struct packed_rows *rows, 
             t.values = rows->values + i * tile_bytes(w, rows);
             t.scales = rows->scales + (long)i * R * num_blocks;
             t.sums = rows->sums + (long)i * R * num_blocks;
-            t.y = y + (long)i * R * w->num_outputs;
+            t.y = call->y + (long)i * R * w->num_outputs;
             t.num_rows = at_most(R, rows->num_rows - i * R);
             TILE_OF_FORMAT[w->format](&t, R, C);
         }
     }
 }
 
-struct linear_call {
-    const struct weight *w;
-    struct packed_rows rows;
-    const float *bias;
-    float *y;
-    int panels_each;
-};
-
-static void multiply_part(void *context, int i) {
-    const struct linear_call *call = context;
-    int first = i * call->panels_each;
-    AT_LEVEL(multiply)(call->w, &call->rows, call->bias, call->y, first,
-                       at_most(first + call->panels_each, num_panels(call->w)));
-}
-
 /* Waking a thread takes some 30 us, in which the first reads half a megabyte; one that is awake needs 2 us. */
 enum { BYTES_WORTH_A_WAKE = 2 << 20, BYTES_WORTH_A_THREAD = 256 << 10 };
+enum { PANELS_EACH = 8 };
 
 static int threads_worth(const struct weight *w, int num_rows, int num_threads) {
     size_t least = threads_are_awake() ? BYTES_WORTH_A_THREAD : BYTES_WORTH_A_WAKE;
     return num_panels(w) * panel_bytes(w) * ceil_div(num_rows, 8) < least ? 1 : num_threads;
 }
 
-void AT_LEVEL(multiply_by_all)(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
-                               int num_threads) {
-    struct linear_call call = {.w = w, .rows = *rows, .bias = bias, .y = y};
+void AT_LEVEL(multiply)(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
+                        int num_threads) {
     num_threads = threads_worth(w, rows->num_rows, num_threads);
-    call.panels_each = num_threads > 1 ? FEW_ROWS_PANELS * 2 : num_panels(w);
+    struct multiply_call call = {w, rows, bias, y, num_threads > 1 ? PANELS_EACH : num_panels(w)};
     parallel_for(multiply_part, &call, ceil_div(num_panels(w), call.panels_each), num_threads);
 }
 
@@ -403,41 +394,53 @@ void AT_LEVEL(linear)(const struct weight *w, const float *x, int num_rows, cons
                       int num_threads) {
     if (num_rows == 0) return;
     char *memory = scratch(SCRATCH_CALL, AT_LEVEL(packed_rows_bytes)(w, num_rows));
-    struct packed_rows rows = AT_LEVEL(pack_by_all)(w, x, num_rows, memory, num_threads);
-    AT_LEVEL(multiply_by_all)(w, &rows, bias, y, num_threads);
+    struct packed_rows rows = AT_LEVEL(pack_rows)(w, x, NULL, num_rows, memory, num_threads);
+    AT_LEVEL(multiply)(w, &rows, bias, y, num_threads);
 }
 
 /* ---- SwiGLU between two products ---- */
 
-int AT_LEVEL(activates)(const struct weight *gate_up, const struct weight *down) {
 #ifdef __AMX_TILE__
-    return amx_activates(gate_up, down);
-#else
-    (void)gate_up, (void)down;
-    return 0;
-#endif
-}
 
 struct activate_call {
     const struct weight *gate_up;
     const struct packed_rows *rows, *activated;
-    int panels_each, num_panels;
+    int panels_each;
 };
 
-static void activate_part(void *context, int i) {
+static void activate_part(void *context, int part) {
     const struct activate_call *call = context;
-    int first = i * call->panels_each, last = at_most(first + call->panels_each, call->num_panels);
-#ifdef __AMX_TILE__
-    amx_activate(call->gate_up, call->rows, call->activated, first, last);
-#else
-    (void)first, (void)last;
-#endif
+    int first_panel = part * call->panels_each, num_inner_panels = num_panels(call->gate_up) / 2;
+    amx_activate(call->gate_up, call->rows, call->activated, first_panel,
+                 at_most(first_panel + call->panels_each, num_inner_panels));
 }
 
-void AT_LEVEL(activate_by_all)(const struct weight *gate_up, const struct packed_rows *rows,
-                               const struct packed_rows *activated, int num_threads) {
-    struct activate_call call = {gate_up, rows, activated, FEW_ROWS_PANELS, num_panels(gate_up) / 2};
-    num_threads = threads_worth(gate_up, rows->num_rows, num_threads);
-    if (num_threads == 1) call.panels_each = call.num_panels;
-    parallel_for(activate_part, &call, ceil_div(call.num_panels, call.panels_each), num_threads);
+#endif
+
+size_t AT_LEVEL(activated_bytes)(const struct weight *gate_up, const struct weight *down, int num_rows) {
+    size_t packed_bytes = AT_LEVEL(packed_rows_bytes)(down, num_rows) + 64;
+#ifdef __AMX_TILE__
+    if (amx_activates(gate_up, down)) return packed_bytes;
+#endif
+    return packed_bytes + (size_t)num_rows * (gate_up->num_outputs + down->num_inputs) * sizeof(float) + 2 * 64;
+}
+
+struct packed_rows AT_LEVEL(activate)(const struct weight *gate_up, const struct weight *down,
+                                      const struct packed_rows *rows, char *memory, int num_threads) {
+    int num_rows = rows->num_rows, inner = down->num_inputs;
+    char *packed = take(&memory, AT_LEVEL(packed_rows_bytes)(down, num_rows));
+#ifdef __AMX_TILE__
+    if (amx_activates(gate_up, down)) {
+        struct packed_rows activated = lay_out(down, num_rows, packed);
+        int num_inner_panels = num_panels(gate_up) / 2;
+        num_threads = threads_worth(gate_up, num_rows, num_threads);
+        struct activate_call call = {gate_up, rows, &activated, num_threads > 1 ? PANELS_EACH / 2 : num_inner_panels};
+        parallel_for(activate_part, &call, ceil_div(num_inner_panels, call.panels_each), num_threads);
+        return activated;
+    }
+#endif
+    float *h = take(&memory, 2 * (size_t)num_rows * inner * sizeof(float)), *activated = (float *)memory;
+    AT_LEVEL(multiply)(gate_up, rows, NULL, h, num_threads);
+    AT_LEVEL(swiglu)(h, num_rows, inner, activated, num_threads);
+    return AT_LEVEL(pack_rows)(down, activated, NULL, num_rows, packed, num_threads);
 }

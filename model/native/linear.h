@@ -22,31 +22,20 @@ enum { ROWS_WORTH_A_THREAD = 64 }; /* what takes little time for each is shared 
 
 size_t AT_LEVEL(packed_rows_bytes)(const struct weight *w, int num_rows);
 
-/* Their sizes, and where in memory of packed_rows_bytes everything goes. */
-struct packed_rows AT_LEVEL(lay_out)(const struct weight *w, int num_rows, char *memory);
-
 /* Pack x[row_ids[i]] for i in [0, num_rows) (row i itself when row_ids is NULL) into memory of packed_rows_bytes. */
 struct packed_rows AT_LEVEL(pack_rows)(const struct weight *w, const float *x, const int32_t *row_ids, int num_rows,
-                                       char *memory);
+                                       char *memory, int num_threads);
 
-/* y[row][output] = sum over inputs + bias, for the outputs of panels [first_panel, last_panel). */
+/* y [num_rows, num_outputs] = sums over inputs + bias (or NULL). */
 void AT_LEVEL(multiply)(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
-                        int first_panel, int last_panel);
+                        int num_threads);
 
-/* out [inner] = silu(h[0..inner)) * h[inner..2 inner); see layer.c. */
-void AT_LEVEL(swiglu_row)(const float *h, int inner, float *out);
+/* What `activate` needs for so many rows. */
+size_t AT_LEVEL(activated_bytes)(const struct weight *gate_up, const struct weight *down, int num_rows);
 
-/* Whether a SwiGLU's results can go straight into the packed rows of the product that follows it. */
-int AT_LEVEL(activates)(const struct weight *gate_up, const struct weight *down);
-
-/* The same on several threads: pack rows, multiply them with the whole weight, and, where `activates`, put silu(gate) *
- * up of their product with gate_up into `activated`, laid out for `down`. */
-struct packed_rows AT_LEVEL(pack_by_all)(const struct weight *w, const float *x, int num_rows, char *memory,
-                                         int num_threads);
-void AT_LEVEL(multiply_by_all)(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
-                               int num_threads);
-void AT_LEVEL(activate_by_all)(const struct weight *gate_up, const struct packed_rows *rows,
-                               const struct packed_rows *activated, int num_threads);
+/* swiglu(rows times gate_up), packed for `down` into memory of activated_bytes. */
+struct packed_rows AT_LEVEL(activate)(const struct weight *gate_up, const struct weight *down,
+                                      const struct packed_rows *rows, char *memory, int num_threads);
 
 #ifdef __AMX_TILE__
 
@@ -62,14 +51,14 @@ int amx_run(const struct weight *w, int num_rows);
 void amx_pack_tile(const struct weight *w, const struct packed_rows *rows, const float *x, const int32_t *row_ids,
                    int tile);
 
-/* See `activates`. */
+/* Whether a SwiGLU's results can go straight into the packed rows of the product that follows it. */
 int amx_activates(const struct weight *gate_up, const struct weight *down);
 
 /* silu(gate) * up of rows times gate_up, for the inputs of panels [first_panel, last_panel) of `activated`. */
 void amx_activate(const struct weight *gate_up, const struct packed_rows *rows, const struct packed_rows *activated,
                   int first_panel, int last_panel);
 
-/* `multiply` for rows that were packed with amx_run. */
+/* `multiply` for rows that were packed with amx_run, and for the outputs of panels [first_panel, last_panel). */
 void amx_multiply(const struct weight *w, const struct packed_rows *rows, const float *bias, float *y,
                   int first_panel, int last_panel);
 
