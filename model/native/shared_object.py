@@ -16,7 +16,7 @@ LEVELS = ("avx2", "avx512", "amx")
 """From slow to fast. All give the same bits, but that products with bfloat16 weights round otherwise in AMX's tiles."""
 
 
-def _fields(pointers: str, integers: str, floats: str = "") -> list[tuple[str, Any]]:
+def struct_fields(pointers: str, integers: str, floats: str = "") -> list[tuple[str, Any]]:
     """Of a struct that has its pointers first, then its int32s, then its floats: names with spaces between them."""
     kinds = ((pointers, ctypes.c_void_p), (integers, ctypes.c_int32), (floats, ctypes.c_float))
     return [(name, kind) for names, kind in kinds for name in names.split()]
@@ -25,29 +25,15 @@ def _fields(pointers: str, integers: str, floats: str = "") -> list[tuple[str, A
 class WeightStruct(ctypes.Structure):
     """`struct weight` of native.h."""
 
-    _fields_ = _fields("data scales zeros input_order", "format num_outputs num_inputs block_size bfloat16_inputs")
-
-
-class AttentionStruct(ctypes.Structure):
-    """`struct attention_call` of attention.c."""
-
-    _fields_ = _fields(
-        "out q k v block_ids query_starts context_lens",
-        "num_sequences num_heads num_kv_heads head_dim block_size max_blocks window kv_is_bfloat16",
-        "scale",
+    _fields_ = struct_fields(
+        "data scales zeros input_order", "format num_outputs num_inputs block_size bfloat16_inputs"
     )
-
-
-class RotateStruct(ctypes.Structure):
-    """`struct rotate_call` of layer.c."""
-
-    _fields_ = _fields("q qkv cos sin cache_rows k v", "num_heads num_kv_heads head_dim kv_is_bfloat16")
 
 
 class AttentionLayerStruct(ctypes.Structure):
     """`struct attention_layer` of decoder.c."""
 
-    _fields_ = _fields(
+    _fields_ = struct_fields(
         "x delta norm qkv qkv_bias o cos sin cache_rows k v block_ids query_starts context_lens y",
         "num_tokens num_sequences num_heads num_kv_heads head_dim block_size max_blocks window kv_is_bfloat16",
         "eps scale",
@@ -57,15 +43,14 @@ class AttentionLayerStruct(ctypes.Structure):
 class RouteStruct(ctypes.Structure):
     """`struct route_call` of decoder.c."""
 
-    _fields_ = _fields("x delta norm gate normed ids weights shared_gate", "num_tokens top_k normalize", "eps")
+    _fields_ = struct_fields("x delta norm gate normed ids weights shared_gate", "num_tokens top_k normalize", "eps")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SharedObject:
     """The kernels at one vector width, with the number of threads that a call may use.
 
-    The functions take what their C sources say, tensors as `pointer(tensor)`. Paged attention, rotation, the choice of
-    experts and SwiGLU are pieces of others, and here for tests and measurements.
+    The functions take what their C sources say, tensors as `pointer(tensor)`.
     """
 
     level: str
@@ -77,10 +62,6 @@ class SharedObject:
     mlp: Any
     add_norm: Any
     add_gated: Any
-    paged_attention: Any
-    rotate_into_cache: Any
-    topk_softmax: Any
-    swiglu: Any
     draw_tokens: Any
     quantize_int8: Any
     quantize_int4: Any
@@ -134,14 +115,6 @@ def load_shared_object(level: str | None = None, num_threads: int = 1, path: Pat
             f"add_norm_{level}", None, address, address, address, ctypes.c_float, integer, integer, address, integer
         ),
         add_gated=function(f"add_gated_{level}", None, address, address, address, integer, integer, integer),
-        paged_attention=function(f"paged_attention_{level}", None, address, integer),
-        rotate_into_cache=function(f"rotate_into_cache_{level}", None, address, integer, integer),
-        topk_softmax=function(
-            f"topk_softmax_{level}",
-            None,
-            *(address, integer, integer, integer, integer, address, address, address, integer),
-        ),
-        swiglu=function(f"swiglu_{level}", None, address, integer, integer, address, integer),
         draw_tokens=function(
             f"draw_tokens_{level}", None, address, integer, integer, address, address, address, integer
         ),

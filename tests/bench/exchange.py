@@ -60,6 +60,7 @@ def serve(transport: str, port: int, rank: int, world_size: int, hidden_size: in
         return kernels.pack_weight(DenseWeight(torch.randn(*shape, generator=generator) / 100))
 
     experts = {e: ExpertWeights(weight(2 * INNER, hidden_size), weight(hidden_size, INNER)) for e in range(NUM_EXPERTS)}
+    table = kernels.expert_table(experts)
     shard = shard_transport(transport, form(connect_store("127.0.0.1", port, timeout_s=30), rank, world_size))
     taken: dict[int, float] = {}
     with torch.inference_mode():
@@ -69,7 +70,7 @@ def serve(transport: str, port: int, rank: int, world_size: int, hidden_size: in
             if header.num_rows:
                 rows, pair_rows = message.rows_NH, message.pair_rows_P
                 kernels.run_experts(
-                    rows, pair_rows, message.pair_experts_P, message.pair_weights_P, experts, message.sums_NH
+                    rows, pair_rows, message.pair_experts_P, message.pair_weights_P, table, message.sums_NH
                 )
             taken[header.step] = time.perf_counter() - started
             shard.reply(header, message)

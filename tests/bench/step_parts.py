@@ -6,8 +6,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import actors.engine
@@ -16,7 +15,6 @@ from actors.remote_exchange import RemoteExchange
 from actors.router import Router
 from actors.scheduler import Scheduler
 from model.heads import Head
-from model.kernels import Kernels
 from model.moe import LocalExchange
 
 PARTS = (
@@ -66,19 +64,24 @@ class StepClock:
             (RemoteExchange, "combine", "combine"),
         ):
             self._wrap(owner, name, part)
-        parts = {"attention": "attention", "route": "gate", "mlp": "shared expert"}
-        decoder = router.engine.model.decoder
-        kernels = SimpleNamespace(**{name: getattr(decoder.kernels, name) for name in Kernels.__dataclass_fields__})
-        for name, part in parts.items():
-            self._wrap(kernels, name, part)
-        object.__setattr__(decoder, "kernels", Kernels(**vars(kernels)))
+        model, kernels = router.engine.model, router.engine.model.decoder.kernels
+        kernels = replace(
+            kernels,
+            attention=self._timed(kernels.attention, "attention"),
+            route=self._timed(kernels.route, "gate"),
+            mlp=self._timed(kernels.mlp, "shared expert"),
+        )
+        router.engine.model = replace(model, decoder=replace(model.decoder, kernels=kernels))
         self._step = router.engine.step
         router.engine.step = self._timed_step  # type: ignore[method-assign]
         self._transport: Any = None
         self._num_uses = 0
 
     def _wrap(self, owner: Any, name: str, part: str) -> None:
-        function, parts = getattr(owner, name), self._parts
+        setattr(owner, name, self._timed(getattr(owner, name), part))
+
+    def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        parts = self._parts
 
         def timed(*arguments: Any, **options: Any) -> Any:
             began = time.perf_counter()
@@ -87,7 +90,7 @@ class StepClock:
             finally:
                 parts[part] += time.perf_counter() - began
 
-        setattr(owner, name, timed)
+        return timed
 
     def _timed_step(self) -> None:
         connection = self._router.membership.newest()
