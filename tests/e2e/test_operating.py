@@ -353,7 +353,8 @@ def wait(driver: Any, condition: Any, seconds: float = 30.0) -> Any:
     try:
         return WebDriverWait(driver, seconds).until(lambda _: condition())
     except TimeoutException as error:
-        raise AssertionError(f"after {seconds} s the page showed: {driver.find_element('tag name', 'body').text}") from error
+        shown = driver.find_element("tag name", "body").text
+        raise AssertionError(f"after {seconds} s the page showed: {shown}") from error
 
 
 def bubbles(driver: Any) -> list[Any]:
@@ -361,7 +362,7 @@ def bubbles(driver: Any) -> list[Any]:
 
 
 def test_a_chat_streams_into_the_page_can_be_stopped_and_started_anew(browser: Any) -> None:
-    browser.find_element("id", "temperature").send_keys("0")  # this model's weights are random: it may draw its end first
+    browser.find_element("id", "temperature").send_keys("0")  # drawing from random weights may begin with the end
     browser.find_element("id", "text").send_keys("the whale\n")
     wait(browser, lambda: len(bubbles(browser)) == 2 and "first token" in bubbles(browser)[1].text)
     assert bubbles(browser)[0].text == "the whale"
