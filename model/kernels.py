@@ -45,6 +45,9 @@ class Kernels:
     """A layer's experts as `run_experts` is fast with, to be made once for as long as they are the same."""
     pack_weight: Callable[[Weight], Weight]
     """A weight in the layout that `linear` and `run_experts` are fast with, for when it is loaded."""
+    compact: Callable[[Weight], Weight]
+    """A packed weight in fewer bytes, where `linear` and `run_experts` read it so: the same values and bits. Raises
+    Incompressible; its rows can't be looked up."""
     quantize: Callable[[Tensor, str], Weight]
     """A float matrix as int8 or int4."""
 
@@ -59,6 +62,7 @@ REFERENCE_KERNELS = Kernels(
     draw_tokens=draw_tokens_reference,
     expert_table=dict,
     pack_weight=lambda weight: weight,
+    compact=lambda weight: weight,
     quantize=quantize,
 )
 
@@ -89,5 +93,6 @@ def select_kernels(device: torch.device | str = "cpu", *, native: bool = True, n
         draw_tokens=kernels.draw_tokens,
         expert_table=kernels.expert_table,
         pack_weight=kernels.pack_weight,
+        compact=kernels.compact,
         quantize=kernels.quantize,
     )

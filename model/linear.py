@@ -41,6 +41,10 @@ class Weight(Protocol):
         return F.linear(x_TK, self.dequantize(), bias)[:num_rows]
 
 
+class Incompressible(ValueError):
+    """A weight that has no compact form."""
+
+
 class Embedding(Weight, Protocol):
     """A weight whose rows can be looked up."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from model.experts import ExpertWeights
 from model.heads import Head
 from model.kernels import REFERENCE_KERNELS, Kernels
 from model.layers import MLP, RMSNorm, Rope
-from model.linear import DenseWeight, Embedding, Int4Weight, Weight, stack_rows
+from model.linear import DenseWeight, Embedding, Incompressible, Int4Weight, Weight, stack_rows
 from model.moe import Gate, MoeBlock
 from model.quantize import check_same_groups, from_gptq
 
@@ -178,7 +179,9 @@ class Loader:
         """Packed where it is the LM head too, so that there is one copy for both."""
         table = f"{self.checkpoint.prefix}embed_tokens.weight", (self.config.vocab_size, self.config.hidden_size)
         is_head = self.config.tie_word_embeddings and self.config.head_kind == "causal_lm"
-        return cast(Embedding, self._weight([_Matrix(*table)], self.quantization and "int8", packed=is_head))
+        return cast(
+            Embedding, self._weight([_Matrix(*table)], self.quantization and "int8", packed=is_head, compact=False)
+        )
 
     def _unquantized(self, *matrices: _Matrix) -> Weight:
         """Gates and small heads."""
@@ -193,10 +196,16 @@ class Loader:
         )
 
     def _weight(
-        self, matrices: Sequence[_Matrix], quantization: str | None, *, packed: bool = True, exact: bool = False
+        self,
+        matrices: Sequence[_Matrix],
+        quantization: str | None,
+        *,
+        packed: bool = True,
+        compact: bool = True,
+        exact: bool = False,
     ) -> Weight:
         """The rows of all matrices as one weight. Read, quantized and packed in blocks of rows, so that loading takes
-        little more memory than the weight that stays."""
+        little more memory than the weight that stays. A compact one's rows can't be looked up."""
 
         def store(block: Tensor) -> Weight:
             round_inputs = self.config.bfloat16_activations and block.dtype == torch.bfloat16 and not exact
@@ -207,6 +216,11 @@ class Loader:
 
         num_rows = sum(one.shape[-2] for one in matrices)
         step = _block_rows(num_rows, matrices[0].shape[-1])
+        if compact and not exact:
+            with contextlib.suppress(Incompressible):
+                return stack_rows(
+                    (self.kernels.compact(store(block)) for block in self._row_blocks(matrices, step)), num_rows
+                )
         return stack_rows(map(store, self._row_blocks(matrices, step)), num_rows)
 
     def _row_blocks(self, matrices: Sequence[_Matrix], step: int) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@
  * stream.
  */
 #include "amx.h"
+#include "compact.h"
 
 enum { BLOCK_PANELS = 8, CHUNK_BYTES = 1 << 20, CHUNK_TILES = 32 }; /* of packed rows */
 enum { STRETCH_STEPS = 16, STRETCH_TILES = 6 }; /* steps with one part; tiles that stretches are worth it for */
@@ -40,22 +41,50 @@ void amx_pack_tile(const struct weight *w, const struct packed_rows *rows, const
 /* The panels of a call, one after the other: all from `first` on; or, where `up` is not 0, each gate's and then its
  * up's, which is `up` panels further. */
 struct panels {
-    const char *data;
-    long panel_bytes;
+    const struct weight *w;
+    int num_steps, step_bytes;
     int first, up;
 };
 
-INLINE const char *panel_at(const struct panels *panels, int i) {
-    int panel = panels->up ? panels->first + i / 2 + i % 2 * panels->up : panels->first + i;
-    return panels->data + panel * panels->panel_bytes;
+static struct panels panels_of(const struct weight *w, int first, int up) {
+    return (struct panels){w, w->num_inputs / 32, w->codebooks ? COMPACT_STEP_BYTES : STEP_BYTES, first, up};
 }
 
-/* Add the products of a pair of row tiles (or of one) with a stretch of a panel to `sums` [tile][half][16][16]. In each
- * step, num_ahead lines of weights that are needed next are fetched. */
-INLINE void add_products(const char *x, long tile_bytes, long part_bytes, const char *panel, int num_steps,
-                         const int parts, const int two, float *sums, int is_first, const char *ahead, int num_ahead) {
-    const char *next = x + tile_bytes;
-    if (is_first) {
+INLINE int panel_idx(const struct panels *panels, int i) {
+    return panels->up ? panels->first + i / 2 + i % 2 * panels->up : panels->first + i;
+}
+
+INLINE const char *step_at(const struct panels *panels, int i, int step) {
+    return (const char *)panels->w->data + ((long)panel_idx(panels, i) * panels->num_steps + step) * panels->step_bytes;
+}
+
+/* A step of compact panels, plain. */
+INLINE void expand(const struct panels *panels, int i, int step, char *out) {
+    const struct weight *w = panels->w;
+    int panel = panel_idx(panels, i);
+    const int32_t *start = w->exception_starts + (long)panel * (panels->num_steps + 1) + step;
+    const uint32_t *exceptions = w->exceptions + (long)panel * w->most_exceptions + start[0];
+    expand_step(step_at(panels, i, step), load_codebook(w->codebooks + 16 * panel), exceptions, start[1] - start[0],
+                out);
+}
+
+/* Steps [first, last) of panel i, and what to fetch in each of them of the steps that are needed after. */
+struct stretch {
+    const struct panels *panels;
+    int i, first, last;
+    char *expanded; /* of compact panels */
+    const char *ahead;
+    int num_ahead; /* lines */
+};
+
+/* Add the products of a pair of row tiles (or of one) with a stretch to `sums` [tile][half][16][16]. The first pair of
+ * compact panels expands them for the others, a step ahead of its products. */
+INLINE void add_products(const char *x, long tile_bytes, long part_bytes, const struct stretch *stretch,
+                         const int parts, const int two, const int expands, float *sums) {
+    const char *next = x + tile_bytes, *ahead = stretch->ahead;
+    const char *weights = stretch->expanded ? stretch->expanded : step_at(stretch->panels, stretch->i, stretch->first);
+    if (expands) expand(stretch->panels, stretch->i, stretch->first, stretch->expanded);
+    if (stretch->first == 0) {
         _tile_zero(0);
         _tile_zero(1);
         if (two) _tile_zero(2);
@@ -66,10 +95,12 @@ INLINE void add_products(const char *x, long tile_bytes, long part_bytes, const 
         if (two) _tile_loadd(2, sums + 2 * SUMS, 64);
         if (two) _tile_loadd(3, sums + 3 * SUMS, 64);
     }
-    for (int s = 0; s < num_steps; s++, panel += STEP_BYTES, ahead += STEP_BYTES) {
-        for (int i = 0; i < num_ahead; i++) _mm_prefetch(ahead + 64 * i, _MM_HINT_T1);
-        _tile_loadd(6, panel, WEIGHT_STRIDE);
-        _tile_loadd(7, panel + 64, WEIGHT_STRIDE);
+    for (int s = stretch->first; s < stretch->last; s++, weights += STEP_BYTES, ahead += stretch->panels->step_bytes) {
+        for (int i = 0; i < stretch->num_ahead; i++) _mm_prefetch(ahead + 64 * i, _MM_HINT_T1);
+        _tile_loadd(6, weights, WEIGHT_STRIDE);
+        _tile_loadd(7, weights + 64, WEIGHT_STRIDE);
+        if (expands && s + 1 < stretch->last)
+            expand(stretch->panels, stretch->i, s + 1, (char *)weights + STEP_BYTES);
 #pragma GCC unroll 2
         for (int part = 0; part < parts; part++, x += part_bytes, next += part_bytes) {
             _tile_stream_loadd(4, x, 64);
@@ -87,25 +118,34 @@ INLINE void add_products(const char *x, long tile_bytes, long part_bytes, const 
     if (two) _tile_stored(3, sums + 3 * SUMS, 64);
 }
 
-/* The sums of one tile of rows for two panels: two streams come faster from memory than one, and faster still with what
- * the next step needs asked for before this one's tiles wait. Each panel's sums take the room of a pair of tiles. */
-INLINE void two_panels(const char *x, long part_bytes, const char *panel, const char *other, int num_steps,
-                       const int parts, float *sums) {
+/* The sums of one tile of rows for panels i and i + 1: two streams come faster from memory than one, and faster still
+ * with what the next step needs asked for before this one's tiles wait. Each panel's sums take the room of a pair of
+ * tiles. Compact steps are expanded one ahead of their products. */
+INLINE void two_panels(const char *x, long part_bytes, const struct panels *panels, int i, const int parts,
+                       const int compact, float *sums) {
+    char expanded[2][2][STEP_BYTES] __attribute__((aligned(64)));
+    const char *panel = step_at(panels, i, 0), *other = step_at(panels, i + 1, 0);
+    const int step_bytes = compact ? COMPACT_STEP_BYTES : STEP_BYTES;
+    if (compact)
+        for (int p = 0; p < 2; p++) expand(panels, i + p, 0, expanded[0][p]);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int s = 0; s < num_steps; s++, panel += STEP_BYTES, other += STEP_BYTES, x += parts * part_bytes) {
-        for (int i = 0; i < STEP_BYTES; i += 64) {
-            _mm_prefetch(panel + STEP_BYTES + i, _MM_HINT_T0);
-            _mm_prefetch(other + STEP_BYTES + i, _MM_HINT_T0);
+    for (int s = 0; s < panels->num_steps; s++, panel += step_bytes, other += step_bytes, x += parts * part_bytes) {
+        for (int line = 0; line < step_bytes; line += 64) {
+            _mm_prefetch(panel + (1 + compact) * step_bytes + line, _MM_HINT_T0);
+            _mm_prefetch(other + (1 + compact) * step_bytes + line, _MM_HINT_T0);
         }
+        const char *weights = compact ? expanded[s % 2][0] : panel, *others = compact ? expanded[s % 2][1] : other;
         _tile_loadd(4, x, 64);
         if (parts == 2) _tile_loadd(5, x + part_bytes, 64);
-        ADD_PRODUCTS(0, 6, panel, WEIGHT_STRIDE, parts)
-        ADD_PRODUCTS(1, 7, panel + 64, WEIGHT_STRIDE, parts)
-        ADD_PRODUCTS(2, 6, other, WEIGHT_STRIDE, parts)
-        ADD_PRODUCTS(3, 7, other + 64, WEIGHT_STRIDE, parts)
+        ADD_PRODUCTS(0, 6, weights, WEIGHT_STRIDE, parts)
+        ADD_PRODUCTS(1, 7, weights + 64, WEIGHT_STRIDE, parts)
+        if (compact && s + 1 < panels->num_steps) expand(panels, i, s + 1, expanded[(s + 1) % 2][0]);
+        ADD_PRODUCTS(2, 6, others, WEIGHT_STRIDE, parts)
+        ADD_PRODUCTS(3, 7, others + 64, WEIGHT_STRIDE, parts)
+        if (compact && s + 1 < panels->num_steps) expand(panels, i + 1, s + 1, expanded[(s + 1) % 2][1]);
     }
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + SUMS, 64);
@@ -115,44 +155,47 @@ INLINE void two_panels(const char *x, long part_bytes, const char *panel, const 
 
 /* The sums of panels [first, last) and all rows, [panel][pair of row tiles][tile][half][16][16]. */
 INLINE void sums_of_block(const struct panels *panels, int first, int last, const struct packed_rows *rows,
-                          int num_steps, const int parts, float *sums) {
+                          const int parts, float *sums) {
+    char expanded[STRETCH_STEPS * STEP_BYTES] __attribute__((aligned(64)));
+    int is_compact = panels->w->codebooks != NULL, num_steps = panels->num_steps;
     int num_tiles = rows->num_tiles, num_pairs = ceil_div(num_tiles, 2);
     long part_bytes = (long)rows->tile_rows * 64, tile_bytes = num_steps * parts * part_bytes;
     if (num_tiles == 1)
-        for (; first + 1 < last; first += 2, sums += 8 * SUMS)
-            two_panels(rows->values, part_bytes, panel_at(panels, first), panel_at(panels, first + 1), num_steps, parts,
-                       sums);
+        for (; first + 1 < last; first += 2, sums += 8 * SUMS) {
+            if (is_compact) two_panels(rows->values, part_bytes, panels, first, parts, 1, sums);
+            else two_panels(rows->values, part_bytes, panels, first, parts, 0, sums);
+        }
     int chunk = even_part(num_steps, CHUNK_BYTES / (num_tiles * parts * part_bytes));
-    int stretch = num_tiles < STRETCH_TILES ? chunk : even_part(chunk, STRETCH_STEPS / parts);
-    int num_ahead = ceil_div(STEP_BYTES / 64, num_pairs); /* every pair of tiles fetches its share */
+    int most = num_tiles < STRETCH_TILES && !is_compact ? chunk : even_part(chunk, STRETCH_STEPS / parts);
+    struct stretch stretch = {.panels = panels, .expanded = is_compact ? expanded : NULL};
+    stretch.num_ahead = ceil_div(panels->step_bytes / 64, num_pairs); /* every pair of tiles fetches its share */
     for (int from = 0, end; from < num_steps; from = end) {
         end = at_most(from + chunk, num_steps);
         for (int i = first; i < last; i++)
-            for (int step = from, stop; step < end; step = stop) {
-                stop = at_most(step + stretch, end);
-                const char *panel = panel_at(panels, i), *next = panel + (long)stop * STEP_BYTES;
-                if (stop == end && i + 1 < last) next = panel_at(panels, i + 1) + (long)from * STEP_BYTES;
-                else if (stop == end && end < num_steps) next = panel_at(panels, first) + (long)end * STEP_BYTES;
-                else if (stop == end) next = panel_at(panels, last);
+            for (int step = from; step < end; step = stretch.last) {
+                stretch.i = i, stretch.first = step, stretch.last = at_most(step + most, end);
+                const char *next = step_at(panels, i, stretch.last);
+                if (stretch.last == end && i + 1 < last) next = step_at(panels, i + 1, from);
+                else if (stretch.last == end && end < num_steps) next = step_at(panels, first, end);
+                else if (stretch.last == end) next = step_at(panels, last, 0);
                 for (int t = 0; t < num_tiles; t += 2) {
                     const char *x = rows->values + t * tile_bytes + step * parts * part_bytes;
-                    const char *weights = panel + (long)step * STEP_BYTES, *ahead = next + 32 * t * num_ahead;
                     float *to = sums + ((i - first) * num_pairs + t / 2) * 4 * SUMS;
-                    if (t + 1 < num_tiles)
-                        add_products(x, tile_bytes, part_bytes, weights, stop - step, parts, 1, to, step == 0, ahead,
-                                     num_ahead);
-                    else
-                        add_products(x, tile_bytes, part_bytes, weights, stop - step, parts, 0, to, step == 0, ahead,
-                                     num_ahead);
+                    int two = t + 1 < num_tiles, expands = is_compact && t == 0;
+                    stretch.ahead = next + 32 * t * stretch.num_ahead;
+                    if (two && expands) add_products(x, tile_bytes, part_bytes, &stretch, parts, 1, 1, to);
+                    else if (two) add_products(x, tile_bytes, part_bytes, &stretch, parts, 1, 0, to);
+                    else if (expands) add_products(x, tile_bytes, part_bytes, &stretch, parts, 0, 1, to);
+                    else add_products(x, tile_bytes, part_bytes, &stretch, parts, 0, 0, to);
                 }
             }
     }
 }
 
 static void block_of_panels(const struct panels *panels, int first, int last, const struct packed_rows *rows,
-                            int num_steps, int parts, float *sums) {
-    if (parts == 2) sums_of_block(panels, first, last, rows, num_steps, 2, sums);
-    else sums_of_block(panels, first, last, rows, num_steps, 1, sums);
+                            int parts, float *sums) {
+    if (parts == 2) sums_of_block(panels, first, last, rows, 2, sums);
+    else sums_of_block(panels, first, last, rows, 1, sums);
 }
 
 /* Where a row's sums of the first half of a block's first panel lie. */
@@ -189,14 +232,14 @@ void amx_multiply_bfloat16(const struct weight *w, const struct packed_rows *row
                            int first_panel, int last_panel) {
     int parts = amx_parts(w), num_steps = w->num_inputs / 32;
     long tile_bytes = (long)num_steps * parts * rows->tile_rows * 64;
-    struct panels panels = {w->data, (long)num_steps * STEP_BYTES, 0, 0};
+    struct panels panels = panels_of(w, 0, 0);
     float *sums = scratch(SCRATCH_TILES, (size_t)BLOCK_PANELS * CHUNK_TILES * 2 * SUMS * sizeof(float));
     amx_configure(rows->tile_rows, 64);
     for (int tile = 0; tile < rows->num_tiles; tile += CHUNK_TILES) {
         struct packed_rows some = amx_some_tiles(w, rows, tile_bytes, tile, CHUNK_TILES);
         for (int first = first_panel; first < last_panel; first += BLOCK_PANELS) {
             int last = at_most(first + BLOCK_PANELS, last_panel);
-            block_of_panels(&panels, first, last, &some, num_steps, parts, sums);
+            block_of_panels(&panels, first, last, &some, parts, sums);
             store_block(w, &some, sums, bias, y + (long)tile * rows->tile_rows * w->num_outputs, first, last);
         }
     }
@@ -227,7 +270,7 @@ static void activate_block(const struct packed_rows *rows, const float *sums, in
 void amx_activate(const struct weight *gate_up, const struct packed_rows *rows, const struct packed_rows *activated,
                   int first_panel, int last_panel) {
     int parts = amx_parts(gate_up), num_steps = gate_up->num_inputs / 32, inner = gate_up->num_outputs / 2;
-    struct panels panels = {gate_up->data, (long)num_steps * STEP_BYTES, first_panel, inner / PANEL};
+    struct panels panels = panels_of(gate_up, first_panel, inner / PANEL);
     long in_tile_bytes = (long)num_steps * parts * rows->tile_rows * 64;
     long out_tile_bytes = (long)inner / 32 * parts * rows->tile_rows * 64;
     float *sums = scratch(SCRATCH_TILES, (size_t)BLOCK_PANELS * CHUNK_TILES * 2 * SUMS * sizeof(float));
@@ -238,7 +281,7 @@ void amx_activate(const struct weight *gate_up, const struct packed_rows *rows, 
         out.values += tile * out_tile_bytes;
         for (int first = 0; first < 2 * (last_panel - first_panel); first += BLOCK_PANELS) {
             int last = at_most(first + BLOCK_PANELS, 2 * (last_panel - first_panel));
-            block_of_panels(&panels, first, last, &some, num_steps, parts, sums);
+            block_of_panels(&panels, first, last, &some, parts, sums);
             activate_block(&some, sums, (last - first) / 2, parts, &out, out_tile_bytes, first_panel + first / 2);
         }
     }

@@ -25,7 +25,7 @@ _SOURCES_OF_EACH_LEVEL = (
     *("linear.c", "experts.c", "attention.c", "layer.c", "decoder.c"),
     *("quantize.c", "sampling.c"),
 )
-_SOURCES_OF_LEVEL = {"amx": ("amx.c", "amx_bfloat16.c")}
+_SOURCES_OF_LEVEL = {"amx": ("amx.c", "amx_bfloat16.c", "compact.c")}
 _PLAIN_SOURCES = ("cpu.c", "pack.c", "threads.c")
 # No contraction: a multiply-add is fused where the source says so, or the two levels would round differently.
 _FLAGS = ["-O2", "-std=gnu11", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-pthread"]

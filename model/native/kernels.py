@@ -65,6 +65,10 @@ class NativeKernels:
         self.shared_object.pack(pointer(matrix), *weight.shape, FORMATS.index(name), pointer(panels))
         return PackedWeight(shared_object=self.shared_object, format=name, shape=weight.shape, panels=panels, **packed)
 
+    def compact(self, weight: Weight) -> Weight:
+        """See `PackedWeight.compacted`."""
+        return weight.compacted() if isinstance(weight, PackedWeight) else weight
+
     def quantize(self, matrix_NK: Tensor, quantization: str) -> Weight:
         """See `model.quantize.quantize`: the same bits."""
         num_outputs, num_inputs = matrix_NK.shape

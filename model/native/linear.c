@@ -24,7 +24,8 @@ enum { STRIPS = 16 / LANES }; /* one pass covers outputs [s, s + LANES) and [16 
 static int step_bytes(int format) { return format == FLOAT16 || format == INT4 ? 2 * PANEL : 4 * PANEL; }
 
 static size_t panel_bytes(const struct weight *w) {
-    return (size_t)padded_inputs(w) / inputs_together(w->format) * step_bytes(w->format);
+    size_t plain = (size_t)padded_inputs(w) / inputs_together(w->format) * step_bytes(w->format);
+    return w->codebooks ? plain * 3 / 4 : plain;
 }
 
 /* ---- packing activations ---- */

@@ -10,7 +10,8 @@
  * reads a panel from one end to the other and needs no sum across lanes:
  *
  *   FLOAT32, FLOAT16   [panel][input][32]
- *   BFLOAT16           [panel][input / 2][32][2]    two inputs side by side: one load widens to two vectors; for AMX
+ *   BFLOAT16           [panel][input / 2][32][2]    two inputs side by side: one load widens to two vectors; for AMX,
+ *                                                   which reads them from compact panels too (compact.h)
  *   INT8               [panel][input / 4][32][4]    weight + 128 as uint8; four inputs side by side for VNNI and AMX
  *   INT4               [panel][input / 4][16][4]    low nibble: output o, high nibble: output 16 + o; 0..15
  *
@@ -28,11 +29,15 @@ struct weight {
     const void *scales;
     const uint8_t *zeros;
     const int32_t *input_order;
+    const uint8_t *codebooks;        /* of compact panels [panel][16]; NULL: the panels are plain */
+    const int32_t *exception_starts; /* [panel][step + 1] */
+    const uint32_t *exceptions;      /* [panel][most_exceptions] */
     int32_t format;
     int32_t num_outputs;
     int32_t num_inputs;
     int32_t block_size;
     int32_t bfloat16_inputs; /* BFLOAT16: inputs are rounded to bfloat16 first */
+    int32_t most_exceptions; /* of a compact panel */
 };
 
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }

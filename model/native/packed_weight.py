@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from model.layers import MLP
-from model.linear import tensors_of
+from model.linear import Incompressible, tensors_of
 from model.native.shared_object import SharedObject, WeightStruct, pointer
 
 PANEL = 32
@@ -36,6 +36,12 @@ class PackedWeight:
     """int32 [K]: which input the packed input k is; None: k."""
     block_size: int = 0
     """Inputs that share an activation scale, and an int4 scale. 0 for float formats."""
+    codebooks: Tensor | None = None
+    """uint8 [panels, 16]: of compact panels, uint8 [panels, K / 32, 1536] (drawn in compact.h)."""
+    exception_starts: Tensor | None = None
+    """int32 [panels, K / 32 + 1]."""
+    exceptions: Tensor | None = None
+    """int32 [panels, most]: place in the step << 16 | weight."""
     bfloat16_inputs: bool = False
     """As in `DenseWeight`."""
     struct: WeightStruct = field(init=False)
@@ -47,10 +53,14 @@ class PackedWeight:
             pointer(self.scales),
             pointer(self.zeros),
             pointer(self.input_order),
+            pointer(self.codebooks),
+            pointer(self.exception_starts),
+            pointer(self.exceptions),
             FORMATS.index(self.format),
             *self.shape,
             self.block_size,
             self.bfloat16_inputs,
+            0 if self.exceptions is None else self.exceptions.shape[1],
         )
         object.__setattr__(self, "struct", struct)
         object.__setattr__(self, "address", ctypes.addressof(struct))
@@ -84,7 +94,51 @@ class PackedWeight:
         assert self.format in ("float32", "float16")
         return self.panels[panels_T, :, outputs_T].float()
 
+    def compacted(self) -> PackedWeight:
+        """The same bfloat16 weight in three quarters of its bytes; itself where the kernels don't read such panels.
+
+        Raises Incompressible for what is unlike any trained weight. Rows can't be looked up.
+        """
+        num_panels, num_steps = len(self.panels), self.shape[1] // 32
+        if self.shared_object.compact is None or self.format != "bfloat16" or self.shape[1] % 32:
+            return self
+        compact = replace(
+            self,
+            panels=torch.empty(num_panels, num_steps, 1536, dtype=torch.uint8),
+            codebooks=torch.empty(num_panels, 16, dtype=torch.uint8),
+            exception_starts=torch.empty(num_panels, num_steps + 1, dtype=torch.int32),
+            exceptions=torch.zeros(num_panels, 16 + 2 * num_steps, dtype=torch.int32),
+        )
+        fits = self.shared_object.compact(
+            pointer(self.panels),
+            num_panels,
+            num_steps,
+            *(pointer(t) for t in (compact.panels, compact.codebooks, compact.exception_starts, compact.exceptions)),
+            compact.struct.most_exceptions,
+        )
+        if not fits:
+            raise Incompressible("more than 16 weights and one in 512 of a panel are exceptions")
+        return compact
+
+    def _plain_panels(self) -> Tensor:
+        """What compact panels hold, bfloat16 [panels, K / 2, 64]."""
+        assert self.codebooks is not None and self.exceptions is not None and self.exception_starts is not None
+        num_panels, num_steps = self.panels.shape[:2]
+        pairs, low = self.panels[:, :, :512].reshape(num_panels, num_steps, 8, 1, 64), self.panels[:, :, 512:]
+        codes = torch.cat([pairs & 15, pairs >> 4], dim=3).view(num_panels, -1)
+        high = self.codebooks.gather(1, codes.long())
+        words = torch.stack([low.reshape(num_panels, -1), high], dim=2).view(torch.int16)
+        # Unpacking takes bytes 0 to 7 of each 16, and bytes 8 to 15 after those of all four.
+        words = words.view(num_panels, num_steps, 16, 4, 2, 8).transpose(3, 4).reshape(num_panels, num_steps, 1024)
+        for panel, starts in enumerate(self.exception_starts.tolist()):
+            steps = torch.repeat_interleave(torch.arange(num_steps), torch.tensor(starts).diff())
+            found = self.exceptions[panel, : starts[-1]]
+            words[panel, steps, found >> 16] = (found & 0xFFFF).to(torch.int16)
+        return words.view(torch.bfloat16).view(num_panels, -1, 2 * PANEL)
+
     def dequantize(self) -> Tensor:
+        if self.codebooks is not None:
+            return replace(self, panels=self._plain_panels(), codebooks=None).dequantize()
         num_outputs, num_inputs = self.shape
         num_panels = len(self.panels)
         if self.format in ("float32", "float16"):

@@ -26,7 +26,8 @@ class WeightStruct(ctypes.Structure):
     """`struct weight` of native.h."""
 
     _fields_ = struct_fields(
-        "data scales zeros input_order", "format num_outputs num_inputs block_size bfloat16_inputs"
+        "data scales zeros input_order codebooks exception_starts exceptions",
+        "format num_outputs num_inputs block_size bfloat16_inputs most_exceptions",
     )
 
 
@@ -66,6 +67,8 @@ class SharedObject:
     quantize_int8: Any
     quantize_int4: Any
     pack: Any
+    compact: Any
+    """None at levels that don't read compact panels."""
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -123,4 +126,9 @@ def load_shared_object(level: str | None = None, num_threads: int = 1, path: Pat
             f"quantize_int4_{level}", None, *(address, integer, integer, integer, integer, address, address, address)
         ),
         pack=function("pack", None, address, integer, integer, integer, address),
+        compact=function(
+            "compact_amx", integer, *(address, integer, integer, address, address, address, address, integer)
+        )
+        if level == "amx"
+        else None,
     )
