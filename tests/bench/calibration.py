@@ -83,9 +83,9 @@ def _time_kernels(barrier: Any, answers: Any, quantization: str | None) -> None:
     weight: Weight = DenseWeight(matrix)
     if quantization is not None:
         weight = quantize_int8(matrix) if quantization == "int8" else quantize_int4(matrix)
-    packed = [kernels.pack_weight(weight)]
+    packed = [kernels.compact(kernels.pack_weight(weight))]
     while sum(one.num_bytes for one in packed) < SET_BYTES:
-        packed.append(kernels.pack_weight(weight))
+        packed.append(kernels.compact(kernels.pack_weight(weight)))
     rows: dict[int, float] = {}
     for num_rows in ROWS:
         x = torch.randn(num_rows, NUM_INPUTS)

@@ -93,7 +93,10 @@ def _limits(results: dict[str, Any]) -> Iterator[str]:
 def _http(results: dict[str, Any]) -> Iterator[str]:
     yield "## Over HTTP, tokens a second"
     yield ""
-    yield "Greedy, prompts of 128 tokens (32 at batch 32); in brackets the share of what the memory's bandwidth allows."
+    yield (
+        "Greedy, prompts of 128 tokens (32 at batch 32); in brackets the share of what the memory's bandwidth allows, "
+        "with two bytes for a bf16 weight (with AMX, ours take a byte and a half)."
+    )
     yield ""
     rows = []
     for one in results["http"]:
