@@ -9,7 +9,7 @@
  * What is used again lies in a cache. Panels go in blocks, whose sums lie in a buffer, and inputs in chunks, of which
  * those of all rows lie in the second-level cache; so weights come from memory once. Within a chunk, a stretch of a
  * panel is multiplied with all rows before the next one: its weights lie in the first-level cache, past which the rows
- * stream.
+ * stream. Compact panels (compact.h) are expanded there.
  */
 #include "amx.h"
 #include "compact.h"
