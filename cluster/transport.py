@@ -191,6 +191,10 @@ class PairRouter(_Router):
                 failures.append((shard_idx, error))
         self._raise_for(failures + self._wait_all(works, time.monotonic() + 1.0))
 
+    def _raise_for(self, failures: Sequence[Failure]) -> None:
+        self._is_ended |= any(_timed_out(error) for _, error in failures)
+        super()._raise_for(failures)
+
     def prepare(self, whole: Header) -> Message:
         self._arena.reserve(whole.arena_bytes)
         return self._arena.message(whole)
@@ -220,9 +224,7 @@ class PairRouter(_Router):
             failures = failures + self._near.wait(self._waiting, end)
         if self._works:
             failures = failures + self._wait_all(self._works, end)
-        if failures:
-            self._is_ended = any(_timed_out(error) for _, error in failures)
-            self._raise_for(failures)
+        self._raise_for(failures)
 
     def leave_out(self, suspects: Sequence[str]) -> bool:
         """A closed connection ends nobody else's. A missed deadline does on gloo, and the silent one may yet write
@@ -286,12 +288,26 @@ class AllToAllRouter(_Router):
         none, no_splits = _no_bytes(device), [0] * self.group.world_size
         data = self.group.data
         with self._failures_raised():
-            self._works = [self._post(i, torch.tensor(h.alone()), HEADER_TAG) for i, h in enumerate(headers)]
-            self._works.append((None, data.alltoall_base(none, torch.cat(parts), no_splits, [0, *map(len, parts)])))
-            self._works.append((None, data.alltoall_base(incoming, none, incoming_splits, no_splits)))
+            sent = [self._post(i, torch.tensor(h.alone()), HEADER_TAG) for i, h in enumerate(headers)]
+            outward = data.alltoall_base(none, torch.cat(parts), no_splits, [0, *map(len, parts)])
+            homeward = data.alltoall_base(incoming, none, incoming_splits, no_splits)
+            self._works = [(None, outward), (None, homeward), *sent]
 
     def receive(self, deadline_s: float) -> None:
-        self._raise_for(self._wait_all(self._works, time.monotonic() + deadline_s))
+        """The collectives first: gloo forgets to wake who waits for a send that the peer's death overtook, and nobody
+        needs to know of the headers once a collective has failed."""
+        end = time.monotonic() + deadline_s
+        failures = self._wait_all(self._works[:2], end) or self._wait_all(self._works[2:], end)
+        if failures:
+            self._hang_up()
+        self._raise_for(failures)
+
+    def _hang_up(self) -> None:
+        """Close all connections of the group now. Its collectives else wait on in gloo until formation_s, and so does
+        whoever drops the group. (A shard that waits for a silent one does so too, in a thread that nobody needs.)"""
+        for rank in range(1, self.group.world_size):
+            with contextlib.suppress(RuntimeError):  # a receive that times out closes all, but one from the dead raises
+                self.group.control.recv([torch.empty(1)], rank, HEADER_TAG).wait(timedelta(milliseconds=1))
 
     @contextlib.contextmanager
     def _failures_raised(self) -> Iterator[None]:

@@ -31,10 +31,11 @@ def decline(group: MeshGroup) -> StarShard:
     return StarShard(group)
 
 
-def serve(transport, store_port, name, rank, world_size, *, is_far=False, operation_s=20.0) -> int:
+def serve(transport, store_port, name, rank, world_size, *, is_far=False, formation_s=10.0, operation_s=20.0) -> int:
     """Answer every STEP until CLOSE or until the router is gone; returns how many."""
     try:
-        group = form(connect_store("127.0.0.1", store_port, timeout_s=10), name, rank, world_size, 10.0, operation_s)
+        store = connect_store("127.0.0.1", store_port, timeout_s=10)
+        group = form(store, name, rank, world_size, formation_s, operation_s)
         return _answer(decline(group) if is_far else shard_transport(transport, group))
     except ExchangeError as error:
         failure = type(error)(str(error))

@@ -76,17 +76,21 @@ PROCESSES.set_forkserver_preload(["tests.cluster.shard_process"])
 
 
 @contextmanager
-def processes(transport, num_shards, **options):
+def processes(transport, num_shards, formation_s=30.0, **options):
     store = host_store("127.0.0.1", timeout_s=10)
     world_size = num_shards + 1
     children = [
-        PROCESSES.Process(target=serve, args=(transport, store.port, "g", rank, world_size), kwargs=options)
+        PROCESSES.Process(
+            target=serve,
+            args=(transport, store.port, "g", rank, world_size),
+            kwargs=dict(options, formation_s=formation_s),
+        )
         for rank in range(1, world_size)
     ]
     try:
         for child in children:
             child.start()
-        group = form(store, "g", 0, world_size, formation_s=30.0)
+        group = form(store, "g", 0, world_size, formation_s=formation_s)
         router = [router_transport(transport, group, [f"shard-{i}" for i in range(num_shards)])]
         del group
         yield router, children  # in a list, so that the test can drop it
@@ -141,6 +145,24 @@ def test_a_stopped_shard_is_found_at_the_deadline_and_its_partner_is_not_blamed(
         with pytest.raises(PeerSilent) as caught:
             exchange(router[0], [1, 1], deadline_s=2.0)
         assert caught.value.suspects == ("shard-1",) or transport == "all_to_all"  # where all wait for all
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_router_leaves_a_group_with_a_stopped_shard_at_once(transport):
+    """Not when the collective that gloo itself waits in reaches its own deadline, here 60 s."""
+    with processes(transport, 2, formation_s=60.0, operation_s=60.0) as (router, children):
+        exchange(router[0], [1, 1])
+        time.sleep(0.3)  # the shard waits for its next header, which will be sent
+        os.kill(children[1].pid, signal.SIGSTOP)
+        with pytest.raises(PeerSilent):
+            exchange(router[0], [1, 1], deadline_s=1.0)
+        started = time.monotonic()
+        router.clear()
+        gc.collect()
+        assert time.monotonic() - started < 20
+        if transport != "all_to_all":  # there it also waits for its stopped partner
+            children[0].join(20)
+            assert children[0].exitcode is not None
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
