@@ -198,7 +198,8 @@ class RemoteExchange:
             if self._connection is None:
                 self._use(self._wait_newer(failed_epoch, give_up))
             assert self._connection is not None
-            if set(suspects) & self._connection.view.placement.shards():  # not dead, only slow: wait longer next time
+            if suspects and set(suspects) <= self._connection.view.placement.shards():
+                # Nobody is dead, somebody only slow: wait longer next time.
                 self._estimate.observe(self._clock() - receipt.started, len(receipt.x_TH))
             receipt.started = self._clock()
             self._send(receipt)

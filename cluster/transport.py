@@ -154,7 +154,8 @@ class _Router:
 
     def _raise_for(self, failures: Sequence[Failure]) -> None:
         if failures:
-            suspects = tuple(dict.fromkeys(self.shard_ids[i] for i, _ in failures if i is not None))
+            idxs = dict.fromkeys(i for i, _ in failures)
+            suspects = tuple(self.shard_ids[i] for i in idxs if i is not None) if None not in idxs else self.shard_ids
             kind = PeerSilent if any(_timed_out(error) for _, error in failures) else PeerLost
             why = "; ".join(dict.fromkeys(first_line(error) for _, error in failures))
             raise kind(f"exchange in group {self.group.name} failed at {list(suspects)}: {why}", suspects)

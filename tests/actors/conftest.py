@@ -19,7 +19,7 @@ from actors.request import Chunk, GenerateRequest
 from actors.router import Router
 from actors.shard import ExpertShard
 from actors.specs import RouterSpec, SchedulerLimits, ShardSpec
-from cluster.placement import Placement, spread_evenly
+from cluster.placement import Placement, adopt, spread_evenly
 from cluster.settings import Timeouts
 from cluster.view import Member, MeshView
 from model.sampling_params import SamplingParams
@@ -96,6 +96,11 @@ class ThreadMesh:
             self.view = MeshView(epoch=epoch, shards=tuple(members), placement=placement, reason=reason)
             self.changed.notify_all()
         return self.view
+
+    def heal(self, placement: Placement, suspects: tuple[str, ...]) -> None:
+        """As the supervisor does: without the suspects, but with all when all are suspected, since all answer here."""
+        rest = placement if set(suspects) == placement.shards() else placement.without(suspects)
+        self.publish(rest.adding(adopt(rest, sorted(rest.shards()))), "healed")
 
     def next_view(self, router_id: str, seen_epoch: int, live_epoch: int) -> MeshView | None:
         with self.changed:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from actors.remote_exchange import DeadlineEstimate, RemoteExchange
-from cluster.placement import Placement, adopt
+from cluster.placement import Placement
 from cluster.settings import Timeouts
 from model.moe import LocalExchange
 from tests.actors.conftest import ThreadMesh, ask, placed, prompt_of, wait_until
@@ -117,12 +117,7 @@ def test_a_lost_shard_costs_a_pause_and_no_token(start_router, tiny_model, expec
     mesh = ThreadMesh(tiny_model)
     placement = placed(mesh, 3)
     mesh.publish(placement)
-
-    def heal(epoch, suspects):
-        rest = placement.without(suspects)
-        mesh.publish(rest.adding(adopt(rest, sorted(rest.shards()))), "healed")
-
-    mesh.on_report = heal
+    mesh.on_report = lambda epoch, suspects: mesh.heal(placement, suspects)
     router, outputs = start_router(mesh, transport=transport)
     # In the middle of an answer, shard-1 forgets its experts: its next exchange fails and its group closes.
     ask_all(router)

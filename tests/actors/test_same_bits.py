@@ -15,7 +15,6 @@ from torch import Tensor
 
 from actors.membership import RouterMembership
 from actors.remote_exchange import RemoteExchange
-from cluster.placement import adopt
 from cluster.settings import Timeouts
 from model.kernels import REFERENCE_KERNELS, select_kernels
 from tests.actors.conftest import CPU, ThreadMesh, placed, prompt_of, wait_until
@@ -121,15 +120,10 @@ def test_shards_transports_epochs_and_a_recovery_do_not_show(engine, alone, tran
                     mesh.shards["shard-1"].keep_only([])
                 exchange.begin_step()
 
-            mesh.on_report = lambda epoch, suspects: heal(mesh, placement, suspects)
+            mesh.on_report = lambda epoch, suspects: mesh.heal(placement, suspects)
             assert_same_bits(in_random_batches(engine, num_shards, change), alone)
         assert exchange.num_recoveries == 1 and exchange.epoch == 5
     finally:
         engine.exchange = local
         exchange.close()
         membership.close()
-
-
-def heal(mesh: ThreadMesh, placement: Any, suspects: tuple[str, ...]) -> None:
-    rest = placement.without(suspects)
-    mesh.publish(rest.adding(adopt(rest, sorted(rest.shards()))), "healed")
