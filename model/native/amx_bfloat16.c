@@ -9,13 +9,14 @@
  * What is used again lies in a cache. Panels go in blocks, whose sums lie in a buffer, and inputs in chunks, of which
  * those of all rows lie in the second-level cache; so weights come from memory once. Within a chunk, a stretch of a
  * panel is multiplied with all rows before the next one: its weights lie in the first-level cache, past which the rows
- * stream. Compact panels (compact.h) are expanded there.
+ * stream. Few rows are multiplied with two panels at a time instead. Compact panels (compact.h) are expanded there.
  */
 #include "amx.h"
 #include "compact.h"
 
 enum { BLOCK_PANELS = 8, CHUNK_BYTES = 1 << 20, CHUNK_TILES = 32 }; /* of packed rows */
-enum { STRETCH_STEPS = 16, STRETCH_TILES = 6 }; /* steps with one part; tiles that stretches are worth it for */
+enum { STRETCH_STEPS = 16 }; /* with one part */
+enum { RING = 2 }; /* steps of two panels that few tiles are multiplied with */
 enum { STREAMED_BYTES = 2 << 20 }; /* of results that no cache would hold until they are read */
 
 /* ---- rows ---- */
@@ -77,6 +78,10 @@ struct stretch {
     int num_ahead; /* lines */
 };
 
+/* Whether tiles are so few that weights rather come from memory in two streams than lie long in a cache: 6 tiles of one
+ * part, 4 of two. */
+INLINE int are_few(int num_tiles, int parts) { return num_tiles * (1 + parts) <= 12; }
+
 /* Add the products of a pair of row tiles (or of one) with a stretch to `sums` [tile][half][16][16]. The first pair of
  * compact panels expands them for the others, a step ahead of its products. */
 INLINE void add_products(const char *x, long tile_bytes, long part_bytes, const struct stretch *stretch,
@@ -118,39 +123,92 @@ INLINE void add_products(const char *x, long tile_bytes, long part_bytes, const 
     if (two) _tile_stored(3, sums + 3 * SUMS, 64);
 }
 
-/* The sums of one tile of rows for panels i and i + 1: two streams come faster from memory than one, and faster still
- * with what the next step needs asked for before this one's tiles wait. Each panel's sums take the room of a pair of
- * tiles. Compact steps are expanded one ahead of their products. */
-INLINE void two_panels(const char *x, long part_bytes, const struct panels *panels, int i, const int parts,
-                       const int compact, float *sums) {
-    char expanded[2][2][STEP_BYTES] __attribute__((aligned(64)));
-    const char *panel = step_at(panels, i, 0), *other = step_at(panels, i + 1, 0);
+/* Steps [first, last) of panels i and i + 1, in one of RING places each where compact ones are expanded, and what to
+ * fetch in each of them of the steps of both panels that are needed after. */
+struct two_panels {
+    const struct panels *panels;
+    int i, first, last;
+    char (*expanded)[2][STEP_BYTES];
+    const char *ahead[2];
+    int num_ahead; /* lines */
+};
+
+/* Add the products of one tile of rows with two panels to their sums [half][16][16]: two streams come faster from memory
+ * than one, and faster still with what is needed next asked for before this step's tiles wait. Compact steps are expanded
+ * one ahead of their products, by the first tile for all others. `alone`: there are no others. */
+INLINE void add_two_products(const char *x, long part_bytes, const struct two_panels *two, const int parts,
+                             const int compact, const int expands, const int alone, float *sums, float *other_sums) {
+    const struct panels *panels = two->panels;
+    const char *panel = step_at(panels, two->i, two->first), *other = step_at(panels, two->i + 1, two->first);
+    const char *ahead = two->ahead[0], *other_ahead = two->ahead[1];
     const int step_bytes = compact ? COMPACT_STEP_BYTES : STEP_BYTES;
-    if (compact)
-        for (int p = 0; p < 2; p++) expand(panels, i + p, 0, expanded[0][p]);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int s = 0; s < panels->num_steps; s++, panel += step_bytes, other += step_bytes, x += parts * part_bytes) {
-        for (int line = 0; line < step_bytes; line += 64) {
-            _mm_prefetch(panel + (1 + compact) * step_bytes + line, _MM_HINT_T0);
-            _mm_prefetch(other + (1 + compact) * step_bytes + line, _MM_HINT_T0);
+    if (expands)
+        for (int p = 0; p < 2; p++) expand(panels, two->i + p, two->first, two->expanded[two->first % RING][p]);
+    if (two->first == 0) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + SUMS, 64);
+        _tile_loadd(2, other_sums, 64);
+        _tile_loadd(3, other_sums + SUMS, 64);
+    }
+    for (int s = two->first; s < two->last; s++, x += parts * part_bytes) {
+        if (alone) {
+            for (int line = 0; line < step_bytes; line += 64) {
+                _mm_prefetch(panel + (1 + compact) * step_bytes + line, _MM_HINT_T0);
+                _mm_prefetch(other + (1 + compact) * step_bytes + line, _MM_HINT_T0);
+            }
+        } else {
+            for (int line = 0; line < two->num_ahead; line++) {
+                _mm_prefetch(ahead + 64 * line, _MM_HINT_T1);
+                _mm_prefetch(other_ahead + 64 * line, _MM_HINT_T1);
+            }
         }
-        const char *weights = compact ? expanded[s % 2][0] : panel, *others = compact ? expanded[s % 2][1] : other;
-        _tile_loadd(4, x, 64);
-        if (parts == 2) _tile_loadd(5, x + part_bytes, 64);
+        char(*expanded)[STEP_BYTES] = two->expanded[s % RING], (*next)[STEP_BYTES] = two->expanded[(s + 1) % RING];
+        const char *weights = compact ? expanded[0] : panel, *others = compact ? expanded[1] : other;
+        _tile_stream_loadd(4, x, 64);
+        if (parts == 2) _tile_stream_loadd(5, x + part_bytes, 64);
         ADD_PRODUCTS(0, 6, weights, WEIGHT_STRIDE, parts)
         ADD_PRODUCTS(1, 7, weights + 64, WEIGHT_STRIDE, parts)
-        if (compact && s + 1 < panels->num_steps) expand(panels, i, s + 1, expanded[(s + 1) % 2][0]);
+        if (expands && s + 1 < two->last) expand(panels, two->i, s + 1, next[0]);
         ADD_PRODUCTS(2, 6, others, WEIGHT_STRIDE, parts)
         ADD_PRODUCTS(3, 7, others + 64, WEIGHT_STRIDE, parts)
-        if (compact && s + 1 < panels->num_steps) expand(panels, i + 1, s + 1, expanded[(s + 1) % 2][1]);
+        if (expands && s + 1 < two->last) expand(panels, two->i + 1, s + 1, next[1]);
+        panel += step_bytes, other += step_bytes, ahead += step_bytes, other_ahead += step_bytes;
     }
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + SUMS, 64);
-    _tile_stored(2, sums + 4 * SUMS, 64);
-    _tile_stored(3, sums + 5 * SUMS, 64);
+    _tile_stored(2, other_sums, 64);
+    _tile_stored(3, other_sums + SUMS, 64);
+}
+
+/* The sums of panels i and i + 1 and of few tiles of rows, as sums_of_block has them. */
+INLINE void sums_of_two_panels(const struct panels *panels, int i, const struct packed_rows *rows, const int parts,
+                               const int compact, float *sums) {
+    char expanded[RING][2][STEP_BYTES] __attribute__((aligned(64)));
+    struct two_panels two = {.panels = panels, .i = i, .last = panels->num_steps, .expanded = expanded};
+    long part_bytes = (long)rows->tile_rows * 64, step_bytes = parts * part_bytes;
+    float *other_sums = sums + ceil_div(rows->num_tiles, 2) * 4 * SUMS;
+    if (rows->num_tiles == 1) {
+        add_two_products(rows->values, part_bytes, &two, parts, compact, compact, 1, sums, other_sums);
+        return;
+    }
+    two.num_ahead = ceil_div(panels->step_bytes / 64, rows->num_tiles);
+    for (; two.first < panels->num_steps; two.first = two.last) {
+        two.last = at_most(two.first + RING, panels->num_steps);
+        int is_last = two.last == panels->num_steps;
+        for (int t = 0; t < rows->num_tiles; t++) {
+            const char *x = rows->values + ((long)t * panels->num_steps + two.first) * step_bytes;
+            for (int p = 0; p < 2; p++)
+                two.ahead[p] = step_at(panels, i + p + 2 * is_last, is_last ? 0 : two.last) + 64 * t * two.num_ahead;
+            float *to = sums + t * 2 * SUMS, *other_to = other_sums + t * 2 * SUMS;
+            if (compact && t == 0) add_two_products(x, part_bytes, &two, parts, 1, 1, 0, to, other_to);
+            else add_two_products(x, part_bytes, &two, parts, compact, 0, 0, to, other_to);
+        }
+    }
 }
 
 /* The sums of panels [first, last) and all rows, [panel][pair of row tiles][tile][half][16][16]. */
@@ -160,13 +218,13 @@ INLINE void sums_of_block(const struct panels *panels, int first, int last, cons
     int is_compact = panels->w->codebooks != NULL, num_steps = panels->num_steps;
     int num_tiles = rows->num_tiles, num_pairs = ceil_div(num_tiles, 2);
     long part_bytes = (long)rows->tile_rows * 64, tile_bytes = num_steps * parts * part_bytes;
-    if (num_tiles == 1)
-        for (; first + 1 < last; first += 2, sums += 8 * SUMS) {
-            if (is_compact) two_panels(rows->values, part_bytes, panels, first, parts, 1, sums);
-            else two_panels(rows->values, part_bytes, panels, first, parts, 0, sums);
+    if (are_few(num_tiles, parts) && num_tiles * tile_bytes <= CHUNK_BYTES)
+        for (; first + 1 < last; first += 2, sums += num_pairs * 8 * SUMS) {
+            if (is_compact) sums_of_two_panels(panels, first, rows, parts, 1, sums);
+            else sums_of_two_panels(panels, first, rows, parts, 0, sums);
         }
     int chunk = even_part(num_steps, CHUNK_BYTES / (num_tiles * parts * part_bytes));
-    int most = num_tiles < STRETCH_TILES && !is_compact ? chunk : even_part(chunk, STRETCH_STEPS / parts);
+    int most = are_few(num_tiles, parts) && !is_compact ? chunk : even_part(chunk, STRETCH_STEPS / parts);
     struct stretch stretch = {.panels = panels, .expanded = is_compact ? expanded : NULL};
     stretch.num_ahead = ceil_div(panels->step_bytes / 64, num_pairs); /* every pair of tiles fetches its share */
     for (int from = 0, end; from < num_steps; from = end) {
