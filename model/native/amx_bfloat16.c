@@ -14,9 +14,9 @@
 #include "amx.h"
 #include "compact.h"
 
-enum { BLOCK_PANELS = 8, CHUNK_BYTES = 1 << 20, CHUNK_TILES = 32 }; /* of packed rows */
+enum { BLOCK_PANELS = 12, CHUNK_BYTES = 1 << 19, CHUNK_TILES = 32 }; /* of packed rows */
 enum { STRETCH_STEPS = 16 }; /* with one part */
-enum { RING = 2 }; /* steps of two panels that few tiles are multiplied with */
+enum { FEW_BYTES = 1 << 20, RING = 2 }; /* of few rows; steps of two panels that they are multiplied with */
 enum { STREAMED_BYTES = 2 << 20 }; /* of results that no cache would hold until they are read */
 
 /* ---- rows ---- */
@@ -78,9 +78,11 @@ struct stretch {
     int num_ahead; /* lines */
 };
 
-/* Whether tiles are so few that weights rather come from memory in two streams than lie long in a cache: 6 tiles of one
- * part, 4 of two. */
-INLINE int are_few(int num_tiles, int parts) { return num_tiles * (1 + parts) <= 12; }
+/* Whether rows are so few that weights rather come from memory in two streams than lie long in a cache: 6 tiles of one
+ * part or 4 of two, which lie in the second-level cache whole. */
+INLINE int are_few(int num_tiles, int parts, long tile_bytes) {
+    return num_tiles * (1 + parts) <= 12 && num_tiles * tile_bytes <= FEW_BYTES;
+}
 
 /* Add the products of a pair of row tiles (or of one) with a stretch to `sums` [tile][half][16][16]. The first pair of
  * compact panels expands them for the others, a step ahead of its products. */
@@ -218,13 +220,13 @@ INLINE void sums_of_block(const struct panels *panels, int first, int last, cons
     int is_compact = panels->w->codebooks != NULL, num_steps = panels->num_steps;
     int num_tiles = rows->num_tiles, num_pairs = ceil_div(num_tiles, 2);
     long part_bytes = (long)rows->tile_rows * 64, tile_bytes = num_steps * parts * part_bytes;
-    if (are_few(num_tiles, parts) && num_tiles * tile_bytes <= CHUNK_BYTES)
+    if (are_few(num_tiles, parts, tile_bytes))
         for (; first + 1 < last; first += 2, sums += num_pairs * 8 * SUMS) {
             if (is_compact) sums_of_two_panels(panels, first, rows, parts, 1, sums);
             else sums_of_two_panels(panels, first, rows, parts, 0, sums);
         }
     int chunk = even_part(num_steps, CHUNK_BYTES / (num_tiles * parts * part_bytes));
-    int most = are_few(num_tiles, parts) && !is_compact ? chunk : even_part(chunk, STRETCH_STEPS / parts);
+    int most = are_few(num_tiles, parts, tile_bytes) && !is_compact ? chunk : even_part(chunk, STRETCH_STEPS / parts);
     struct stretch stretch = {.panels = panels, .expanded = is_compact ? expanded : NULL};
     stretch.num_ahead = ceil_div(panels->step_bytes / 64, num_pairs); /* every pair of tiles fetches its share */
     for (int from = 0, end; from < num_steps; from = end) {
