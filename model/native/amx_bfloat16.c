@@ -135,9 +135,9 @@ struct two_panels {
     int num_ahead; /* lines */
 };
 
-/* Add the products of one tile of rows with two panels to their sums [half][16][16]: two streams come faster from memory
- * than one, and faster still with what is needed next asked for before this step's tiles wait. Compact steps are expanded
- * one ahead of their products, by the first tile for all others. `alone`: there are no others. */
+/* Add the products of one tile of rows with two panels to their sums [half][16][16]: two streams come faster from
+ * memory than one, and faster still with what is needed next asked for before this step's tiles wait. Compact steps are
+ * expanded one ahead of their products, by the first tile for all others. `alone`: there are no others. */
 INLINE void add_two_products(const char *x, long part_bytes, const struct two_panels *two, const int parts,
                              const int compact, const int expands, const int alone, float *sums, float *other_sums) {
     const struct panels *panels = two->panels;
