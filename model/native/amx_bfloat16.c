@@ -226,7 +226,7 @@ INLINE void sums_of_block(const struct panels *panels, int first, int last, cons
             else sums_of_two_panels(panels, first, rows, parts, 0, sums);
         }
     int chunk = even_part(num_steps, CHUNK_BYTES / (num_tiles * parts * part_bytes));
-    int most = are_few(num_tiles, parts, tile_bytes) && !is_compact ? chunk : even_part(chunk, STRETCH_STEPS / parts);
+    int most = even_part(chunk, STRETCH_STEPS / parts);
     struct stretch stretch = {.panels = panels, .expanded = is_compact ? expanded : NULL};
     stretch.num_ahead = ceil_div(panels->step_bytes / 64, num_pairs); /* every pair of tiles fetches its share */
     for (int from = 0, end; from < num_steps; from = end) {

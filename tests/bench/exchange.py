@@ -84,7 +84,9 @@ class FixedMembership:
     def newest(self) -> Connection:
         return self.connection
 
-    def report(self, epoch: int, suspects: tuple[str, ...], reason: str, *, goes_on: bool = False) -> None:
+    def report(
+        self, failed: Connection, suspects: tuple[str, ...], reason: str, *, left: Connection | None, goes_on: bool
+    ) -> None:
         raise RuntimeError(reason)
 
     def wait_newer(self, epoch: int, deadline_s: float) -> Connection:
