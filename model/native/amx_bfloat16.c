@@ -61,12 +61,7 @@ INLINE const char *step_at(const struct panels *panels, int i, int step) {
 
 /* A step of compact panels, plain. */
 INLINE void expand(const struct panels *panels, int i, int step, char *out) {
-    const struct weight *w = panels->w;
-    int panel = panel_idx(panels, i);
-    const int32_t *start = w->exception_starts + (long)panel * (panels->num_steps + 1) + step;
-    const uint32_t *exceptions = w->exceptions + (long)panel * w->most_exceptions + start[0];
-    expand_step(step_at(panels, i, step), load_codebook(w->codebooks + 16 * panel), exceptions, start[1] - start[0],
-                out);
+    expand_panel(panels->w, panel_idx(panels, i), step, out);
 }
 
 /* Steps [first, last) of panel i, and what to fetch in each of them of the steps that are needed after. */

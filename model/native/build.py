@@ -19,13 +19,18 @@ from pathlib import Path
 SOURCE_DIRECTORY = Path(__file__).parent
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
-_AMX = (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
-_LEVEL_FLAGS = {"avx2": _AVX2, "avx512": _AVX512, "amx": _AMX}
+_AVX512_BF16 = (*_AVX512, "-mavx512bf16")
+_AMX = (*_AVX512_BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16")
+_LEVEL_FLAGS = {"avx2": _AVX2, "avx512": _AVX512, "avx512bf16": _AVX512_BF16, "amx": _AMX}
 _SOURCES_OF_EACH_LEVEL = (
     *("linear.c", "experts.c", "attention.c", "layer.c", "decoder.c"),
     *("quantize.c", "sampling.c"),
 )
-_SOURCES_OF_LEVEL = {"amx": ("amx.c", "amx_bfloat16.c", "compact.c")}
+_SOURCES_OF_LEVEL = {
+    "avx512": ("compact.c",),
+    "avx512bf16": ("compact.c",),
+    "amx": ("compact.c", "amx.c", "amx_bfloat16.c"),
+}
 _PLAIN_SOURCES = ("cpu.c", "pack.c", "threads.c")
 # No contraction: a multiply-add is fused where the source says so, or the two levels would round differently.
 _FLAGS = ["-O2", "-std=gnu11", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-pthread"]

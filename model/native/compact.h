@@ -25,24 +25,40 @@ INLINE ivec load_codebook(const uint8_t *codebook) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)codebook));
 }
 
+/* A group of a step, but for exceptions: four vectors as they lie in plain panels. */
+INLINE void expand_group(const char *step, int group, ivec codebook, vec *out) {
+    const char *low = step + STEP_WEIGHTS / 2 + 128 * group;
+    ivec codes = load_bytes(step + 64 * group), first = load_bytes(low), second = load_bytes(low + 64);
+    ivec first_high = _mm512_shuffle_epi8(codebook, low_nibbles(codes));
+    ivec second_high = _mm512_shuffle_epi8(codebook, high_nibbles(codes));
+    out[0] = (vec)_mm512_unpacklo_epi8(first, first_high);
+    out[1] = (vec)_mm512_unpackhi_epi8(first, first_high);
+    out[2] = (vec)_mm512_unpacklo_epi8(second, second_high);
+    out[3] = (vec)_mm512_unpackhi_epi8(second, second_high);
+}
+
 /* One step as it lies in plain panels: 2048 bytes. Exceptions: the place in the step and the weight, 16 bits each. */
 INLINE void expand_step(const char *step, ivec codebook, const uint32_t *exceptions, int num_exceptions, char *out) {
-    const char *low = step + STEP_WEIGHTS / 2;
 #pragma GCC unroll 2
-    for (int group = 0; group < 8; group++, step += 64, low += 128, out += 256) {
-        ivec codes = load_bytes(step), first = load_bytes(low), second = load_bytes(low + 64);
-        ivec first_high = _mm512_shuffle_epi8(codebook, low_nibbles(codes));
-        ivec second_high = _mm512_shuffle_epi8(codebook, high_nibbles(codes));
-        _mm512_store_si512(out, _mm512_unpacklo_epi8(first, first_high));
-        _mm512_store_si512(out + 64, _mm512_unpackhi_epi8(first, first_high));
-        _mm512_store_si512(out + 128, _mm512_unpacklo_epi8(second, second_high));
-        _mm512_store_si512(out + 192, _mm512_unpackhi_epi8(second, second_high));
+    for (int group = 0; group < 8; group++, out += 256) {
+        vec vectors[4];
+        expand_group(step, group, codebook, vectors);
+        for (int i = 0; i < 4; i++) store((float *)(out + 64 * i), vectors[i]);
     }
     out -= 2 * STEP_WEIGHTS;
     for (int i = 0; i < num_exceptions; i++) {
         uint16_t weight = exceptions[i] & 0xffff;
         memcpy(out + 2 * (exceptions[i] >> 16), &weight, 2);
     }
+}
+
+/* A step of a panel of w. */
+INLINE void expand_panel(const struct weight *w, int panel, int step, char *out) {
+    int num_steps = w->num_inputs / 32;
+    const int32_t *start = w->exception_starts + (long)panel * (num_steps + 1) + step;
+    const uint32_t *exceptions = w->exceptions + (long)panel * w->most_exceptions + start[0];
+    const char *data = (const char *)w->data + ((long)panel * num_steps + step) * COMPACT_STEP_BYTES;
+    expand_step(data, load_codebook(w->codebooks + 16 * panel), exceptions, start[1] - start[0], out);
 }
 
 #endif

@@ -11,6 +11,9 @@
 #include <string.h>
 
 #include "layer.h"
+#if LANES == 16
+#include "compact.h"
+#endif
 
 #if LANES == 16
 enum { MAX_TILE_ROWS = 12, FEW_ROWS = 3, SOME_ROWS = 6 };
@@ -18,6 +21,9 @@ enum { MAX_TILE_ROWS = 12, FEW_ROWS = 3, SOME_ROWS = 6 };
 enum { MAX_TILE_ROWS = 6, FEW_ROWS = 1, SOME_ROWS = 1 };
 #endif
 enum { FEW_ROWS_PANELS = 4, SOME_ROWS_PANELS = 2 };
+enum { STRETCH_BYTES = 8 << 10 }; /* of plain panels */
+enum { FETCHED_BYTES = 16 << 10 }; /* of compact panels, ahead of what is read */
+enum { PAIRS = INT4 + 1, COMPACT, COMPACT_PAIRS };
 enum { STRIPS = 16 / LANES }; /* one pass covers outputs [s, s + LANES) and [16 + s, 16 + s + LANES) of a panel */
 
 /* Bytes of a panel for the inputs that stand side by side. */
@@ -45,9 +51,19 @@ static struct packed_rows arrange(const struct weight *w, int num_rows) {
     return rows;
 }
 
+/* Whether bf16 inputs are multiplied as they are, two at a time. */
+static int takes_pairs(const struct weight *w) {
+#ifdef __AVX512BF16__
+    return w->format == BFLOAT16 && w->bfloat16_inputs;
+#else
+    (void)w;
+    return 0;
+#endif
+}
+
 /* Of one tile's values. */
 static size_t tile_bytes(const struct weight *w, const struct packed_rows *rows) {
-    int input_bytes = is_integer(w) ? 1 : 4;
+    int input_bytes = is_integer(w) ? 1 : takes_pairs(w) ? 2 : 4;
 #ifdef __AMX_TILE__
     if (w->format == BFLOAT16 && rows->run > 1) input_bytes = 2 * amx_parts(w);
 #endif
@@ -123,6 +139,33 @@ static float round_to_bfloat16(float a) {
     return a;
 }
 
+#ifdef __AVX512BF16__
+
+/* Values [pair of inputs][R][2], in bf16. */
+static void pack_pairs(const struct weight *w, const float *x, const int32_t *row_ids, int tile,
+                       const struct packed_rows *rows) {
+    int K = w->num_inputs, R = rows->tile_rows, num_rows = at_most(R, rows->num_rows - tile * R);
+    char *out = rows->values + tile * tile_bytes(w, rows);
+    for (int k = 0; k < K; k += 32, out += 64 * R) {
+        int n = at_most(32, K - k), num_pairs = ceil_div(n, 2);
+        __mmask16 low = n < 16 ? (1 << n) - 1 : 0xffff, high = n > 16 ? 0xffff >> (32 - n) : 0;
+        vec pairs[16];
+        for (int r = 0; r < 16; r++) {
+            if (r >= num_rows) {
+                pairs[r] = broadcast(0.0f);
+                continue;
+            }
+            int i = tile * R + r;
+            const float *from = x + (long)(row_ids ? row_ids[i] : i) * K + k;
+            pairs[r] = (vec)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, from + 16), _mm512_maskz_loadu_ps(low, from));
+        }
+        transpose(pairs);
+        for (int i = 0; i < num_pairs; i++) _mm512_mask_storeu_ps(out + 4 * i * R, (1 << R) - 1, pairs[i]);
+    }
+}
+
+#endif
+
 static void pack_float_tile(const struct weight *w, const float *x, const int32_t *row_ids, int tile,
                             const struct packed_rows *rows) {
     int K = w->num_inputs, padded_K = padded_inputs(w), R = rows->tile_rows;
@@ -142,6 +185,9 @@ static void pack_tile(const struct weight *w, const struct packed_rows *rows, co
     if (is_integer(w)) pack_integer_tile(w, x, row_ids, tile, rows);
 #ifdef __AMX_TILE__
     else if (rows->run > 1) amx_pack_tile(w, rows, x, row_ids, tile);
+#endif
+#ifdef __AVX512BF16__
+    else if (takes_pairs(w)) pack_pairs(w, x, row_ids, tile, rows);
 #endif
     else pack_float_tile(w, x, row_ids, tile, rows);
 }
@@ -185,7 +231,9 @@ struct tile {
     size_t panel_bytes;
     int first_output;
     const char *values;    /* the packed rows of this tile */
-    const float *scales;
+    int first, last;       /* float formats: panel and values hold these inputs, */
+    float *so_far;         /* whose products are added to sums [R][2 * C] */
+    const float *scales;   /* integer formats: of the rows */
     const int32_t *sums;
     const float *bias;     /* [num_outputs] or NULL */
     float *y;              /* first row of the tile */
@@ -211,40 +259,59 @@ static __attribute__((noinline)) void store_tile(const struct tile *t, int strip
     }
 }
 
-/* The weights of one input, the `second` of its pair or not, for two vectors of outputs. */
-INLINE void load_weights(const char *p, int strip, int format, int second, vec *a, vec *b) {
+/* The weights of one input, the `second` of its pair or not, for two vectors of outputs; of PAIRS, of both inputs. */
+INLINE void load_weights(const char *p, int strip, int kind, int second, vec *a, vec *b) {
     const float *f32 = (const float *)p + strip;
     const uint16_t *f16 = (const uint16_t *)p + strip;
-    if (format == FLOAT32) *a = load(f32), *b = load(f32 + 16);
-    else if (format == FLOAT16) *a = load_f16(f16), *b = load_f16(f16 + 16);
-    else *a = load_bf16_half(f32, second), *b = load_bf16_half(f32 + 16, second);
+    if (kind == FLOAT16) *a = load_f16(f16), *b = load_f16(f16 + 16);
+    else if (kind == BFLOAT16) *a = load_bf16_half(f32, second), *b = load_bf16_half(f32 + 16, second);
+    else *a = load(f32), *b = load(f32 + 16);
 }
 
-INLINE void float_tile(const struct tile *t, int format, const int R, const int C) {
-    int K = padded_inputs(t->w), step = step_bytes(format);
-    const int together = inputs_together(format);
+INLINE vec add_product(int kind, vec sum, vec w, vec x) {
+#ifdef __AVX512BF16__
+    if (kind == PAIRS) return dot_pairs(sum, w, x);
+#endif
+    (void)kind;
+    return fma_add(x, w, sum);
+}
+
+/* The second input of a pair first, as vdpbf16ps does: so all levels have the same bits. */
+INLINE void float_tile(const struct tile *t, int kind, const int R, const int C) {
+    const int format = kind == PAIRS ? BFLOAT16 : kind, together = inputs_together(format), step = step_bytes(format);
+    const int values_each = kind == PAIRS ? 1 : together; /* of a row and a step */
     for (int strip = 0; strip < 16; strip += LANES) {
         const float *x = (const float *)t->values;
         const char *p = t->panel;
+        float *so_far = t->so_far + R * 2 * C * strip;
         vec sums[MAX_TILE_ROWS][2 * FEW_ROWS_PANELS];
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-            for (int c = 0; c < 2 * C; c++) sums[r][c] = broadcast(0.0f);
-        for (int k = 0; k < K; k += together, p += step)
+            for (int c = 0; c < 2 * C; c++)
+                sums[r][c] = t->first ? load(so_far + (r * 2 * C + c) * LANES) : broadcast(0.0f);
+        for (int k = t->first; k < t->last; k += together, p += step, x += values_each * R)
 #pragma GCC unroll 2
-            for (int i = 0; i < together; i++, x += R) {
+            for (int i = values_each - 1; i >= 0; i--) {
                 vec w[2 * FEW_ROWS_PANELS];
 #pragma GCC unroll 4
                 for (int c = 0; c < C; c++)
-                    load_weights(p + c * t->panel_bytes, strip, format, i, &w[2 * c], &w[2 * c + 1]);
+                    load_weights(p + c * t->panel_bytes, strip, kind, i, &w[2 * c], &w[2 * c + 1]);
 #pragma GCC unroll 12
                 for (int r = 0; r < R; r++) {
-                    vec input = broadcast(x[r]);
+                    vec input = broadcast(x[i * R + r]);
 #pragma GCC unroll 8
-                    for (int c = 0; c < 2 * C; c++) sums[r][c] = fma_add(input, w[c], sums[r][c]);
+                    for (int c = 0; c < 2 * C; c++)
+                        sums[r][c] = add_product(kind, sums[r][c], w[c], input);
                 }
             }
+        if (t->last < padded_inputs(t->w)) {
+#pragma GCC unroll 12
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+                for (int c = 0; c < 2 * C; c++) store(so_far + (r * 2 * C + c) * LANES, sums[r][c]);
+            continue;
+        }
         vec result[R * 2 * C];
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++)
@@ -253,6 +320,52 @@ INLINE void float_tile(const struct tile *t, int format, const int R, const int 
         store_tile(t, strip, result, C);
     }
 }
+
+#if LANES == 16
+
+/* float_tile for a compact panel of which no other tile has use: most weights are only ever expanded in registers. What
+ * is needed next is fetched into the second-level cache: into the first-level one too few lines can be on their way. */
+INLINE void compact_tile(const struct tile *t, int kind, const int R, const int C) {
+    const struct weight *w = t->w;
+    const float *x = (const float *)t->values;
+    const char *p = t->panel;
+    int panel = t->first_output / PANEL, num_steps = w->num_inputs / 32;
+    const int32_t *starts = w->exception_starts + (long)panel * (num_steps + 1);
+    const int values_each = kind == PAIRS ? 1 : 2; /* of a row and a pair */
+    ivec codebook = load_codebook(w->codebooks + 16 * panel);
+    vec sums[MAX_TILE_ROWS][2], result[2 * R];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = broadcast(0.0f);
+    for (int s = 0; s < num_steps; s++, p += COMPACT_STEP_BYTES) {
+        char expanded[2 * STEP_WEIGHTS] __attribute__((aligned(64)));
+        int has_exceptions = starts[s] != starts[s + 1];
+        if (has_exceptions) expand_panel(w, panel, s, expanded);
+        for (int group = 0; group < 8; group++, x += 2 * values_each * R) {
+            vec pairs[4];
+            for (int i = 0; i < 3; i++) _mm_prefetch(p + FETCHED_BYTES + 192 * group + 64 * i, _MM_HINT_T1);
+            if (has_exceptions) for (int i = 0; i < 4; i++) pairs[i] = load((float *)(expanded + 256 * group + 64 * i));
+            else expand_group(p, group, codebook, pairs);
+#pragma GCC unroll 4
+            for (int i = 0; i < 2 * values_each; i++) {
+                int pair = i / values_each, second = values_each - 1 - i % values_each;
+                vec weights[2] = {pairs[2 * pair], pairs[2 * pair + 1]};
+                if (kind == BFLOAT16)
+                    for (int half = 0; half < 2; half++) weights[half] = bf16_half((ivec)weights[half], second);
+#pragma GCC unroll 12
+                for (int r = 0; r < R; r++) {
+                    vec input = broadcast(x[(pair * values_each + second) * R + r]);
+                    sums[r][0] = add_product(kind, sums[r][0], weights[0], input);
+                    sums[r][1] = add_product(kind, sums[r][1], weights[1], input);
+                }
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) result[2 * r] = sums[r][0], result[2 * r + 1] = sums[r][1];
+    store_tile(t, 0, result, C);
+}
+
+#endif
 
 INLINE void integer_tile(const struct tile *t, int format, const int R, const int C) {
     const struct weight *w = t->w;
@@ -333,8 +446,21 @@ TILES_FOR(tile_bf16, float_tile, BFLOAT16)
 TILES_FOR(tile_f16, float_tile, FLOAT16)
 TILES_FOR(tile_int8, integer_tile, INT8)
 TILES_FOR(tile_int4, integer_tile, INT4)
-static void (*const TILE_OF_FORMAT[])(const struct tile *, int, int) = {tile_f32, tile_bf16, tile_f16, tile_int8,
-                                                                        tile_int4};
+#ifdef __AVX512BF16__
+TILES_FOR(tile_pairs, float_tile, PAIRS)
+TILES_FOR(tile_compact_pairs, compact_tile, PAIRS)
+#else
+#define tile_pairs NULL
+#define tile_compact_pairs NULL
+#endif
+#if LANES == 16
+TILES_FOR(tile_compact, compact_tile, BFLOAT16)
+#else
+#define tile_compact NULL
+#endif
+static void (*const TILE_OF_KIND[])(const struct tile *, int, int) = {
+    tile_f32, tile_bf16, tile_f16, tile_int8, tile_int4, tile_pairs, tile_compact, tile_compact_pairs,
+};
 
 /* ---- whole matrices ---- */
 
@@ -346,32 +472,74 @@ struct multiply_call {
     int panels_each;
 };
 
-static void multiply_part(void *context, int part) {
-    const struct multiply_call *call = context;
+#if LANES == 16
+
+/* Inputs [first, last) of a compact panel, plain: [input][PANEL]. */
+static void expand_stretch(const struct weight *w, int panel, int first, int last, char *out) {
+    const char *step = (const char *)w->data + panel * panel_bytes(w) + first / 32 * COMPACT_STEP_BYTES;
+    for (int s = first / 32; s < last / 32; s++, step += COMPACT_STEP_BYTES, out += 2 * STEP_WEIGHTS) {
+        for (int i = 0; i < COMPACT_STEP_BYTES; i += 64) _mm_prefetch(step + FETCHED_BYTES + i, _MM_HINT_T1);
+        expand_panel(w, panel, s, out);
+    }
+}
+
+#endif
+
+/* C panels times the rows of all tiles. Float formats go in stretches of inputs, whose weights lie in the first-level
+ * cache for all tiles; compact ones are expanded there. */
+static void multiply_panels(const struct multiply_call *call, int panel, int C) {
     const struct weight *w = call->w;
     const struct packed_rows *rows = call->rows;
-    int first_panel = part * call->panels_each, last_panel = at_most(first_panel + call->panels_each, num_panels(w));
-#ifdef __AMX_TILE__
-    if (rows->run > 4) {
-        amx_multiply(w, rows, call->bias, call->y, first_panel, last_panel);
-        return;
-    }
+    int K = padded_inputs(w), R = rows->tile_rows, num_blocks = is_integer(w) ? ceil_div(w->num_inputs, w->block_size) : 0;
+    long values_bytes = tile_bytes(w, rows), sums_each = (long)R * C * PANEL;
+    int input_bytes = step_bytes(w->format) / inputs_together(w->format), stretch = K;
+    struct tile t = {.w = w, .panel_bytes = panel_bytes(w), .first_output = panel * PANEL, .bias = call->bias};
+    float *so_far = NULL;
+#if LANES == 16
+    char expanded[STRETCH_BYTES] __attribute__((aligned(64)));
 #endif
-    int R = rows->tile_rows, num_blocks = is_integer(w) ? ceil_div(w->num_inputs, w->block_size) : 0;
-    struct tile t = {.w = w, .panel_bytes = panel_bytes(w), .bias = call->bias};
-    for (int panel = first_panel, C; panel < last_panel; panel += C) {
-        C = R <= FEW_ROWS ? FEW_ROWS_PANELS : R <= SOME_ROWS ? SOME_ROWS_PANELS : 1;
-        if (last_panel - panel < C) C = 1;
-        t.panel = (const char *)w->data + panel * t.panel_bytes;
-        t.first_output = panel * PANEL;
+    int kind = takes_pairs(w) ? PAIRS : w->format;
+    if (rows->num_tiles > 1 && !is_integer(w)) {
+        stretch = STRETCH_BYTES / (C * input_bytes);
+        so_far = scratch(SCRATCH_TILES, rows->num_tiles * sums_each * sizeof(float));
+    } else if (w->codebooks) {
+        kind = kind == PAIRS ? COMPACT_PAIRS : COMPACT;
+    }
+    for (; t.first < K; t.first = t.last) {
+        t.last = at_most(t.first + stretch, K);
+        t.panel = (const char *)w->data + panel * t.panel_bytes + (long)t.first * input_bytes;
+#if LANES == 16
+        if (w->codebooks && rows->num_tiles > 1) {
+            t.panel = expanded, t.panel_bytes = (size_t)(t.last - t.first) * input_bytes;
+            expand_stretch(w, panel, t.first, t.last, expanded);
+        }
+#endif
         for (int i = 0; i < rows->num_tiles; i++) {
-            t.values = rows->values + i * tile_bytes(w, rows);
+            t.values = rows->values + i * values_bytes + values_bytes / K * t.first;
+            t.so_far = so_far + i * sums_each;
             t.scales = rows->scales + (long)i * R * num_blocks;
             t.sums = rows->sums + (long)i * R * num_blocks;
             t.y = call->y + (long)i * R * w->num_outputs;
             t.num_rows = at_most(R, rows->num_rows - i * R);
-            TILE_OF_FORMAT[w->format](&t, R, C);
+            TILE_OF_KIND[kind](&t, R, C);
         }
+    }
+}
+
+static void multiply_part(void *context, int part) {
+    const struct multiply_call *call = context;
+    int first_panel = part * call->panels_each, last_panel = at_most(first_panel + call->panels_each, num_panels(call->w));
+    int R = call->rows->tile_rows;
+#ifdef __AMX_TILE__
+    if (call->rows->run > 4) {
+        amx_multiply(call->w, call->rows, call->bias, call->y, first_panel, last_panel);
+        return;
+    }
+#endif
+    for (int panel = first_panel, C; panel < last_panel; panel += C) {
+        C = R <= FEW_ROWS ? FEW_ROWS_PANELS : R <= SOME_ROWS ? SOME_ROWS_PANELS : 1;
+        if (last_panel - panel < C || call->w->codebooks) C = 1;
+        multiply_panels(call, panel, C);
     }
 }
 

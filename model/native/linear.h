@@ -7,6 +7,7 @@
 
 /* Rows of activations, packed for a weight's format in tiles of `tile_rows` rows (the last one padded with zeros):
  *   float formats   values [tile][input][row] float32
+ *   BFLOAT16, pairs values [tile][input / 2][row][2] bf16: its inputs where AVX-512 multiplies them as they are
  *   INT8, INT4      values [tile][input / run][row][run] int8, scales [tile][block][row], sums [tile][block][row]
  *   BFLOAT16, AMX   values [tile][input / run][part][row][run] bf16, whose parts add up to the input
  */

@@ -10,8 +10,9 @@
  * reads a panel from one end to the other and needs no sum across lanes:
  *
  *   FLOAT32, FLOAT16   [panel][input][32]
- *   BFLOAT16           [panel][input / 2][32][2]    two inputs side by side: one load widens to two vectors; for AMX,
- *                                                   which reads them from compact panels too (compact.h)
+ *   BFLOAT16           [panel][input / 2][32][2]    two inputs side by side: one load widens to two vectors, or is
+ *                                                   multiplied as it is; AVX-512 and AMX read compact panels too
+ *                                                   (compact.h)
  *   INT8               [panel][input / 4][32][4]    weight + 128 as uint8; four inputs side by side for VNNI and AMX
  *   INT4               [panel][input / 4][16][4]    low nibble: output o, high nibble: output 16 + o; 0..15
  *

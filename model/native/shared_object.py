@@ -12,8 +12,9 @@ from torch import Tensor
 
 from model.native.build import shared_object_path
 
-LEVELS = ("avx2", "avx512", "amx")
-"""From slow to fast. All give the same bits, but that products with bfloat16 weights round otherwise in AMX's tiles."""
+LEVELS = ("avx2", "avx512", "avx512bf16", "amx")
+"""From slow to fast. All give the same bits, but that products with bfloat16 weights round otherwise in AMX's tiles; and
+with bfloat16 inputs too, `avx512bf16` takes what is below 1.2e-38 for 0."""
 
 
 def struct_fields(pointers: str, integers: str, floats: str = "") -> list[tuple[str, Any]]:
@@ -127,8 +128,8 @@ def load_shared_object(level: str | None = None, num_threads: int = 1, path: Pat
         ),
         pack=function("pack", None, address, integer, integer, integer, address),
         compact=function(
-            "compact_amx", integer, *(address, integer, integer, address, address, address, address, integer)
+            f"compact_{level}", integer, *(address, integer, integer, address, address, address, address, integer)
         )
-        if level == "amx"
+        if level != "avx2"
         else None,
     )

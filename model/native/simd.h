@@ -1,8 +1,9 @@
 /* The vector operations that the kernels are written in, for AVX-512 (16 lanes) and for AVX2 (8 lanes).
  *
  * Every kernel is compiled for each level from the same source. Additions happen in the same order at both widths, so
- * both give the same bits: a router with AVX2 can take over a request from one with AVX-512. The level AMX is AVX-512
- * with tiles (amx.c) where a weight allows.
+ * both give the same bits: a router with AVX2 can take over a request from one with AVX-512. The level AVX512BF16 is
+ * AVX-512 with an instruction for bf16 weights and inputs (Zen 4, Cooper Lake and later), the level AMX is that with
+ * tiles (amx.c) where a weight allows.
  */
 #ifndef EXPERTMESH_SIMD_H
 #define EXPERTMESH_SIMD_H
@@ -17,6 +18,8 @@
 
 #ifdef __AMX_TILE__
 #define AT_LEVEL(name) name##_amx
+#elif defined(__AVX512BF16__)
+#define AT_LEVEL(name) name##_avx512bf16
 #else
 #define AT_LEVEL(name) name##_avx512
 #endif
@@ -56,11 +59,11 @@ INLINE vec load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 /* LANES pairs of bf16 numbers: the first or the second of each. */
-INLINE vec load_bf16_half(const void *p, int second) {
-    ivec both = _mm512_loadu_si512(p);
+INLINE vec bf16_half(ivec both, int second) {
     return _mm512_castsi512_ps(second ? _mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000))
                                       : _mm512_slli_epi32(both, 16));
 }
+INLINE vec load_bf16_half(const void *p, int second) { return bf16_half(_mm512_loadu_si512(p), second); }
 
 INLINE ivec ibroadcast(int32_t a) { return _mm512_set1_epi32(a); }
 INLINE ivec load_bytes(const void *p) { return _mm512_loadu_si512(p); }
@@ -82,6 +85,11 @@ INLINE ivec dot_bytes(ivec acc, ivec w, ivec x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 }
+
+/* Each lane: acc + w * x of the second of two bf16 numbers, then of the first, each rounded; what is below 1e-38 is 0. */
+#ifdef __AVX512BF16__
+INLINE vec dot_pairs(vec acc, vec w, vec x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
+#endif
 
 INLINE ivec add_ints(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
 INLINE int32_t sum_of_ints(ivec a) { return _mm512_reduce_add_epi32(a); }

@@ -54,7 +54,10 @@ def test_experts_give_the_weighted_sum_of_the_plain_loop(native: NativeKernels, 
     found = native.run_experts(*routed, _packed(native, experts))
     error = (found - expected).abs().max() / expected.abs().max()
     assert found.dtype == torch.float64
-    assert error < (0.03 if storage.startswith("int") else 1e-6)
+    if storage == "bfloat16_inputs":  # sums between two bf16 numbers may become either
+        assert error < 1e-3
+    else:
+        assert error < (0.03 if storage.startswith("int") else 1e-6)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -95,8 +98,8 @@ def test_rows_without_pairs_are_zero_and_no_pairs_are_fine(native: NativeKernels
 def test_both_vector_widths_give_the_same_bits(levels: list[NativeKernels]) -> None:
     routed = _routed(20)
     for storage in STORAGES:
-        first, second = (kernels.run_experts(*routed, _packed(kernels, _experts(storage))) for kernels in levels)
-        assert torch.equal(first, second), storage
+        first, *others = (kernels.run_experts(*routed, _packed(kernels, _experts(storage))) for kernels in levels)
+        assert all(torch.equal(first, other) for other in others), storage
 
 
 def test_two_threads_give_the_same_bits(native: NativeKernels, two_threads: NativeKernels) -> None:

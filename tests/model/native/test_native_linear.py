@@ -152,8 +152,8 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(native: NativeKernels, s
 def test_both_vector_widths_give_the_same_bits(levels: list[NativeKernels], storage: str) -> None:
     weight, bias = _weight(storage, 170, 200), torch.randn(170)
     x_TK = torch.randn(17, 200)
-    first, second = (linear(x_TK, kernels.pack_weight(weight), bias) for kernels in levels)
-    assert torch.equal(first, second)
+    first, *others = (linear(x_TK, kernels.pack_weight(weight), bias) for kernels in levels)
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("storage", [*INTEGERS, "float32", "float16"])
