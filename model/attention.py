@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.forward_batch import ForwardBatch
-from model.kv_cache import KVCache
+from model.kv_cache import KVCache, keys_of_blocks, write_keys
 from model.layers import RMSNorm, add_norm, rotate
 from model.linear import Weight, linear
 
@@ -74,7 +74,7 @@ def rotate_into_cache_reference(
     """
     num_kv_heads, head_dim = rows_TG.shape[1], qkv_THD.shape[2]
     qk_THD = rotate(qkv_THD[:, :-num_kv_heads], cos_T1D, sin_T1D)
-    k_cache.view(-1, head_dim)[rows_TG] = qk_THD[:, -num_kv_heads:].to(k_cache.dtype)
+    write_keys(k_cache, rows_TG, qk_THD[:, -num_kv_heads:])
     v_cache.view(-1, head_dim)[rows_TG] = qkv_THD[:, -num_kv_heads:].to(v_cache.dtype)
     return qk_THD[:, :-num_kv_heads].contiguous()
 
@@ -91,10 +91,11 @@ def paged_attention_reference(
 ) -> Tensor:
     """Causal attention of each sequence's new tokens over all its keys. -> [T, A, D] float32.
 
-    q_TAD float32; k_cache and v_cache [num_blocks, G, block_size, D] float32 or bfloat16, already holding this step's
-    keys and values; block_ids_SB int32; query_starts int32 [S + 1]; context_lens_S int32, this step's tokens included:
-    the n new tokens of a sequence are its last n. A token sees the last `window` keys up to its own (None: all). Query
-    heads a * A/G ... (a + 1) * A/G - 1 share key-value head a. Blocks wholly outside the window are never read.
+    q_TAD float32; v_cache [num_blocks, G, block_size, D] float32 or bfloat16, k_cache the same laid out by
+    `lay_out_keys`, both already holding this step's; block_ids_SB int32; query_starts int32 [S + 1]; context_lens_S
+    int32, this step's tokens included: the n new tokens of a sequence are its last n. A token sees the last `window`
+    keys up to its own (None: all). Query heads a * A/G ... (a + 1) * A/G - 1 share key-value head a. Blocks wholly
+    outside the window are never read.
 
     Cost of one decoded token and layer: 2 * G * D * itemsize bytes read and 4 * A * D operations for each token of its
     context (at most `window`), so linear in the context and bound by memory. The kernels read the blocks in place;
@@ -107,7 +108,7 @@ def paged_attention_reference(
         window 1024    159   404   749  1506   1515   1461    1473    1492
     """
     num_heads, head_dim = q_TAD.shape[1:]
-    num_kv_heads, block_size = k_cache.shape[1:3]
+    num_kv_heads, block_size = v_cache.shape[1:3]
     out_TAD = torch.empty_like(q_TAD)
     starts, context_lens = query_starts.tolist(), context_lens_S.tolist()
     for seq, context_len in enumerate(context_lens):
@@ -118,7 +119,7 @@ def paged_attention_reference(
         first_block = first_key // block_size
         blocks = block_ids_SB[seq, first_block : -(-context_len // block_size)].long()
         keys = slice(first_key - first_block * block_size, context_len - first_block * block_size)
-        k_GKD = k_cache[blocks].transpose(0, 1).flatten(1, 2)[:, keys].float()
+        k_GKD = keys_of_blocks(k_cache, blocks).transpose(0, 1).flatten(1, 2)[:, keys].float()
         v_GKD = v_cache[blocks].transpose(0, 1).flatten(1, 2)[:, keys].float()
         q_GMD = q_TAD[begin:end].view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3).flatten(1, 2)
         scores_GMK = (q_GMD @ k_GKD.transpose(1, 2)).mul_(scale)

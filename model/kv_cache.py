@@ -15,12 +15,13 @@ KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values of every layer, in blocks of `block_size` tokens.
+    """Keys and values of every layer, in blocks of `block_size` tokens, float32 or bfloat16.
 
     Layers of one KV group (`ModelConfig.kv_groups`) share block ids: a block is a slice in each of its group's
     layers. A slot is `block_id * block_size + offset`.
 
-        keys[layer_idx], values[layer_idx]: [num_blocks of the layer's group, G, block_size, D], float32 or bfloat16
+        values[layer_idx]: [num_blocks of the layer's group, G, block_size, D]
+        keys[layer_idx]: the same laid out by `lay_out_keys`
     """
 
     keys: tuple[Tensor, ...]
@@ -47,17 +48,44 @@ class KVCache:
             for i in range(config.num_hidden_layers)
         ]
         return cls(
-            keys=tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes),
+            keys=tuple(lay_out_keys(torch.zeros(shape, dtype=dtype, device=device)) for shape in shapes),
             values=tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes),
             block_size=block_size,
         )
 
     def rows(self, slots_T: Tensor) -> Tensor:
-        """int64 [T, G]: where each head of a slot is in a layer's cache seen as [num_blocks * G * block_size, D]."""
+        """int64 [T, G]: where each head of a slot is in a layer's values seen as [num_blocks * G * block_size, D]."""
         num_kv_heads = self.keys[0].shape[1]
         blocks_T, offsets_T = slots_T // self.block_size, slots_T % self.block_size
         heads_TG = blocks_T[:, None] * num_kv_heads + torch.arange(num_kv_heads, device=slots_T.device)
         return heads_TG * self.block_size + offsets_T[:, None]
+
+
+def keys_together(block_size: int) -> int:
+    """Keys of a block that lie side by side, so that as many scores are computed at once."""
+    return 1 if block_size % 16 else 16
+
+
+def lay_out_keys(k_BGSD: Tensor) -> Tensor:
+    """Keys of blocks [B, G, block_size, D] as the cache has them: [B, G, block_size / n, D / w, n, w]. Numbers of `n` =
+    keys_together keys lie side by side, each key's in words of 4 bytes: `w` = 1 in float32, 2 in bfloat16."""
+    num_blocks, num_kv_heads, block_size, head_dim = k_BGSD.shape
+    together, in_word = keys_together(block_size), 4 // k_BGSD.element_size()
+    words = k_BGSD.reshape(num_blocks, num_kv_heads, -1, together, head_dim // in_word, in_word)
+    return words.transpose(3, 4).contiguous()
+
+
+def keys_of_blocks(k_cache: Tensor, block_ids_B: Tensor) -> Tensor:
+    """[B, G, block_size, D], a copy: the inverse of `lay_out_keys`."""
+    words = k_cache[block_ids_B].transpose(3, 4)
+    return words.reshape(*words.shape[:2], words.shape[2] * words.shape[3], -1)
+
+
+def write_keys(k_cache: Tensor, rows_TG: Tensor, k_TGD: Tensor) -> None:
+    """Put keys into their rows of the cache (`KVCache.rows`)."""
+    num_words, together, in_word = k_cache.shape[3:]
+    words = k_TGD.to(k_cache.dtype).view(*rows_TG.shape, num_words, in_word)
+    k_cache.view(-1, num_words, together, in_word)[rows_TG // together, :, rows_TG % together] = words
 
 
 def kv_block_bytes(config: ModelConfig, *, block_size: int, dtype: torch.dtype = torch.float32) -> tuple[int, ...]:

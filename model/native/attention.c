@@ -4,7 +4,7 @@
  * key-value head are folded into the rows (row = token * heads_per_kv + head), so decode with grouped heads reads each
  * key once. Keys come in spans of 64 that start at multiples of 64 in the sequence:
  *
- *   scores [rows][64] = queries [rows][D] . keys^T [D][64]       (keys are transposed 16 at a time as they are read)
+ *   scores [rows][64] = queries [rows][D] . keys^T [D][64]       (keys lie transposed in their blocks, 16 together)
  *   softmax online: running maximum and sum of each row
  *   out    [rows][D] += probabilities [rows][64] . values [64][D]
  *
@@ -25,7 +25,9 @@ enum { GEMM_ROWS = 12 };
 enum { GEMM_ROWS = 6 };
 #endif
 enum { SPAN = 64, MAX_TILE = 192, MAX_HEAD_DIM = 256 };
-enum { FEW_ROWS = 8 }; /* up to here, values are used where they lie instead of being copied first */
+enum { FEW_ROWS = 8 }; /* up to here, values are used where they lie instead of being copied first; and the span that comes
+                          next is fetched line by line: so many reads at once would hold up the others */
+enum { WIDE_ROWS = LANES == 16 ? 6 : 2, WIDE = 4 }; /* up to here, a tile has so many vectors of columns, otherwise 2 */
 
 struct task {
     int32_t sequence, kv_head, first_row, num_rows;
@@ -43,7 +45,6 @@ struct workspace {
     float queries[MAX_TILE][MAX_HEAD_DIM];
     float scores[MAX_TILE][SPAN];
     float out[MAX_TILE][MAX_HEAD_DIM];
-    float keys[SPAN / 16][MAX_HEAD_DIM][16]; /* transposed, 16 keys at a time */
     float values[SPAN * MAX_HEAD_DIM];       /* [64][padded D] */
     float maxima[MAX_TILE], sums[MAX_TILE];
     int first_key[MAX_TILE], last_key[MAX_TILE]; /* a row sees keys [first_key, last_key) */
@@ -57,79 +58,141 @@ INLINE vec load_kv(const char *p, long i, int is_bfloat16) {
     return is_bfloat16 ? load_bf16((const uint16_t *)p + i) : load((const float *)p + i);
 }
 
-/* A matrix of `depth` rows, of which a tile takes a vector of columns at 0 and another at `second`. */
-struct columns {
-    const char *data;
-    int is_bfloat16;
-    int depth;
-    long stride, second;
+/* Keys and values of 64 positions, 16 together: keys transposed, [D] vectors of float32 or [D / 2] of pairs of bf16;
+ * values [16][D]. */
+struct span {
+    const char *keys[SPAN / 16], *values[SPAN / 16];
 };
 
-/* c [R][2 * LANES] (+)= a [R][depth] . b [depth][2 * LANES] */
-INLINE void gemm_tile(float *c, long c_stride, const float *a, long a_stride, struct columns b, int accumulate,
-                      const int R) {
-    vec sums[GEMM_ROWS][2];
+/* scores [R][SPAN], C vectors of them from vector v on, = queries [R][D] . keys. Meanwhile `next`, if any, is fetched. */
+INLINE void score_tile(float *scores, const float *queries, const struct span *span, const struct span *next, int v,
+                       int D, int is_bfloat16, const int R, const int C) {
+    const char *keys[WIDE];
+    vec sums[GEMM_ROWS][WIDE];
+    const int together = is_bfloat16 ? 2 : 1;
+    for (int c = 0; c < C; c++) keys[c] = span->keys[(v + c) * LANES / 16] + (v + c) * LANES % 16 * 4;
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-        sums[r][0] = accumulate ? load(c + r * c_stride) : broadcast(0.0f);
-        sums[r][1] = accumulate ? load(c + r * c_stride + LANES) : broadcast(0.0f);
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) sums[r][c] = broadcast(0.0f);
+    for (int d = 0; d < D; d += together) {
+        if (next)
+            for (int i = 0; i < C * LANES / 16; i++)
+                _mm_prefetch(next->keys[v * LANES / 16 + i] + (long)d / together * 64, _MM_HINT_T1);
+#pragma GCC unroll 2
+        for (int i = 0; i < together; i++) {
+            vec key[WIDE];
+#pragma GCC unroll 4
+            for (int c = 0; c < C; c++) {
+                const char *at = keys[c] + (long)d / together * 64;
+                key[c] = is_bfloat16 ? load_bf16_half(at, i) : load((const float *)at);
+            }
+#pragma GCC unroll 12
+            for (int r = 0; r < R; r++) {
+                vec input = broadcast(queries[r * MAX_HEAD_DIM + d + i]);
+#pragma GCC unroll 4
+                for (int c = 0; c < C; c++) sums[r][c] = fma_add(input, key[c], sums[r][c]);
+            }
+        }
     }
-    for (int i = 0; i < b.depth; i++) {
-        vec b0 = load_kv(b.data, i * b.stride, b.is_bfloat16);
-        vec b1 = load_kv(b.data, i * b.stride + b.second, b.is_bfloat16);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) store(scores + r * SPAN + (v + c) * LANES, sums[r][c]);
+}
+
+/* out [R][C * LANES] += probabilities [R][depth] . values [depth][stride]. Meanwhile `next`, if any, is fetched. */
+INLINE void value_tile(float *out, const float *probabilities, const char *values, const char *next, int depth,
+                       int stride, int is_bfloat16, const int R, const int C) {
+    vec sums[GEMM_ROWS][WIDE];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) sums[r][c] = load(out + r * MAX_HEAD_DIM + c * LANES);
+    for (int i = 0; i < depth; i++) {
+        const int row_bytes = C * LANES * (is_bfloat16 ? 2 : 4);
+        vec value[WIDE];
+        if (next)
+            for (int line = 0; line < row_bytes; line += 64)
+                _mm_prefetch(next + (long)i * stride * (is_bfloat16 ? 2 : 4) + line, _MM_HINT_T1);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) value[c] = load_kv(values, (long)i * stride + c * LANES, is_bfloat16);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
-            vec input = broadcast(a[r * a_stride + i]);
-            sums[r][0] = fma_add(input, b0, sums[r][0]);
-            sums[r][1] = fma_add(input, b1, sums[r][1]);
+            vec input = broadcast(probabilities[r * SPAN + i]);
+#pragma GCC unroll 4
+            for (int c = 0; c < C; c++) sums[r][c] = fma_add(input, value[c], sums[r][c]);
         }
     }
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-        store(c + r * c_stride, sums[r][0]);
-        store(c + r * c_stride + LANES, sums[r][1]);
-    }
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) store(out + r * MAX_HEAD_DIM + c * LANES, sums[r][c]);
 }
 
-/* The same for any number of rows. */
-INLINE void gemm(float *c, long c_stride, const float *a, long a_stride, struct columns b, int accumulate,
-                 int num_rows) {
-    for (int r = 0; r < num_rows; r += GEMM_ROWS, c += GEMM_ROWS * c_stride, a += GEMM_ROWS * a_stride)
-        switch (at_most(GEMM_ROWS, num_rows - r)) {
-#define ROWS(R) case R: gemm_tile(c, c_stride, a, a_stride, b, accumulate, R); break;
+/* One case for each number of rows that a tile of C vectors may have. */
+#define CASE(tile, R, C) case R: tile(R, C); break;
 #if LANES == 16
-            ROWS(12) ROWS(11) ROWS(10) ROWS(9) ROWS(8) ROWS(7)
+#define WIDE_CASES(tile) \
+    CASE(tile, 6, WIDE) CASE(tile, 5, WIDE) CASE(tile, 4, WIDE) CASE(tile, 3, WIDE) CASE(tile, 2, WIDE) CASE(tile, 1, WIDE)
+#define CASES(tile)                                                                                            \
+    CASE(tile, 12, 2) CASE(tile, 11, 2) CASE(tile, 10, 2) CASE(tile, 9, 2) CASE(tile, 8, 2) CASE(tile, 7, 2)   \
+    CASE(tile, 6, 2) CASE(tile, 5, 2) CASE(tile, 4, 2) CASE(tile, 3, 2) CASE(tile, 2, 2) CASE(tile, 1, 2)
+#else
+#define WIDE_CASES(tile) CASE(tile, 2, WIDE) CASE(tile, 1, WIDE)
+#define CASES(tile) \
+    CASE(tile, 6, 2) CASE(tile, 5, 2) CASE(tile, 4, 2) CASE(tile, 3, 2) CASE(tile, 2, 2) CASE(tile, 1, 2)
 #endif
-            ROWS(6) ROWS(5) ROWS(4) ROWS(3) ROWS(2) ROWS(1)
-#undef ROWS
-        }
-}
 
-static __attribute__((noinline)) void compute_scores(struct workspace *w, int num_rows, int head_dim) {
-    long second = LANES == 16 ? MAX_HEAD_DIM * 16 : LANES; /* the next group of 16 keys, or the other half of one */
-    for (int key = 0; key < SPAN; key += 2 * LANES) {
-        struct columns keys = {(const char *)w->keys[key / 16], 0, head_dim, 16, second};
-        gemm(w->scores[0] + key, SPAN, w->queries[0], MAX_HEAD_DIM, keys, 0, num_rows);
-    }
+INLINE void compute_scores(struct workspace *w, const struct span *span, const struct span *next, int num_rows, int D,
+                           int is_bfloat16) {
+#define TILE(R, C) score_tile(w->scores[row], w->queries[row], span, next, v, D, is_bfloat16, R, C)
+    int row = 0;
+    if (num_rows <= WIDE_ROWS)
+        for (int v = 0; v < SPAN / LANES; v += WIDE) switch (num_rows) { WIDE_CASES(TILE) }
+    else
+        for (; row < num_rows; row += GEMM_ROWS)
+            for (int v = 0; v < SPAN / LANES; v += 2) switch (at_most(GEMM_ROWS, num_rows - row)) { CASES(TILE) }
+#undef TILE
 }
 
 /* out += probabilities of keys [key, key + depth) . values [depth][stride] */
-INLINE void add_values(struct workspace *w, int num_rows, int key, const char *values, int is_bfloat16, int depth,
-                       int stride) {
-    for (int d = 0; d < stride; d += 2 * LANES) {
-        struct columns columns = {values + d * (is_bfloat16 ? 2 : 4), is_bfloat16, depth, stride, LANES};
-        gemm(w->out[0] + d, MAX_HEAD_DIM, w->scores[0] + key, SPAN, columns, 1, num_rows);
-    }
+INLINE void add_values(struct workspace *w, int num_rows, int key, const char *values, const char *next,
+                       int is_bfloat16, int depth, int stride) {
+#define TILE(R, C) value_tile(w->out[row] + d, w->scores[row] + key, values + at, next ? next + at : NULL, depth, stride, \
+                           is_bfloat16, R, C)
+    int element_size = is_bfloat16 ? 2 : 4, row = 0, d = 0;
+    if (num_rows <= WIDE_ROWS)
+        for (; d + WIDE * LANES <= stride; d += WIDE * LANES) {
+            long at = (long)d * element_size;
+            switch (num_rows) { WIDE_CASES(TILE) }
+        }
+    for (; d < stride; d += 2 * LANES)
+        for (row = 0; row < num_rows; row += GEMM_ROWS) {
+            long at = (long)d * element_size;
+            switch (at_most(GEMM_ROWS, num_rows - row)) { CASES(TILE) }
+        }
+#undef TILE
 }
 
-static __attribute__((noinline)) void add_values_float32(struct workspace *w, int num_rows, int key,
-                                                         const char *values, int depth, int stride) {
-    add_values(w, num_rows, key, values, 0, depth, stride);
+static __attribute__((noinline)) void compute_scores_float32(struct workspace *w, const struct span *span,
+                                                             const struct span *next, int num_rows, int D) {
+    compute_scores(w, span, next, num_rows, D, 0);
+}
+
+static __attribute__((noinline)) void compute_scores_bfloat16(struct workspace *w, const struct span *span,
+                                                              const struct span *next, int num_rows, int D) {
+    compute_scores(w, span, next, num_rows, D, 1);
+}
+
+static __attribute__((noinline)) void add_values_float32(struct workspace *w, int num_rows, int key, const char *values,
+                                                         const char *next, int depth, int stride) {
+    add_values(w, num_rows, key, values, next, 0, depth, stride);
 }
 
 static __attribute__((noinline)) void add_values_bfloat16(struct workspace *w, int num_rows, int key,
-                                                          const char *values, int depth, int stride) {
-    add_values(w, num_rows, key, values, 1, depth, stride);
+                                                          const char *values, const char *next, int depth, int stride) {
+    add_values(w, num_rows, key, values, next, 1, depth, stride);
 }
 
 /* Where the 16 keys from `position` on lie in the caches, in elements. */
@@ -139,56 +202,45 @@ INLINE long offset_of(const struct attention_call *call, const struct task *task
     return row * call->head_dim;
 }
 
-/* Ask for the 16 keys and values from `position` on, if the task sees any of them. */
-INLINE void prefetch(const struct attention_call *call, const struct task *task, int position, int element_size) {
-    if (position + 16 <= task->first_key || position >= task->last_key) return;
-    long at = offset_of(call, task, position) * element_size;
-    for (int i = 0; i < 16 * call->head_dim * element_size; i += 64) {
-        _mm_prefetch(call->k + at + i, _MM_HINT_T1);
-        _mm_prefetch(call->v + at + i, _MM_HINT_T1);
+/* The span that starts at position `start`. 16 keys of which the task sees none aren't read: others stand for them, and
+ * their scores are masked. So are those of keys beyond the last one within 16. */
+static struct span find_span(const struct attention_call *call, const struct task *task, int start) {
+    struct span span;
+    int element_size = call->kv_is_bfloat16 ? 2 : 4, some = start < task->first_key ? (task->first_key - start) / 16 : 0;
+    for (int i = 0; i < SPAN / 16; i++) {
+        int key = start + 16 * i, is_seen = key + 16 > task->first_key && key < task->last_key;
+        long at = offset_of(call, task, is_seen ? key : start + 16 * some) * element_size;
+        span.keys[i] = call->k + at, span.values[i] = call->v + at;
     }
+    return span;
 }
 
-/* Keys [first, last) of the span that starts at span_start, 16 at a time and transposed, asking for the span that
- * comes next meanwhile. `last` may lie within 16: what is read beyond it is within the block, and masked. */
-INLINE void load_keys(struct workspace *w, const struct attention_call *call, const struct task *task, int span_start,
-                      int first, int last, const struct task *next_task, int next_start, int is_bfloat16) {
-    int D = call->head_dim, element_size = is_bfloat16 ? 2 : 4;
-    for (int key = 0; key < SPAN; key += 16) {
-        prefetch(call, next_task, next_start + key, element_size);
-        if (key < first || key >= last) continue;
-        const char *k = call->k + offset_of(call, task, span_start + key) * element_size;
-        for (int group = 0; group < 16; group += LANES)
-            for (int d = 0; d < D; d += LANES) {
-                vec rows[LANES];
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; i++) rows[i] = load_kv(k, (long)(group + i) * D + d, is_bfloat16);
-                transpose(rows);
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; i++) store(&w->keys[key / 16][d + i][group], rows[i]);
-            }
-    }
+static void fetch(const struct span *span, int D, int element_size) {
+    for (int i = 0; i < SPAN / 16; i++)
+        for (int line = 0; line < 16 * D * element_size; line += 64) {
+            _mm_prefetch(span->keys[i] + line, _MM_HINT_T1);
+            _mm_prefetch(span->values[i] + line, _MM_HINT_T1);
+        }
 }
 
 /* out += probabilities of keys [first, last) . their values */
-INLINE void use_values(struct workspace *w, const struct attention_call *call, const struct task *task, int span_start,
+INLINE void use_values(struct workspace *w, const struct span *span, const struct span *next, int num_rows, int D,
                        int first, int last, int is_bfloat16) {
-    int D = call->head_dim, padded_dim = ceil_div(D, 2 * LANES) * 2 * LANES, element_size = is_bfloat16 ? 2 : 4;
+    int padded_dim = ceil_div(D, 2 * LANES) * 2 * LANES, is_copied = num_rows > FEW_ROWS || D != padded_dim;
     for (int key = first; key < last; key += 16) {
-        const char *v = call->v + offset_of(call, task, span_start + key) * element_size;
-        if (task->num_rows <= FEW_ROWS && D == padded_dim) {
+        const char *v = span->values[key / 16], *then = next->values[key / 16];
+        if (!is_copied) {
             int depth = at_most(16, last - key);
-            if (is_bfloat16) add_values_bfloat16(w, task->num_rows, key, v, depth, D);
-            else add_values_float32(w, task->num_rows, key, v, depth, D);
+            if (is_bfloat16) add_values_bfloat16(w, num_rows, key, v, then, depth, D);
+            else add_values_float32(w, num_rows, key, v, then, depth, D);
             continue;
         }
         for (int i = 0; i < 16; i++)
             for (int d = 0; d < D; d += LANES)
                 store(w->values + (key + i) * padded_dim + d, load_kv(v, (long)i * D + d, is_bfloat16));
     }
-    if (task->num_rows > FEW_ROWS || D != padded_dim)
-        add_values_float32(w, task->num_rows, first, (const char *)(w->values + first * padded_dim), last - first,
-                           padded_dim);
+    const char *copied = (const char *)(w->values + first * padded_dim);
+    if (is_copied) add_values_float32(w, num_rows, first, copied, NULL, last - first, padded_dim);
 }
 
 /* Turn a row's 64 scores into probabilities of keys [first, last), relative to the running maximum. Returns the factor
@@ -252,21 +304,24 @@ INLINE void attend(const struct attention_call *call, const struct task *task, c
         memset(w->out[r], 0, padded_dim * sizeof(float));
         w->maxima[r] = -INFINITY, w->sums[r] = 0.0f;
     }
-    for (int start = task->first_key / SPAN * SPAN; start < task->last_key; start += SPAN) {
+    struct span span = find_span(call, task, task->first_key / SPAN * SPAN), then;
+    for (int start = task->first_key / SPAN * SPAN; start < task->last_key; start += SPAN, span = then) {
         /* Whole groups of 16 before the window are not read: their blocks may have been given back. */
         int first = start < task->first_key ? (task->first_key - start) / 16 * 16 : 0;
         int last = at_most(SPAN, task->last_key - start);
-        int is_last = start + SPAN >= task->last_key;
-        load_keys(w, call, task, start, first, last, is_last ? next : task,
-                  is_last ? next->first_key / SPAN * SPAN : start + SPAN, is_bfloat16);
-        compute_scores(w, num_rows, D);
+        then = start + SPAN < task->last_key ? find_span(call, task, start + SPAN)
+                                             : find_span(call, next, next->first_key / SPAN * SPAN);
+        if (num_rows > FEW_ROWS) fetch(&then, D, is_bfloat16 ? 2 : 4);
+        const struct span *fetched = num_rows > FEW_ROWS ? NULL : &then;
+        if (is_bfloat16) compute_scores_bfloat16(w, &span, fetched, num_rows, D);
+        else compute_scores_float32(w, &span, fetched, num_rows, D);
         for (int r = 0; r < num_rows; r++) {
             float factor = softmax_span(w->scores[r], w->first_key[r] - start, w->last_key[r] - start, call->scale,
                                         &w->maxima[r], &w->sums[r]);
             if (factor == 1.0f) continue;
             for (int d = 0; d < D; d += LANES) store(&w->out[r][d], load(&w->out[r][d]) * broadcast(factor));
         }
-        use_values(w, call, task, start, first, last, is_bfloat16);
+        use_values(w, &span, &then, num_rows, D, first, last, is_bfloat16);
     }
     end_rows(call, task, offsets, w->out[0], w->sums);
 }
@@ -283,7 +338,6 @@ enum { ROWS = AMX_TILE_ROWS, PARTS = 2 };
 
 struct amx_workspace {
     uint16_t queries[MAX_TILE / ROWS][MAX_HEAD_DIM / 32][PARTS][ROWS][32];
-    uint16_t keys[MAX_HEAD_DIM / 32][SPAN / 16][16][32];   /* a row: 2 elements of each of 16 keys */
     uint16_t values[SPAN / 32][MAX_HEAD_DIM / 16][16][32]; /* a row: 16 elements of each of 2 values */
     uint16_t probabilities[2][SPAN / 32][PARTS][ROWS][32]; /* of two tiles in turn */
     float scores[2][ROWS][SPAN];
@@ -291,18 +345,6 @@ struct amx_workspace {
     float maxima[MAX_TILE], sums[MAX_TILE][16]; /* each row's in 16 parts */
     int first_key[MAX_TILE], last_key[MAX_TILE];
 };
-
-/* 16 keys [16][D] to the tiles of their place in the span. */
-INLINE void lay_out_keys(struct amx_workspace *w, const uint16_t *k, int group, int D) {
-    for (int d = 0; d < D; d += 32) {
-        vec rows[LANES];
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) rows[i] = load((const float *)(k + (long)i * D + d));
-        transpose(rows);
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) store((float *)w->keys[d / 32][group][i], rows[i]);
-    }
-}
 
 /* The first `num_valid` of 16 values [16][D], and zeros for the others, which may be anything. */
 INLINE void lay_out_values(struct amx_workspace *w, const uint16_t *v, int group, int num_valid, int D) {
@@ -319,8 +361,8 @@ INLINE void lay_out_values(struct amx_workspace *w, const uint16_t *v, int group
         }
 }
 
-/* Scores of a tile of queries. */
-INLINE void amx_scores(struct amx_workspace *w, int tile, int D) {
+/* Scores of a tile of queries. A group of keys lies as tiles want it: a row has 2 elements of each of 16 keys. */
+INLINE void amx_scores(struct amx_workspace *w, const struct span *span, int tile, int D) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -328,10 +370,10 @@ INLINE void amx_scores(struct amx_workspace *w, int tile, int D) {
     for (int i = 0; i < D / 32; i++) {
         _tile_loadd(4, w->queries[tile][i][0], 64);
         _tile_loadd(5, w->queries[tile][i][1], 64);
-        ADD_PRODUCTS(0, 6, w->keys[i][0], 64, PARTS)
-        ADD_PRODUCTS(1, 7, w->keys[i][1], 64, PARTS)
-        ADD_PRODUCTS(2, 6, w->keys[i][2], 64, PARTS)
-        ADD_PRODUCTS(3, 7, w->keys[i][3], 64, PARTS)
+        ADD_PRODUCTS(0, 6, span->keys[0] + 1024 * i, 64, PARTS)
+        ADD_PRODUCTS(1, 7, span->keys[1] + 1024 * i, 64, PARTS)
+        ADD_PRODUCTS(2, 6, span->keys[2] + 1024 * i, 64, PARTS)
+        ADD_PRODUCTS(3, 7, span->keys[3] + 1024 * i, 64, PARTS)
     }
     float *scores = w->scores[tile % 2][0];
     _tile_stored(0, scores, SPAN * sizeof(float));
@@ -412,21 +454,20 @@ static void amx_attend(const struct attention_call *call, const struct task *tas
     }
     amx_configure(at_most(ROWS, num_rows), 64);
     for (int start = task->first_key / SPAN * SPAN; start < task->last_key; start += SPAN) {
-        int is_last = start + SPAN >= task->last_key;
-        int next_start = is_last ? next->first_key / SPAN * SPAN : start + SPAN;
+        struct span span = find_span(call, task, start), then;
+        then = start + SPAN < task->last_key ? find_span(call, task, start + SPAN)
+                                             : find_span(call, next, next->first_key / SPAN * SPAN);
+        fetch(&then, D, sizeof(uint16_t));
         for (int group = 0; group < SPAN / 16; group++) {
-            int key = start + 16 * group, is_read = key + 16 > task->first_key && key < task->last_key;
-            prefetch(call, is_last ? next : task, next_start + 16 * group, sizeof(uint16_t));
-            long at = is_read ? offset_of(call, task, key) : 0;
-            if (is_read) lay_out_keys(w, (const uint16_t *)call->k + at, group, D);
-            lay_out_values(w, (const uint16_t *)call->v + at, group, is_read ? task->last_key - key : 0, D);
+            int key = start + 16 * group, num_valid = key + 16 > task->first_key ? task->last_key - key : 0;
+            lay_out_values(w, (const uint16_t *)span.values[group], group, num_valid, D);
         }
         int first = 0, last = num_tiles; /* tiles with a row that sees a key of the span */
         while (first < last && w->last_key[at_most((first + 1) * ROWS, num_rows) - 1] <= start) first++;
         while (first < last && w->first_key[(last - 1) * ROWS] >= start + SPAN) last--;
         /* While one tile's scores are on their way, the softmax works on those before, and so on. */
         for (int tile = first; tile < last + 2; tile++) {
-            if (tile < last) amx_scores(w, tile, D);
+            if (tile < last) amx_scores(w, &span, tile, D);
             if (tile > first && tile <= last) amx_softmax(w, tile - 1, num_rows, start, D, call->scale);
             if (tile < first + 2) continue;
             int d = 0;

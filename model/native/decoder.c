@@ -49,7 +49,7 @@ void AT_LEVEL(attention_layer)(const struct attention_layer *l, int num_threads)
             .q = q + (long)first * heads_width, .qkv = qkv, .cos = l->cos + (long)first * D,
             .sin = l->sin + (long)first * D, .cache_rows = l->cache_rows + (long)first * l->num_kv_heads,
             .k = l->k, .v = l->v, .num_heads = l->num_heads, .num_kv_heads = l->num_kv_heads, .head_dim = D,
-            .kv_is_bfloat16 = l->kv_is_bfloat16,
+            .block_size = l->block_size, .kv_is_bfloat16 = l->kv_is_bfloat16,
         };
         AT_LEVEL(rotate_into_cache)(&rotate, n, num_threads);
     }

@@ -144,7 +144,7 @@ class NativeKernels:
     ) -> Tensor:
         """See `model.attention.attention_reference`; a token's bits don't depend on batch or chunking."""
         k_cache, v_cache = kv_cache.keys[layer.layer_idx], kv_cache.values[layer.layer_idx]
-        block_size, (qkv, o) = k_cache.shape[2], (layer.qkv, layer.o)
+        block_size, (qkv, o) = v_cache.shape[2], (layer.qkv, layer.o)
         is_supported = (
             layer.head_dim % 16 == 0
             and layer.head_dim <= MAX_HEAD_DIM

@@ -82,19 +82,28 @@ void AT_LEVEL(add_norm)(float *x, const float *delta, const float *weight, float
 
 /* ---- rotary embedding, and keys and values into their cache ---- */
 
-static void write_head(char *cache, int64_t row, const float *x, const struct rotate_call *call) {
+/* D numbers as the cache has them. */
+static void to_cache(char *to, const float *x, const struct rotate_call *call) {
     int D = call->head_dim;
     if (!call->kv_is_bfloat16) {
-        memcpy(cache + row * D * sizeof(float), x, D * sizeof(float));
+        memcpy(to, x, D * sizeof(float));
         return;
     }
-    uint16_t *out = (uint16_t *)cache + row * D;
+    uint16_t *out = (uint16_t *)to;
     for (int d = 0; d < D; d += LANES) {
         uint16_t rounded[LANES];
         int n = at_most(LANES, D - d);
         store_as_bf16(n == LANES ? out + d : rounded, load_some(x + d, n));
         if (n < LANES) memcpy(out + d, rounded, n * sizeof(uint16_t));
     }
+}
+
+/* A key's words of 4 bytes to their places among those of the keys that lie together. */
+static void write_key(int64_t row, const float *x, const struct rotate_call *call) {
+    int together = keys_together(call->block_size), num_words = call->head_dim / (call->kv_is_bfloat16 ? 2 : 1);
+    uint32_t words[num_words], *out = (uint32_t *)call->k + row / together * together * num_words + row % together;
+    to_cache((char *)words, x, call);
+    for (int i = 0; i < num_words; i++) out[(long)i * together] = words[i];
 }
 
 static void rotate_head(const float *x, const float *cos, const float *sin, int D, float *out) {
@@ -117,8 +126,8 @@ static void rotate_row(const void *context, int row) {
     for (int g = 0; g < G; g++) {
         int64_t cache_row = call->cache_rows[(long)row * G + g];
         rotate_head(x + (A + g) * D, cos, sin, D, key);
-        write_head(call->k, cache_row, key, call);
-        write_head(call->v, cache_row, x + (A + G + g) * D, call);
+        write_key(cache_row, key, call);
+        to_cache(call->v + cache_row * D * (call->kv_is_bfloat16 ? 2 : 4), x + (A + G + g) * D, call);
     }
 }
 

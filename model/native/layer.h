@@ -9,14 +9,18 @@ struct rotate_call {
     const float *qkv;          /* [T, A + 2G, D] */
     const float *cos, *sin;    /* [T, D]; sin of the first half negative */
     const int64_t *cache_rows; /* [T, G] */
-    char *k, *v;               /* [rows, D], float32 or bfloat16 */
-    int32_t num_heads, num_kv_heads, head_dim, kv_is_bfloat16;
+    char *k, *v;               /* as below; a row is a key of a head */
+    int32_t num_heads, num_kv_heads, head_dim, block_size, kv_is_bfloat16;
 };
+
+/* As `model.kv_cache.keys_together`. */
+static inline int keys_together(int block_size) { return block_size % 16 ? 1 : 16; }
 
 struct attention_call {
     float *out;                  /* [T, A, D] */
     const float *q;              /* [T, A, D] */
-    const char *k, *v;           /* [num_blocks, G, block_size, D], float32 or bfloat16 */
+    const char *k;               /* float32 or bfloat16 [num_blocks, G, block_size / 16, words, 16], words of 4 bytes */
+    const char *v;               /* [num_blocks, G, block_size, D], of the same kind */
     const int32_t *block_ids;    /* [S, max_blocks] */
     const int32_t *query_starts; /* [S + 1] */
     const int32_t *context_lens; /* [S], the new tokens included */

@@ -13,8 +13,8 @@ from torch import Tensor
 from model.native.build import shared_object_path
 
 LEVELS = ("avx2", "avx512", "avx512bf16", "amx")
-"""From slow to fast. All give the same bits, but that products with bfloat16 weights round otherwise in AMX's tiles; and
-with bfloat16 inputs too, `avx512bf16` takes what is below 1.2e-38 for 0."""
+"""From slow to fast. All give the same bits, but products with bfloat16 weights round otherwise in AMX's tiles, and
+`avx512bf16` takes what is below 1.2e-38 for 0 in those with bfloat16 inputs too."""
 
 
 def struct_fields(pointers: str, integers: str, floats: str = "") -> list[tuple[str, Any]]:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 
 from model.attention import paged_attention_reference
+from model.kv_cache import lay_out_keys
 from model.native.shared_object import load_shared_object
 from tests.model.native.pieces import NativePieces
 
@@ -60,7 +61,7 @@ def main() -> None:
         order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(0)) + 1
         args = (
             torch.randn(num_seqs, options.heads, head_dim),
-            k_cache,
+            lay_out_keys(k_cache),
             v_cache,
             order.view(num_seqs, -1).to(torch.int32),
             torch.arange(num_seqs + 1, dtype=torch.int32),

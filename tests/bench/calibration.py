@@ -72,6 +72,7 @@ def _time_kernels(barrier: Any, answers: Any, quantization: str | None) -> None:
 
     from model.attention import paged_attention_reference
     from model.kernels import select_kernels
+    from model.kv_cache import lay_out_keys
     from model.linear import DenseWeight, Weight, linear
     from model.native.shared_object import load_shared_object
     from model.quantize import quantize_int4, quantize_int8
@@ -95,7 +96,8 @@ def _time_kernels(barrier: Any, answers: Any, quantization: str | None) -> None:
     num_blocks = num_seqs * context // block
     arguments = (
         torch.randn(num_seqs, heads, size),
-        *(torch.randn(num_blocks, heads, block, size) for _ in range(2)),
+        lay_out_keys(torch.randn(num_blocks, heads, block, size)),
+        torch.randn(num_blocks, heads, block, size),
         torch.arange(num_blocks, dtype=torch.int32).view(num_seqs, -1),
         torch.arange(num_seqs + 1, dtype=torch.int32),
         torch.full((num_seqs,), context, dtype=torch.int32),

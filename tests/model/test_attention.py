@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.attention import paged_attention_reference
 from model.config import ModelConfig
-from model.kv_cache import KVCache, kv_block_bytes
+from model.kv_cache import KVCache, keys_of_blocks, kv_block_bytes, lay_out_keys, write_keys
 
 
 def plain_attention(q_TAD: Tensor, k_KGD: Tensor, v_KGD: Tensor, window: int | None, scale: float) -> Tensor:
@@ -60,7 +60,7 @@ def test_a_ragged_batch_equals_plain_attention(
 
     out = paged_attention_reference(
         torch.cat(queries),
-        k_cache,
+        lay_out_keys(k_cache),
         v_cache,
         table,
         torch.tensor([0, 1, 2, 10, 15], dtype=torch.int32),
@@ -70,6 +70,19 @@ def test_a_ragged_batch_equals_plain_attention(
     )
 
     torch.testing.assert_close(out, torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [4, 16, 48])
+def test_keys_come_back_from_where_they_were_written(dtype: torch.dtype, block_size: int) -> None:
+    num_blocks, num_kv_heads, head_dim = 5, 2, 6
+    keys = torch.randn(num_blocks, num_kv_heads, block_size, head_dim).to(dtype)
+    cache = KVCache((lay_out_keys(torch.zeros_like(keys)),), (torch.zeros_like(keys),), block_size)
+    slots_T = torch.randperm(num_blocks * block_size)
+    written_TGD = keys.transpose(1, 2).flatten(0, 1)[slots_T]
+    write_keys(cache.keys[0], cache.rows(slots_T), written_TGD.float())
+    assert torch.equal(cache.keys[0], lay_out_keys(keys))
+    assert torch.equal(keys_of_blocks(cache.keys[0], torch.tensor([3, 0])), keys[[3, 0]])
 
 
 def test_each_layer_has_the_blocks_of_its_group() -> None:
@@ -85,7 +98,7 @@ def test_each_layer_has_the_blocks_of_its_group() -> None:
         }
     )
     cache = KVCache.allocate(config, num_blocks=[5, 3], block_size=4, dtype=torch.bfloat16)
-    assert [tuple(keys.shape) for keys in cache.keys] == [(3, 2, 4, 8), (5, 2, 4, 8), (5, 2, 4, 8)]
+    assert [tuple(values.shape) for values in cache.values] == [(3, 2, 4, 8), (5, 2, 4, 8), (5, 2, 4, 8)]
     # 2 tensors x 2 heads x 8 dims x 4 tokens x 2 bytes = 256 bytes a layer: two full layers, one sliding.
     assert kv_block_bytes(config, block_size=4, dtype=torch.bfloat16) == (512, 256)
 

@@ -27,7 +27,9 @@ class AttentionStruct(ctypes.Structure):
 class RotateStruct(ctypes.Structure):
     """`struct rotate_call` of layer.h."""
 
-    _fields_ = struct_fields("q qkv cos sin cache_rows k v", "num_heads num_kv_heads head_dim kv_is_bfloat16")
+    _fields_ = struct_fields(
+        "q qkv cos sin cache_rows k v", "num_heads num_kv_heads head_dim block_size kv_is_bfloat16"
+    )
 
 
 @functools.cache
@@ -50,7 +52,7 @@ class NativePieces(NativeKernels):
         *tensors, window, scale = arguments
         q_TAD, k_cache, v_cache, block_ids_SB, query_starts, context_lens_S = (one.contiguous() for one in tensors)
         out_TAD = torch.empty_like(q_TAD)
-        num_kv_heads, block_size = k_cache.shape[1:3]
+        num_kv_heads, block_size = v_cache.shape[1:3]
         call = AttentionStruct(
             *map(pointer, (out_TAD, q_TAD, k_cache, v_cache, block_ids_SB, query_starts, context_lens_S)),
             len(context_lens_S),
@@ -77,6 +79,7 @@ class NativePieces(NativeKernels):
             q_TAD.shape[1],
             num_kv_heads,
             head_dim,
+            v_cache.shape[2],
             k_cache.dtype == torch.bfloat16,
         )
         self._call("rotate_into_cache", ctypes.addressof(call), num_tokens)

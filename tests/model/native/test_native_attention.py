@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.attention import paged_attention_reference
+from model.kv_cache import lay_out_keys
 from tests.model.native.pieces import NativePieces
 
 HEADS = [(4, 4, 16), (6, 2, 32), (2, 1, 48), (14, 2, 64), (4, 4, 128), (1, 1, 256)]
@@ -82,7 +83,9 @@ def _case(
             v_cache[block, :, :filled] = torch.randn(num_kv_heads, filled, head_dim).to(dtype)
     query_starts = torch.tensor([0, *query_lens]).cumsum(0).int()
     q_TAD = torch.randn(sum(query_lens), num_heads, head_dim)
-    return Case(q_TAD, k_cache, v_cache, block_ids_SB, query_starts, torch.tensor(context_lens).int(), window)
+    return Case(
+        q_TAD, lay_out_keys(k_cache), v_cache, block_ids_SB, query_starts, torch.tensor(context_lens).int(), window
+    )
 
 
 @pytest.mark.parametrize("heads", HEADS)

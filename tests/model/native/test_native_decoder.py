@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.attention import Attention, AttentionInputs, attention_reference
 from model.forward_batch import BlockTable, ForwardBatch
-from model.kv_cache import KVCache
+from model.kv_cache import KVCache, lay_out_keys
 from model.layers import MLP, RMSNorm
 from model.linear import DenseWeight, Weight
 from model.moe import Gate, MoeBlock, route_reference
@@ -72,7 +72,8 @@ def _step(
     width = max(-(-context // block_size) for context in contexts)
     block_ids_SB = (torch.randperm(len(contexts) * width) + 1).int().view(len(contexts), width)
     shape = (len(contexts) * width + 1, num_kv_heads, block_size, head_dim)
-    cache = KVCache((torch.randn(shape).to(dtype),), (torch.randn(shape).to(dtype),), block_size)
+    keys, values = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    cache = KVCache((lay_out_keys(keys),), (values,), block_size)
     places = [torch.arange(context - new, context) for context, new in zip(contexts, new_tokens, strict=True)]
     slots = [
         ids[p // block_size].long() * block_size + p % block_size for ids, p in zip(block_ids_SB, places, strict=True)

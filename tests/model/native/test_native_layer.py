@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.attention import rotate_into_cache_reference
 from model.kernels import REFERENCE_KERNELS, Kernels
+from model.kv_cache import lay_out_keys
 from model.layers import add_gated, add_norm, swiglu
 from tests.model.native.pieces import NativePieces
 
@@ -18,14 +19,21 @@ NUM_ROWS = [1, 3, 200]  # the last is shared among threads
 
 
 def _rotated(
-    kernels: NativePieces | None, head_dim: int, num_tokens: int, dtype: torch.dtype, order: Tensor | None = None
+    kernels: NativePieces | None,
+    head_dim: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+    order: Tensor | None = None,
+    block_size: int = 16,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and both caches after one step of 3 query heads and 2 key-value heads, tokens in the order given."""
     generator = torch.Generator().manual_seed(1)
     qkv_THD = torch.randn(num_tokens, 7, head_dim, generator=generator)
     cos, sin = torch.randn(2, num_tokens, 1, head_dim, generator=generator)
-    rows_TG = torch.randperm(4 * num_tokens, generator=generator)[: 2 * num_tokens].view(num_tokens, 2)
-    caches = [torch.full((4 * num_tokens // 4, 2, 2, head_dim), float("nan"), dtype=dtype) for _ in range(2)]
+    shape = (-(-2 * num_tokens // block_size), 2, block_size, head_dim)
+    rows_TG = torch.randperm(2 * shape[0] * block_size, generator=generator)[: 2 * num_tokens].view(num_tokens, 2)
+    caches = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(2)]
+    caches[0] = lay_out_keys(caches[0])
     if order is not None:
         qkv_THD, cos, sin, rows_TG = qkv_THD[order], cos[order], sin[order], rows_TG[order]
     rotate = rotate_into_cache_reference if kernels is None else kernels.rotate_into_cache
@@ -62,11 +70,13 @@ def test_swiglu_and_the_shared_gate(two_threads: NativePieces, width: int, num_r
 @pytest.mark.parametrize("head_dim", [2, 6, 16, 48, 64, 128])
 @pytest.mark.parametrize("num_tokens", NUM_ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotation_into_the_cache(two_threads: NativePieces, head_dim: int, num_tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("block_size", [2, 16, 48])
+def test_rotation_into_the_cache(
+    two_threads: NativePieces, head_dim: int, num_tokens: int, dtype: torch.dtype, block_size: int
+) -> None:
     tolerance = 2e-6 if dtype == torch.float32 else 8e-3  # a key between two bf16 numbers may go either way
-    for found, expected in zip(
-        _rotated(two_threads, head_dim, num_tokens, dtype), _rotated(None, head_dim, num_tokens, dtype), strict=True
-    ):
+    mine, theirs = (_rotated(k, head_dim, num_tokens, dtype, block_size=block_size) for k in (two_threads, None))
+    for found, expected in zip(mine, theirs, strict=True):
         assert found.dtype == expected.dtype
         assert _same(found, expected, tolerance)
 
