@@ -21,9 +21,9 @@ enum { MAX_TILE_ROWS = 12, FEW_ROWS = 3, SOME_ROWS = 6 };
 enum { MAX_TILE_ROWS = 6, FEW_ROWS = 1, SOME_ROWS = 1 };
 #endif
 enum { FEW_ROWS_PANELS = 4, SOME_ROWS_PANELS = 2 };
-enum { STRETCH_BYTES = 8 << 10 }; /* of plain panels */
+enum { STRETCH_BYTES = 16 << 10 }; /* of plain panels */
 enum { FETCHED_BYTES = 16 << 10 }; /* of compact panels, ahead of what is read */
-enum { PAIRS = INT4 + 1, COMPACT, COMPACT_PAIRS };
+enum { PAIRS = INT4 + 1, COMPACT }; /* kinds of tiles beside the formats: of bf16 weights and inputs; added for compact */
 enum { STRIPS = 16 / LANES }; /* one pass covers outputs [s, s + LANES) and [16 + s, 16 + s + LANES) of a panel */
 
 /* Bytes of a panel for the inputs that stand side by side. */
@@ -233,6 +233,7 @@ struct tile {
     const char *values;    /* the packed rows of this tile */
     int first, last;       /* float formats: panel and values hold these inputs, */
     float *so_far;         /* whose products are added to sums [R][2 * C] */
+    char *expanded;        /* of a compact panel, these inputs plain: where the first tile leaves them for the others */
     const float *scales;   /* integer formats: of the rows */
     const int32_t *sums;
     const float *bias;     /* [num_outputs] or NULL */
@@ -323,28 +324,37 @@ INLINE void float_tile(const struct tile *t, int kind, const int R, const int C)
 
 #if LANES == 16
 
-/* float_tile for a compact panel of which no other tile has use: most weights are only ever expanded in registers. What
- * is needed next is fetched into the second-level cache: into the first-level one too few lines can be on their way. */
+/* float_tile for a compact panel, expanded in registers. What is needed next is fetched into the second-level cache:
+ * into the first-level one too few lines can be on their way. */
 INLINE void compact_tile(const struct tile *t, int kind, const int R, const int C) {
     const struct weight *w = t->w;
     const float *x = (const float *)t->values;
     const char *p = t->panel;
+    char here[2 * STEP_WEIGHTS] __attribute__((aligned(64))), *expanded = t->expanded ? t->expanded : here;
     int panel = t->first_output / PANEL, num_steps = w->num_inputs / 32;
     const int32_t *starts = w->exception_starts + (long)panel * (num_steps + 1);
     const int values_each = kind == PAIRS ? 1 : 2; /* of a row and a pair */
     ivec codebook = load_codebook(w->codebooks + 16 * panel);
     vec sums[MAX_TILE_ROWS][2], result[2 * R];
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = broadcast(0.0f);
-    for (int s = 0; s < num_steps; s++, p += COMPACT_STEP_BYTES) {
-        char expanded[2 * STEP_WEIGHTS] __attribute__((aligned(64)));
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++)
+            sums[r][half] = t->first ? load(t->so_far + (2 * r + half) * LANES) : broadcast(0.0f);
+    for (int s = t->first / 32; s < t->last / 32; s++, p += COMPACT_STEP_BYTES) {
         int has_exceptions = starts[s] != starts[s + 1];
         if (has_exceptions) expand_panel(w, panel, s, expanded);
         for (int group = 0; group < 8; group++, x += 2 * values_each * R) {
             vec pairs[4];
+            float *plain = (float *)(expanded + 256 * group);
             for (int i = 0; i < 3; i++) _mm_prefetch(p + FETCHED_BYTES + 192 * group + 64 * i, _MM_HINT_T1);
-            if (has_exceptions) for (int i = 0; i < 4; i++) pairs[i] = load((float *)(expanded + 256 * group + 64 * i));
-            else expand_group(p, group, codebook, pairs);
+            if (has_exceptions) {
+                for (int i = 0; i < 4; i++) pairs[i] = load(plain + 16 * i);
+            } else {
+                expand_group(p, group, codebook, pairs);
+                if (t->expanded)
+                    for (int i = 0; i < 4; i++) store(plain + 16 * i, pairs[i]);
+            }
 #pragma GCC unroll 4
             for (int i = 0; i < 2 * values_each; i++) {
                 int pair = i / values_each, second = values_each - 1 - i % values_each;
@@ -359,10 +369,14 @@ INLINE void compact_tile(const struct tile *t, int kind, const int R, const int 
                 }
             }
         }
+        if (t->expanded) expanded += 2 * STEP_WEIGHTS;
     }
+    float *to = t->last < w->num_inputs ? t->so_far : (float *)result;
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) result[2 * r] = sums[r][0], result[2 * r + 1] = sums[r][1];
-    store_tile(t, 0, result, C);
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) store(to + (2 * r + half) * LANES, sums[r][half]);
+    if (t->last == w->num_inputs) store_tile(t, 0, result, C);
 }
 
 #endif
@@ -459,7 +473,8 @@ TILES_FOR(tile_compact, compact_tile, BFLOAT16)
 #define tile_compact NULL
 #endif
 static void (*const TILE_OF_KIND[])(const struct tile *, int, int) = {
-    tile_f32, tile_bf16, tile_f16, tile_int8, tile_int4, tile_pairs, tile_compact, tile_compact_pairs,
+    [FLOAT32] = tile_f32, [BFLOAT16] = tile_bf16, [FLOAT16] = tile_f16, [INT8] = tile_int8, [INT4] = tile_int4,
+    [PAIRS] = tile_pairs, [COMPACT + BFLOAT16] = tile_compact, [COMPACT + PAIRS] = tile_compact_pairs,
 };
 
 /* ---- whole matrices ---- */
@@ -472,56 +487,35 @@ struct multiply_call {
     int panels_each;
 };
 
-#if LANES == 16
-
-/* Inputs [first, last) of a compact panel, plain: [input][PANEL]. */
-static void expand_stretch(const struct weight *w, int panel, int first, int last, char *out) {
-    const char *step = (const char *)w->data + panel * panel_bytes(w) + first / 32 * COMPACT_STEP_BYTES;
-    for (int s = first / 32; s < last / 32; s++, step += COMPACT_STEP_BYTES, out += 2 * STEP_WEIGHTS) {
-        for (int i = 0; i < COMPACT_STEP_BYTES; i += 64) _mm_prefetch(step + FETCHED_BYTES + i, _MM_HINT_T1);
-        expand_panel(w, panel, s, out);
-    }
-}
-
-#endif
-
 /* C panels times the rows of all tiles. Float formats go in stretches of inputs, whose weights lie in the first-level
- * cache for all tiles; compact ones are expanded there. */
+ * cache for all tiles. */
 static void multiply_panels(const struct multiply_call *call, int panel, int C) {
     const struct weight *w = call->w;
     const struct packed_rows *rows = call->rows;
     int K = padded_inputs(w), R = rows->tile_rows, num_blocks = is_integer(w) ? ceil_div(w->num_inputs, w->block_size) : 0;
+    int kind = takes_pairs(w) ? PAIRS : w->format, num_tiles = rows->num_tiles, stretch = K;
+    int input_bytes = step_bytes(w->format) / inputs_together(w->format);
     long values_bytes = tile_bytes(w, rows), sums_each = (long)R * C * PANEL;
-    int input_bytes = step_bytes(w->format) / inputs_together(w->format), stretch = K;
     struct tile t = {.w = w, .panel_bytes = panel_bytes(w), .first_output = panel * PANEL, .bias = call->bias};
-    float *so_far = NULL;
-#if LANES == 16
     char expanded[STRETCH_BYTES] __attribute__((aligned(64)));
-#endif
-    int kind = takes_pairs(w) ? PAIRS : w->format;
-    if (rows->num_tiles > 1 && !is_integer(w)) {
+    float *so_far = NULL;
+    if (num_tiles > 1 && !is_integer(w)) {
         stretch = STRETCH_BYTES / (C * input_bytes);
-        so_far = scratch(SCRATCH_TILES, rows->num_tiles * sums_each * sizeof(float));
-    } else if (w->codebooks) {
-        kind = kind == PAIRS ? COMPACT_PAIRS : COMPACT;
+        so_far = scratch(SCRATCH_TILES, num_tiles * sums_each * sizeof(float));
+        if (w->codebooks) t.expanded = expanded;
     }
     for (; t.first < K; t.first = t.last) {
         t.last = at_most(t.first + stretch, K);
-        t.panel = (const char *)w->data + panel * t.panel_bytes + (long)t.first * input_bytes;
-#if LANES == 16
-        if (w->codebooks && rows->num_tiles > 1) {
-            t.panel = expanded, t.panel_bytes = (size_t)(t.last - t.first) * input_bytes;
-            expand_stretch(w, panel, t.first, t.last, expanded);
-        }
-#endif
-        for (int i = 0; i < rows->num_tiles; i++) {
+        t.panel = (const char *)w->data + panel * t.panel_bytes + t.panel_bytes / K * t.first;
+        for (int i = 0; i < num_tiles; i++) {
             t.values = rows->values + i * values_bytes + values_bytes / K * t.first;
             t.so_far = so_far + i * sums_each;
             t.scales = rows->scales + (long)i * R * num_blocks;
             t.sums = rows->sums + (long)i * R * num_blocks;
             t.y = call->y + (long)i * R * w->num_outputs;
             t.num_rows = at_most(R, rows->num_rows - i * R);
-            TILE_OF_KIND[kind](&t, R, C);
+            TILE_OF_KIND[kind + (w->codebooks && i == 0 ? COMPACT : 0)](&t, R, C);
+            if (w->codebooks) t.panel = expanded;
         }
     }
 }
