@@ -88,7 +88,8 @@ class EngineSettings(Section):
     """What each router runs with."""
 
     # Wider weights are rounded to it while loading; auto: to that of config.json. bfloat16 also rounds activations
-    # where they meet a weight, as other servers do: faster on a CPU with AMX. Otherwise they stay float32.
+    # where they meet a weight, as other servers do: faster on a CPU with AMX or AVX-512 for bf16. Otherwise they stay
+    # float32.
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["int8", "int4"] | None = None
     kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where dtype says so, else float32

@@ -103,9 +103,9 @@ def paged_attention_reference(
     token and layer with A = G = 16, D = 128, float32, one AVX-512 core:
 
         context        128   256   512  1024   2048   4096    8192   16384
-        kernel         160   376   783  1494   3199   6015   12599   26115    10 to 13 GB/s of keys and values
-        reference      739  1499  3320  7150  15892  71121  175610  345007
-        window 1024    159   404   749  1506   1515   1461    1473    1492
+        kernel          51   222   415   850   1680   3830    7898   15690    17 to 20 GB/s of keys and values
+        reference      727  1611  3627  7716  17348  83442  172158  357225
+        window 1024     46   173   371   830    840    865     825     829
     """
     num_heads, head_dim = q_TAD.shape[1:]
     num_kv_heads, block_size = v_cache.shape[1:3]

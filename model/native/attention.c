@@ -25,8 +25,9 @@ enum { GEMM_ROWS = 12 };
 enum { GEMM_ROWS = 6 };
 #endif
 enum { SPAN = 64, MAX_TILE = 192, MAX_HEAD_DIM = 256 };
-enum { FEW_ROWS = 8 }; /* up to here, values are used where they lie instead of being copied first; and the span that comes
-                          next is fetched line by line: so many reads at once would hold up the others */
+/* Up to here, values are used where they lie instead of being copied first, and the span that comes next is fetched line
+ * by line: so many reads at once would hold up the others. */
+enum { FEW_ROWS = 8 };
 enum { WIDE_ROWS = LANES == 16 ? 6 : 2, WIDE = 4 }; /* up to here, a tile has so many vectors of columns, otherwise 2 */
 
 struct task {

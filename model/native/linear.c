@@ -3,7 +3,8 @@
  * A tile is R rows times C panels (2 * C vectors of outputs): its R * 2 * C sums stay in registers while the
  * panel streams by once. R is 12 with AVX-512 (24 sums, 2 weights, 1 broadcast of 32 registers), 6 with AVX2. Few rows
  * take several panels at once, so that enough sums are in flight to hide the latency of a multiply-add, and enough
- * reads that of the memory.
+ * reads that of the memory. Many rows are multiplied a stretch of inputs at a time; compact panels (compact.h) are
+ * expanded by the first tile, in registers.
  *
  * Each output is summed over the inputs in one fixed order, whatever R and C are: a row has the same bits in any
  * batch.
@@ -23,7 +24,7 @@ enum { MAX_TILE_ROWS = 6, FEW_ROWS = 1, SOME_ROWS = 1 };
 enum { FEW_ROWS_PANELS = 4, SOME_ROWS_PANELS = 2 };
 enum { STRETCH_BYTES = 16 << 10 }; /* of plain panels */
 enum { FETCHED_BYTES = 16 << 10 }; /* of compact panels, ahead of what is read */
-enum { PAIRS = INT4 + 1, COMPACT }; /* kinds of tiles beside the formats: of bf16 weights and inputs; added for compact */
+enum { PAIRS = INT4 + 1, COMPACT }; /* kinds of tiles beside the formats: bf16 weights and inputs; what compact adds */
 enum { STRIPS = 16 / LANES }; /* one pass covers outputs [s, s + LANES) and [16 + s, 16 + s + LANES) of a panel */
 
 /* Bytes of a panel for the inputs that stand side by side. */
@@ -302,8 +303,7 @@ INLINE void float_tile(const struct tile *t, int kind, const int R, const int C)
                 for (int r = 0; r < R; r++) {
                     vec input = broadcast(x[i * R + r]);
 #pragma GCC unroll 8
-                    for (int c = 0; c < 2 * C; c++)
-                        sums[r][c] = add_product(kind, sums[r][c], w[c], input);
+                    for (int c = 0; c < 2 * C; c++) sums[r][c] = add_product(kind, sums[r][c], w[c], input);
                 }
             }
         if (t->last < padded_inputs(t->w)) {

@@ -5,10 +5,9 @@
     python -m tests.bench.quantization --random small
 
 Bytes are those of the tensors that a router (everything but the routed experts) and all shards together (the routed
-experts) hold after loading, in the layout of this machine's kernels: with AMX, bfloat16 takes 1.5 bytes a weight but
-for the embedding. Distributions of the next token are compared with
-those of the checkpoint's own weights in plain torch and float32: mean KL divergence in nats, perplexity, and how often
-the most probable token is the same.
+experts) hold after loading, in the layout of this machine's kernels: with AVX-512, bfloat16 takes 1.5 bytes a weight
+but for the embedding. Distributions of the next token are compared with those of the checkpoint's own weights in plain
+torch and float32: mean KL divergence in nats, perplexity, and how often the most probable token is the same.
 """
 
 from __future__ import annotations

@@ -52,9 +52,10 @@ def write_readme(results: dict[str, Any]) -> None:
 def _short(results: dict[str, Any]) -> Iterator[str]:
     """Every precision as served in one process and over two shards, beside the other servers."""
     yield (
-        f"Tokens a second over HTTP on 2 cores that read {bandwidth(results) / 1e9:.0f} GB/s together, 1, 8 and 32 "
-        "streams, greedy. `mid`: 4 layers of Qwen1.5-MoE-A2.7B's shape, 2.4 B parameters; `small`: 0.13 B. "
-        "`bf16 activations`: with `--dtype bfloat16`, the arithmetic of the other servers."
+        f"Tokens a second over HTTP on 2 cores with kernels for {results['kernels']} that read "
+        f"{bandwidth(results) / 1e9:.0f} GB/s together, 1, 8 and 32 streams, greedy. `mid`: 4 layers of "
+        "Qwen1.5-MoE-A2.7B's shape, 2.4 B parameters; `small`: 0.13 B. `bf16 activations`: with `--dtype bfloat16`, "
+        "the arithmetic of the other servers."
     )
     yield ""
     rows = [
@@ -95,7 +96,7 @@ def _http(results: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         "Greedy, prompts of 128 tokens (32 at batch 32); in brackets the share of what the memory's bandwidth allows, "
-        "with two bytes for a bf16 weight (with AMX, ours take a byte and a half)."
+        "with two bytes for a bf16 weight (with AVX-512, ours take a byte and a half)."
     )
     yield ""
     rows = []

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.ray_shards import worker_environment
+from model.native.shared_object import load_shared_object
 from tests.bench import calibration, growth, limits, service
 from tests.bench.checkpoints import checkpoint
 from tests.bench.mesh import Arrangement, Mesh
@@ -80,6 +81,8 @@ class Bench:
 
 def measure_limits(bench: Bench) -> None:
     bench.keep("limits", found := limits.measure())
+    shared_object = load_shared_object()
+    bench.keep("kernels", shared_object.level if shared_object else "plain torch")
     for one in found:
         bench.say(f"{one['threads']} threads read {one['read_gb_s']} GB/s, float32 {one['float32_gflop_s']} GFLOP/s")
 
