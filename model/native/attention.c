@@ -25,8 +25,8 @@ enum { GEMM_ROWS = 12 };
 enum { GEMM_ROWS = 6 };
 #endif
 enum { SPAN = 64, MAX_TILE = 192, MAX_HEAD_DIM = 256 };
-/* Up to here, values are used where they lie instead of being copied first, and the span that comes next is fetched line
- * by line: so many reads at once would hold up the others. */
+/* Up to here, values are used where they lie instead of being copied first, and the span that comes next is fetched
+ * line by line: so many reads at once would hold up the others. */
 enum { FEW_ROWS = 8 };
 enum { WIDE_ROWS = LANES == 16 ? 6 : 2, WIDE = 4 }; /* up to here, a tile has so many vectors of columns, otherwise 2 */
 
@@ -65,7 +65,8 @@ struct span {
     const char *keys[SPAN / 16], *values[SPAN / 16];
 };
 
-/* scores [R][SPAN], C vectors of them from vector v on, = queries [R][D] . keys. Meanwhile `next`, if any, is fetched. */
+/* scores [R][SPAN], C vectors of them from vector v on, = queries [R][D] . keys. Meanwhile `next`, if any, is
+ * fetched. */
 INLINE void score_tile(float *scores, const float *queries, const struct span *span, const struct span *next, int v,
                        int D, int is_bfloat16, const int R, const int C) {
     const char *keys[WIDE];
@@ -134,8 +135,9 @@ INLINE void value_tile(float *out, const float *probabilities, const char *value
 /* One case for each number of rows that a tile of C vectors may have. */
 #define CASE(tile, R, C) case R: tile(R, C); break;
 #if LANES == 16
-#define WIDE_CASES(tile) \
-    CASE(tile, 6, WIDE) CASE(tile, 5, WIDE) CASE(tile, 4, WIDE) CASE(tile, 3, WIDE) CASE(tile, 2, WIDE) CASE(tile, 1, WIDE)
+#define WIDE_CASES(tile)                                       \
+    CASE(tile, 6, WIDE) CASE(tile, 5, WIDE) CASE(tile, 4, WIDE) \
+    CASE(tile, 3, WIDE) CASE(tile, 2, WIDE) CASE(tile, 1, WIDE)
 #define CASES(tile)                                                                                            \
     CASE(tile, 12, 2) CASE(tile, 11, 2) CASE(tile, 10, 2) CASE(tile, 9, 2) CASE(tile, 8, 2) CASE(tile, 7, 2)   \
     CASE(tile, 6, 2) CASE(tile, 5, 2) CASE(tile, 4, 2) CASE(tile, 3, 2) CASE(tile, 2, 2) CASE(tile, 1, 2)
@@ -160,8 +162,9 @@ INLINE void compute_scores(struct workspace *w, const struct span *span, const s
 /* out += probabilities of keys [key, key + depth) . values [depth][stride] */
 INLINE void add_values(struct workspace *w, int num_rows, int key, const char *values, const char *next,
                        int is_bfloat16, int depth, int stride) {
-#define TILE(R, C) value_tile(w->out[row] + d, w->scores[row] + key, values + at, next ? next + at : NULL, depth, stride, \
-                           is_bfloat16, R, C)
+#define TILE(R, C)                                                                                                   \
+    value_tile(w->out[row] + d, w->scores[row] + key, values + at, next ? next + at : NULL, depth, stride, is_bfloat16, \
+               R, C)
     int element_size = is_bfloat16 ? 2 : 4, row = 0, d = 0;
     if (num_rows <= WIDE_ROWS)
         for (; d + WIDE * LANES <= stride; d += WIDE * LANES) {
@@ -207,7 +210,8 @@ INLINE long offset_of(const struct attention_call *call, const struct task *task
  * their scores are masked. So are those of keys beyond the last one within 16. */
 static struct span find_span(const struct attention_call *call, const struct task *task, int start) {
     struct span span;
-    int element_size = call->kv_is_bfloat16 ? 2 : 4, some = start < task->first_key ? (task->first_key - start) / 16 : 0;
+    int element_size = call->kv_is_bfloat16 ? 2 : 4;
+    int some = start < task->first_key ? (task->first_key - start) / 16 : 0;
     for (int i = 0; i < SPAN / 16; i++) {
         int key = start + 16 * i, is_seen = key + 16 > task->first_key && key < task->last_key;
         long at = offset_of(call, task, is_seen ? key : start + 16 * some) * element_size;

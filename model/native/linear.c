@@ -158,7 +158,8 @@ static void pack_pairs(const struct weight *w, const float *x, const int32_t *ro
             }
             int i = tile * R + r;
             const float *from = x + (long)(row_ids ? row_ids[i] : i) * K + k;
-            pairs[r] = (vec)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, from + 16), _mm512_maskz_loadu_ps(low, from));
+            vec first = _mm512_maskz_loadu_ps(low, from), second = _mm512_maskz_loadu_ps(high, from + 16);
+            pairs[r] = (vec)_mm512_cvtne2ps_pbh(second, first);
         }
         transpose(pairs);
         for (int i = 0; i < num_pairs; i++) _mm512_mask_storeu_ps(out + 4 * i * R, (1 << R) - 1, pairs[i]);
@@ -492,7 +493,8 @@ struct multiply_call {
 static void multiply_panels(const struct multiply_call *call, int panel, int C) {
     const struct weight *w = call->w;
     const struct packed_rows *rows = call->rows;
-    int K = padded_inputs(w), R = rows->tile_rows, num_blocks = is_integer(w) ? ceil_div(w->num_inputs, w->block_size) : 0;
+    int K = padded_inputs(w), R = rows->tile_rows;
+    int num_blocks = is_integer(w) ? ceil_div(w->num_inputs, w->block_size) : 0;
     int kind = takes_pairs(w) ? PAIRS : w->format, num_tiles = rows->num_tiles, stretch = K;
     int input_bytes = step_bytes(w->format) / inputs_together(w->format);
     long values_bytes = tile_bytes(w, rows), sums_each = (long)R * C * PANEL;
@@ -522,8 +524,8 @@ static void multiply_panels(const struct multiply_call *call, int panel, int C) 
 
 static void multiply_part(void *context, int part) {
     const struct multiply_call *call = context;
-    int first_panel = part * call->panels_each, last_panel = at_most(first_panel + call->panels_each, num_panels(call->w));
-    int R = call->rows->tile_rows;
+    int first_panel = part * call->panels_each, R = call->rows->tile_rows;
+    int last_panel = at_most(first_panel + call->panels_each, num_panels(call->w));
 #ifdef __AMX_TILE__
     if (call->rows->run > 4) {
         amx_multiply(call->w, call->rows, call->bias, call->y, first_panel, last_panel);

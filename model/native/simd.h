@@ -86,7 +86,7 @@ INLINE ivec dot_bytes(ivec acc, ivec w, ivec x) {
     return acc;
 }
 
-/* Each lane: acc + w * x of the second of two bf16 numbers, then of the first, each rounded; what is below 1e-38 is 0. */
+/* Each lane: acc + w * x of the second of two bf16 numbers, then of the first, each rounded; below 1.2e-38 all is 0. */
 #ifdef __AVX512BF16__
 INLINE vec dot_pairs(vec acc, vec w, vec x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
 #endif
