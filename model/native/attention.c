@@ -162,9 +162,9 @@ INLINE void compute_scores(struct workspace *w, const struct span *span, const s
 /* out += probabilities of keys [key, key + depth) . values [depth][stride] */
 INLINE void add_values(struct workspace *w, int num_rows, int key, const char *values, const char *next,
                        int is_bfloat16, int depth, int stride) {
-#define TILE(R, C)                                                                                                   \
-    value_tile(w->out[row] + d, w->scores[row] + key, values + at, next ? next + at : NULL, depth, stride, is_bfloat16, \
-               R, C)
+#define TILE(R, C)                                                                                                 \
+    value_tile(w->out[row] + d, w->scores[row] + key, values + at, next ? next + at : NULL, depth, stride,         \
+               is_bfloat16, R, C)
     int element_size = is_bfloat16 ? 2 : 4, row = 0, d = 0;
     if (num_rows <= WIDE_ROWS)
         for (; d + WIDE * LANES <= stride; d += WIDE * LANES) {

@@ -26,14 +26,6 @@ static void for_each_row(void (*body)(const void *call, int row), const void *ca
     parallel_for(run_rows, &job, ceil_div(num_rows, ROWS_EACH), num_rows < ROWS_WORTH_A_THREAD ? 1 : num_threads);
 }
 
-/* Up to LANES numbers; the lanes beyond are 0. */
-INLINE vec load_some(const float *p, int n) {
-    float buffer[LANES] = {0};
-    if (n >= LANES) return load(p);
-    memcpy(buffer, p, n * sizeof(float));
-    return load(buffer);
-}
-
 INLINE void store_some(float *p, vec a, int n) {
     float buffer[LANES];
     if (n >= LANES) {

@@ -131,54 +131,39 @@ static void pack_integer_tile(const struct weight *w, const float *x, const int3
     }
 }
 
-/* To the nearest bf16 number, the even one of two. */
-static float round_to_bfloat16(float a) {
-    uint32_t bits;
-    memcpy(&bits, &a, 4);
-    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
-    if (a == a) memcpy(&a, &bits, 4);
-    return a;
-}
-
+/* LANES words of 4 bytes of a row, from input k on: numbers, or pairs of bf16 numbers; zeros beyond the last one. */
+INLINE vec load_words(const struct weight *w, const float *row, int k) {
+    int K = w->num_inputs;
+    vec first = load_some(row + k, K - k);
 #ifdef __AVX512BF16__
-
-/* Values [pair of inputs][R][2], in bf16. */
-static void pack_pairs(const struct weight *w, const float *x, const int32_t *row_ids, int tile,
-                       const struct packed_rows *rows) {
-    int K = w->num_inputs, R = rows->tile_rows, num_rows = at_most(R, rows->num_rows - tile * R);
-    char *out = rows->values + tile * tile_bytes(w, rows);
-    for (int k = 0; k < K; k += 32, out += 64 * R) {
-        int n = at_most(32, K - k), num_pairs = ceil_div(n, 2);
-        __mmask16 low = n < 16 ? (1 << n) - 1 : 0xffff, high = n > 16 ? 0xffff >> (32 - n) : 0;
-        vec pairs[16];
-        for (int r = 0; r < 16; r++) {
-            if (r >= num_rows) {
-                pairs[r] = broadcast(0.0f);
-                continue;
-            }
-            int i = tile * R + r;
-            const float *from = x + (long)(row_ids ? row_ids[i] : i) * K + k;
-            vec first = _mm512_maskz_loadu_ps(low, from), second = _mm512_maskz_loadu_ps(high, from + 16);
-            pairs[r] = (vec)_mm512_cvtne2ps_pbh(second, first);
-        }
-        transpose(pairs);
-        for (int i = 0; i < num_pairs; i++) _mm512_mask_storeu_ps(out + 4 * i * R, (1 << R) - 1, pairs[i]);
+    if (takes_pairs(w)) {
+        vec second = load_some(row + k + LANES, K - k - LANES);
+        return (vec)_mm512_cvtne2ps_pbh(second, first);
     }
-}
-
 #endif
+    if (w->bfloat16_inputs) {
+        uint16_t rounded[LANES];
+        store_as_bf16(rounded, first);
+        first = load_bf16(rounded);
+    }
+    return first;
+}
 
 static void pack_float_tile(const struct weight *w, const float *x, const int32_t *row_ids, int tile,
                             const struct packed_rows *rows) {
-    int K = w->num_inputs, padded_K = padded_inputs(w), R = rows->tile_rows;
-    for (int r = 0; r < R; r++) {
-        int i = tile * R + r;
-        const float *row = i < rows->num_rows ? x + (long)(row_ids ? row_ids[i] : i) * K : NULL;
-        float *out = (float *)rows->values + (long)tile * R * padded_K + r;
-        for (int k = 0; k < padded_K; k++) {
-            float input = row && k < K ? row[k] : 0.0f;
-            out[(long)k * R] = w->bfloat16_inputs ? round_to_bfloat16(input) : input;
+    int R = rows->tile_rows, num_rows = at_most(R, rows->num_rows - tile * R);
+    int inputs_each = takes_pairs(w) ? 2 : 1, num_words = padded_inputs(w) / inputs_each;
+    float *out = (float *)(rows->values + tile * tile_bytes(w, rows));
+    for (int word = 0; word < num_words; word += LANES) {
+        vec words[LANES];
+        for (int r = 0; r < LANES; r++) {
+            int i = tile * R + r;
+            words[r] = broadcast(0.0f);
+            if (r >= num_rows) continue;
+            words[r] = load_words(w, x + (long)(row_ids ? row_ids[i] : i) * w->num_inputs, word * inputs_each);
         }
+        transpose(words);
+        for (int i = 0; i < at_most(LANES, num_words - word); i++) store_first(out + (long)(word + i) * R, words[i], R);
     }
 }
 
@@ -187,9 +172,6 @@ static void pack_tile(const struct weight *w, const struct packed_rows *rows, co
     if (is_integer(w)) pack_integer_tile(w, x, row_ids, tile, rows);
 #ifdef __AMX_TILE__
     else if (rows->run > 1) amx_pack_tile(w, rows, x, row_ids, tile);
-#endif
-#ifdef __AVX512BF16__
-    else if (takes_pairs(w)) pack_pairs(w, x, row_ids, tile, rows);
 #endif
     else pack_float_tile(w, x, row_ids, tile, rows);
 }

@@ -53,6 +53,8 @@ INLINE vec zero_below(vec a, vec x, float limit) { /* a where x > limit, else 0 
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GT_OQ), a);
 }
 
+/* The first n lanes. */
+INLINE void store_first(float *p, vec a, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1 << n) - 1), a); }
 INLINE vec load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE vec load_bf16(const uint16_t *p) {
     ivec wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
@@ -168,6 +170,10 @@ INLINE vec zero_below(vec a, vec x, float limit) {
     return _mm256_and_ps(a, _mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_GT_OQ));
 }
 
+INLINE void store_first(float *p, vec a, int n) {
+    __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes), a);
+}
 INLINE vec load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 INLINE vec load_bf16(const uint16_t *p) {
     ivec wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
@@ -252,6 +258,14 @@ INLINE void transpose(vec rows[LANES]) {
 }
 
 #endif
+
+/* Up to LANES numbers; the lanes beyond are 0. */
+INLINE vec load_some(const float *p, int n) {
+    float buffer[LANES] = {0};
+    if (n >= LANES) return load(p);
+    for (int i = 0; i < n; i++) buffer[i] = p[i];
+    return load(buffer);
+}
 
 /* The sum of 16 numbers held in 16 / LANES vectors, in the same order at both widths. */
 INLINE float sum_of_16(const vec a[16 / LANES]) {
