@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from actors.batch import build_batch
+from actors.micro_batches import MicroBatches
 from actors.pace import Pace
 from actors.request import Chunk, GenerateRequest, PoolRequest, Request, error_chunk
 from actors.scheduler import Scheduled, Scheduler
 from actors.sequence import Sequence
+from actors.specs import TwoBatchOverlap
 from actors.step_outputs import Draw, ExpertRecorder, draw_tokens, gather_rows, wants_experts
 from cluster.errors import MeshUnavailable
 from model.decoder import Decoder
@@ -38,8 +40,10 @@ class StepExchange(Exchange, Protocol):
     """An exchange that knows about steps.
 
     while_waiting: called now and then when a step has to wait for a new epoch, so that aborts and deadlines go on.
-    recovery_s: how long steps have waited so, all together.
+    recovery_s: how long steps have waited so, all together. num_lanes: dispatches that may be under way at once.
     """
+
+    num_lanes: int
 
     while_waiting: Callable[[], None]
     recovery_s: float
@@ -67,6 +71,7 @@ class EngineModel:
 @dataclass(slots=True)
 class EngineStats:
     num_steps: int = 0
+    num_overlapped_steps: int = 0
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
@@ -94,6 +99,7 @@ class Engine:
         exchange: StepExchange,
         deliver: Deliver,
         clock: Callable[[], float] = time.monotonic,
+        two_batch_overlap: TwoBatchOverlap = "auto",
     ) -> None:
         self.model = model
         self.scheduler = scheduler
@@ -108,6 +114,7 @@ class Engine:
         self._num_arrivals = 0
         self._stopping = False
         self._pace = Pace()
+        self._micro_batches = MicroBatches(two_batch_overlap, exchange.num_lanes)
         self._work: list[Scheduled] = []
         self._next_sweep = 0.0
         self._was_busy = False
@@ -202,15 +209,22 @@ class Engine:
             draws = draw_tokens(work, hidden_TH, self.model.lm_head, self.model.decoder.kernels.draw_tokens)
         self._commit(work, draws)
         duration_s = self._clock() - started
-        self._pace.observe(work, duration_s)
+        if self._recovery_s == 0.0:
+            self._pace.observe(work, duration_s)
+            self._micro_batches.observe(work, duration_s)
         self.stats.num_steps += 1
         self.stats.step_s += duration_s
 
     def _run(self, work: list[Scheduled]) -> Tensor:
         model = self.model
-        batch = build_batch(work, len(self.scheduler.blocks.pools), model.kv_cache.block_size, model.device)
+        parts = self._micro_batches.split(work)
+        self.stats.num_overlapped_steps += len(parts) > 1
+        batches = [
+            build_batch(part, len(self.scheduler.blocks.pools), model.kv_cache.block_size, model.device)
+            for part in parts
+        ]
         recorder = ExpertRecorder(self.exchange) if any(wants_experts(item.sequence) for item in work) else None
-        hidden_TH = model.decoder.forward(batch, model.kv_cache, recorder or self.exchange)
+        hidden_TH = model.decoder.forward_in_turns(batches, model.kv_cache, recorder or self.exchange)
         if recorder is not None:
             recorder.keep(work)
         gather_rows(work, hidden_TH, model.lm_head, model.heads)

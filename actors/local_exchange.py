@@ -12,6 +12,8 @@ from model.moe import LocalExchange
 class LocalSteps(LocalExchange):
     """A LocalExchange with the engine's step hooks, which have nothing to do here."""
 
+    num_lanes = 1
+
     def __init__(self, experts: Mapping[tuple[int, int], ExpertWeights], kernels: Kernels | None = None) -> None:
         super().__init__(experts, kernels)
         self.while_waiting: Callable[[], None] = lambda: None

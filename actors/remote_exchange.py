@@ -3,6 +3,9 @@
 A layer's input stays with its receipt until all partial sums are back. So when an exchange fails, only that layer's
 exchange is repeated: at once where replicas hold what is lost, else on the next epoch. The step goes on as if nothing
 had happened; nothing is ever committed with a contribution missing.
+
+Two exchanges may be under way at once, for two micro-batches that take turns. Where one finds that the group is lost,
+the other finds itself without one when its turn comes, and is repeated too.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from cluster.errors import ExchangeError, MeshUnavailable
 from cluster.settings import Timeouts
 from cluster.transport import RouterTransport
 from cluster.view import MeshView
-from cluster.wire import Header, Message, Opcode, sums_dtype
+from cluster.wire import LANES, Header, Message, Opcode, sums_dtype
 
 log = logging.getLogger("expertmesh.exchange")
 
@@ -62,14 +65,17 @@ class Membership(Protocol):
 
 @dataclass(slots=True)
 class _Receipt:
-    """sent: the plan that is under way and where its sums will be; None after a failure, which combine mends.
-    total_TH: zeros to add the sums to, where they come from several shards."""
+    """formed: the epoch of the group that it was sent to. sent: the plan that is under way and where its sums will be;
+    None after a failure, which combine mends. total_TH: zeros to add the sums to, where they come from several shards.
+    """
 
     layer_idx: int
     x_TH: Tensor
     topk_ids_TK: np.ndarray
     topk_weights_TK: Tensor
     started: float
+    lane: int
+    formed: int = 0
     sent: tuple[DispatchPlan, Message] | None = None
     failure: tuple[tuple[str, ...], str] | None = None
     total_TH: Tensor | None = None
@@ -105,6 +111,8 @@ class RemoteExchange:
     expert got any.
     """
 
+    num_lanes = LANES
+
     def __init__(
         self,
         membership: Membership,
@@ -125,6 +133,7 @@ class RemoteExchange:
         self._estimate = DeadlineEstimate(timeouts)
         self._step = 0
         self._last_sent = 0.0
+        self._free_lanes = [True] * LANES
         self.expert_tokens: dict[int, np.ndarray] = {}
         self.expert_uses: dict[int, np.ndarray] = {}
         self.traffic = Traffic()
@@ -140,6 +149,9 @@ class RemoteExchange:
     def begin_step(self) -> None:
         """Move to the newest epoch between steps. Raises MeshUnavailable when there has never been one."""
         self._step += 1
+        if not all(self._free_lanes):  # nobody will ask for those sums, and later ones must not be taken for them
+            self._free_lanes = [True] * LANES
+            self._lose((), "a step was broken off while shards computed for it")
         newest = self._membership.newest()
         if newest is None:
             if self._connection is None:
@@ -167,7 +179,8 @@ class RemoteExchange:
 
     def dispatch(self, layer_idx: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> _Receipt:
         ids = topk_ids_TK.cpu().numpy()  # on CUDA: one device-to-host sync a layer
-        receipt = _Receipt(layer_idx, x_TH, ids, topk_weights_TK, self._clock())
+        receipt = _Receipt(layer_idx, x_TH, ids, topk_weights_TK, self._clock(), self._free_lanes.index(True))
+        self._free_lanes[receipt.lane] = False
         self._send(receipt)
         self.traffic.dispatch.observe(self._clock() - receipt.started)
         # What can wait is done while the shards compute.
@@ -178,6 +191,11 @@ class RemoteExchange:
 
     def combine(self, receipt: _Receipt) -> Tensor:
         """Raises MeshUnavailable when no complete mesh came back within recovery_s."""
+        summed_TH = self._finish(receipt)
+        self._free_lanes[receipt.lane] = True
+        return summed_TH
+
+    def _finish(self, receipt: _Receipt) -> Tensor:
         asked = self._clock()
         give_up = asked + self._timeouts.recovery_s
         failed_at: float | None = None
@@ -191,18 +209,26 @@ class RemoteExchange:
             assert receipt.failure is not None
             suspects, reason = receipt.failure
             receipt.sent, receipt.failure = None, None
-            if failed_at is None:
-                failed_at = self._clock()
-            failed_epoch = self.epoch
-            self._lose(suspects, reason)
-            if self._connection is None:
-                self._use(self._wait_newer(failed_epoch, give_up))
-            assert self._connection is not None
-            if suspects and set(suspects) <= self._connection.view.placement.shards():
-                # Nobody is dead, somebody only slow: wait longer next time.
-                self._estimate.observe(self._clock() - receipt.started, len(receipt.x_TH))
+            if not self._is_mended(receipt.formed, suspects):
+                if failed_at is None:
+                    failed_at = self._clock()
+                failed_epoch = self.epoch
+                self._lose(suspects, reason)
+                if self._connection is None:
+                    self._use(self._wait_newer(failed_epoch, give_up))
+                assert self._connection is not None
+                if suspects and set(suspects) <= self._connection.view.placement.shards():
+                    # Nobody is dead, somebody only slow: wait longer next time.
+                    self._estimate.observe(self._clock() - receipt.started, len(receipt.x_TH))
             receipt.started = self._clock()
             self._send(receipt)
+
+    def _is_mended(self, formed: int, suspects: tuple[str, ...]) -> bool:
+        """Whether the other exchange under way met the same failure, and goes on in another group or without them."""
+        if self._connection is None:
+            return False
+        here = self._connection.view.placement.shards()
+        return formed != self._connection.formed or (bool(suspects) and here.isdisjoint(suspects))
 
     def _wait_newer(self, epoch: int, give_up: float) -> Connection:
         """Wait until `give_up` on the clock, looking after everything else meanwhile. Raises MeshUnavailable."""
@@ -228,6 +254,7 @@ class RemoteExchange:
         if connection is None:
             receipt.failure = ((), "no connection to the shards")
             return
+        receipt.formed = connection.formed
         num_shards = len(connection.transport.shard_ids)
         table = connection.tables[receipt.layer_idx]
         plan = plan_dispatch(receipt.topk_ids_TK, table, num_shards, turn=self._step)
@@ -247,6 +274,7 @@ class RemoteExchange:
                 pairs[end] - pairs[first],
                 rows[-1],
                 pairs[-1],
+                receipt.lane,
             )
 
         headers = [header(i, i + 1) for i in range(num_shards)]
@@ -270,14 +298,15 @@ class RemoteExchange:
 
     def _collect(self, receipt: _Receipt) -> Tensor | None:
         """The combined rows, or None with receipt.failure set."""
-        if receipt.sent is None or self._connection is None:
+        connection = self._connection
+        if receipt.sent is None or connection is None or connection.formed != receipt.formed:
             if receipt.failure is None:
                 receipt.failure = ((), "no connection to the shards")
             return None
         plan, message = receipt.sent
         num_tokens = len(receipt.x_TH)
         try:
-            self._connection.transport.receive(self._estimate.deadline_s(num_tokens))
+            connection.transport.receive(self._estimate.deadline_s(num_tokens), receipt.lane)
         except ExchangeError as error:
             receipt.failure = (error.suspects, str(error))
             return None

@@ -84,7 +84,13 @@ class Router:
             commands={"reset_prefix_cache": self._reset_prefix_cache, "stats": self.stats},
             load=self._load_report,
         )
-        self.engine = Engine(model, Scheduler(spec.limits, blocks), exchange, self.server.deliver)
+        self.engine = Engine(
+            model,
+            Scheduler(spec.limits, blocks),
+            exchange,
+            self.server.deliver,
+            two_batch_overlap=spec.two_batch_overlap,
+        )
         self._thread = threading.Thread(target=self.engine.run, name="engine", daemon=True)
         self.port = 0
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from actors.logs import LogFormat
 from cluster.settings import Timeouts
+
+TwoBatchOverlap = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +51,7 @@ class RouterSpec:
 
     dtype: rounds wider weights to it, and bfloat16 the activations too; None: as the checkpoint's config says.
     num_kv_blocks: of the full-attention group; None: what kv_cache_bytes holds. num_routers: of the whole mesh;
-    transport `auto` depends on it. local: experts in this process.
+    transport `auto` depends on it. local: experts in this process. two_batch_overlap: see actors.micro_batches.
     """
 
     model: str
@@ -67,6 +70,7 @@ class RouterSpec:
     limits: SchedulerLimits = SchedulerLimits()
     timeouts: Timeouts = Timeouts()
     transport: str = "auto"
+    two_batch_overlap: TwoBatchOverlap = "auto"
     num_routers: int = 1
     num_threads: int = 1
     local: bool = False

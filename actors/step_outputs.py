@@ -34,10 +34,10 @@ class ExpertRecorder:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._topk_ids: dict[int, Tensor] = {}
+        self._topk_ids: dict[int, list[Tensor]] = {}  # of each micro-batch
 
     def dispatch(self, layer_idx: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Receipt:
-        self._topk_ids[layer_idx] = topk_ids_TK
+        self._topk_ids.setdefault(layer_idx, []).append(topk_ids_TK)
         return self._exchange.dispatch(layer_idx, x_TH, topk_ids_TK, topk_weights_TK)
 
     def combine(self, receipt: Receipt) -> Tensor:
@@ -45,7 +45,7 @@ class ExpertRecorder:
 
     def keep(self, work: Sequence[Scheduled]) -> None:
         """Append [MoE layer][k] expert ids for each token that a sequence has not been told of yet."""
-        layers = [self._topk_ids[i] for i in sorted(self._topk_ids)]
+        layers = [torch.cat(self._topk_ids[i]) for i in sorted(self._topk_ids)]
         if not layers:
             return
         ids_TLK = torch.stack(layers, dim=1)

@@ -26,7 +26,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -34,7 +34,7 @@ import torch
 
 from cluster.errors import ExchangeError, FormationError, PeerLost, PeerSilent
 from cluster.process_group import MeshGroup, first_line
-from cluster.wire import HEADER_LENGTH, Arena, Header, Message, roomy
+from cluster.wire import HEADER_LENGTH, LANES, Arena, Header, Message, Opcode, roomy
 
 HEADER = struct.Struct(f"={HEADER_LENGTH}q")
 HELLO = struct.Struct("=q")
@@ -44,6 +44,7 @@ NAME_BYTES = 16
 NAME_TAG, ANSWER_TAG = 4, 5
 Failure = tuple[int | None, Exception]
 """Index of the shard, if one is to blame, and what happened."""
+LOST = ConnectionResetError("connection closed, or an answer out of turn")
 
 
 def is_supported() -> bool:
@@ -81,11 +82,14 @@ class SharedArena(Arena):
 
 
 class Channels:
-    """A router's sockets to the shards on its host, by shard index, and the memory it shares with them."""
+    """A router's sockets to the shards on its host, by shard index, and the memory it shares with them, by lane."""
 
-    def __init__(self, sockets: dict[int, socket.socket], arena: SharedArena | None = None) -> None:
+    def __init__(self, sockets: dict[int, socket.socket], arenas: Sequence[SharedArena] = ()) -> None:
         self.sockets = sockets
-        self.arena = arena
+        self.arenas = arenas
+        self._owed: dict[int, list[Header]] = {shard_idx: [] for shard_idx in sockets}  # answers, in their order
+        self._num_owed = [0] * LANES
+        self._failures: list[list[Failure]] = [[] for _ in range(LANES)]
         self._poll = select.poll()
         self._shard_of_fd = {peer.fileno(): shard_idx for shard_idx, peer in sockets.items()}
         for fd in self._shard_of_fd:
@@ -96,49 +100,63 @@ class Channels:
             peer.close()
 
     def send(self, shard_idx: int, header: Header) -> None:
-        """Raises OSError."""
+        """A STEP is answered, see `wait`. Raises OSError."""
         try:
             self.sockets[shard_idx].send(HEADER.pack(*header))
         except BlockingIOError:
             raise TimeoutError("timed out: it reads nothing") from None
+        if header.opcode == Opcode.STEP:
+            self._owed[shard_idx].append(header)
+            self._num_owed[header.lane] += 1
 
-    def wait(self, headers: dict[int, Header], end: float) -> list[Failure]:
-        """Wait until each shard has sent its header back or closed, at most until `end` (monotonic); empties `headers`.
-
-        Shards that nothing is expected from are noticed too when they close.
+    def wait(self, lane: int, end: float) -> list[Failure]:
+        """Wait until each shard has sent back the header of its exchange in the lane, or closed; at most until `end`
+        (monotonic). Answers to the other lane are taken note of, and so are shards that close and owe nothing.
         """
-        failures: list[Failure] = []
-        while headers:
+        while self._num_owed[lane]:
             events = _awake(lambda: self._poll.poll(0)) or self._poll.poll(max(end - time.monotonic(), 0.0) * 1e3)
             if not events:
-                return failures + [(shard_idx, TimeoutError("timed out")) for shard_idx in headers]
+                late = [i for i, owed in self._owed.items() if any(header.lane == lane for header in owed)]
+                return self._take_failures(lane) + [(shard_idx, TimeoutError("timed out")) for shard_idx in late]
             for fd, _ in events:
-                shard_idx = self._shard_of_fd[fd]
-                expected = headers.pop(shard_idx, None)
-                try:
-                    answer = self.sockets[shard_idx].recv(HEADER.size)
-                except OSError:
-                    answer = b""
-                if expected is None or answer != HEADER.pack(*expected):
-                    failures.append((shard_idx, ConnectionResetError("connection closed, or an answer out of turn")))
-                    self.drop(shard_idx)
+                self._hear(self._shard_of_fd[fd], lane)
+        return self._take_failures(lane)
+
+    def _hear(self, shard_idx: int, lane: int) -> None:
+        try:
+            answer = self.sockets[shard_idx].recv(HEADER.size)
+        except OSError:
+            answer = b""
+        owed = self._owed[shard_idx]
+        if owed and answer == HEADER.pack(*owed[0]):
+            self._num_owed[owed.pop(0).lane] -= 1
+            return
+        if all(header.lane != lane for header in owed):
+            self._failures[lane].append((shard_idx, LOST))
+        self.drop(shard_idx)
+
+    def _take_failures(self, lane: int) -> list[Failure]:
+        failures, self._failures[lane] = self._failures[lane], []
         return failures
 
     def drop(self, shard_idx: int) -> None:
-        """Close the socket to a shard, if it is open."""
+        """Close the socket to a shard, if it is open; whoever waits for its answers fails."""
         peer = self.sockets.pop(shard_idx, None)
         if peer is not None:
             self._poll.unregister(peer.fileno())
             peer.close()
+        for header in self._owed.pop(shard_idx, ()):
+            self._num_owed[header.lane] -= 1
+            self._failures[header.lane].append((shard_idx, LOST))
 
 
 class HostShard:
     """A shard's side of one router's channel. The group is kept: it ends with this."""
 
-    def __init__(self, group: MeshGroup, router: socket.socket, arena: SharedArena) -> None:
+    def __init__(self, group: MeshGroup, router: socket.socket, arenas: Sequence[SharedArena]) -> None:
         self.group = group
         self._socket = router
-        self._arena = arena
+        self._arenas = arenas
         self._socket.settimeout(None)
         limit = struct.pack("=qq", int(group.operation_s), int(group.operation_s % 1 * 1e6))
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
@@ -164,8 +182,9 @@ class HostShard:
         return b""
 
     def receive(self, header: Header) -> Message:
-        self._arena.reserve(header.arena_bytes)
-        return self._arena.message(header)
+        arena = self._arenas[header.lane]
+        arena.reserve(header.arena_bytes)
+        return arena.message(header)
 
     def reply(self, header: Header, message: Message) -> None:
         try:
@@ -193,7 +212,7 @@ def meet_shards(group: MeshGroup) -> Channels:
     end = time.monotonic() + group.formation_s
     peers: dict[int, socket.socket] = {}
     try:
-        arena = SharedArena()
+        arenas = [SharedArena() for _ in range(LANES)]
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(_address(name))
             listener.listen(group.world_size)
@@ -207,13 +226,13 @@ def meet_shards(group: MeshGroup) -> Channels:
                     continue
                 (rank,) = HELLO.unpack(peer.recv(HELLO.size))
                 peers[rank - 1] = peer
-                socket.send_fds(peer, [b"m"], [arena.fd])
+                socket.send_fds(peer, [b"m"], [arena.fd for arena in arenas])
                 peer.setblocking(False)
     except (RuntimeError, OSError, struct.error) as error:
         for peer in peers.values():
             peer.close()
         raise FormationError(f"group {group.name}, channels of this host: {first_line(error)}") from None
-    return Channels(peers, arena if peers else None)
+    return Channels(peers, arenas if peers else ())
 
 
 def _ask(group: MeshGroup, name: bytes) -> int:
@@ -238,10 +257,10 @@ def meet_router(group: MeshGroup) -> HostShard | None:
         group.control.send([torch.tensor([int(router is not None)])], 0, ANSWER_TAG).wait(timeout)
         if router is None:
             return None
-        _, fds, _, _ = socket.recv_fds(router, 1, 1)
-        if not fds:
-            raise OSError("the router sent no memory")
-        return HostShard(group, router, SharedArena(fds[0]))
+        _, fds, _, _ = socket.recv_fds(router, 1, LANES)
+        if len(fds) != LANES:
+            raise OSError(f"the router sent {len(fds)} pieces of memory, not {LANES}")
+        return HostShard(group, router, [SharedArena(fd) for fd in fds])
     except (RuntimeError, OSError) as error:
         raise FormationError(f"group {group.name}, channel to the router: {first_line(error)}") from None
 

@@ -277,12 +277,17 @@ def evaluate(model: ModelShape, device: Device, layout: Layout, targets: Targets
 def plans(
     model: ModelShape, device: Device, targets: Targets, num_devices: int, replicas: Sequence[int] = (1, 2, 4, 8, 16)
 ) -> list[Plan]:
-    """Every layout on num_devices that fits in memory, best first: those that meet the TPOT, then by throughput."""
+    """Every layout on num_devices that fits in memory, best first: those that meet the TPOT, then by throughput; with
+    as many micro-batches as serve it best, as routers find out for themselves."""
     found = [
         evaluate(model, device, layout, targets, imbalance=1.0 + 0.3 / layout.replicas)
         for layout in _layouts(model, num_devices, replicas)
     ]
-    return sorted((p for p in found if p.fits), key=lambda p: (not p.meets_tpot, -p.tokens_per_s, p.layout.replicas))
+    best: dict[Layout, Plan] = {}
+    for plan in sorted(found, key=lambda p: (not p.meets_tpot, -p.tokens_per_s, p.layout.replicas)):
+        if plan.fits:
+            best.setdefault(replace(plan.layout, micro_batches=1), plan)
+    return list(best.values())
 
 
 def _layouts(model: ModelShape, num_devices: int, replicas: Sequence[int]) -> Iterator[Layout]:

@@ -31,7 +31,7 @@ from torch import Tensor
 from cluster.errors import ExchangeError, PeerLost, PeerSilent
 from cluster.host_transport import Channels, Failure, is_supported, meet_router, meet_shards
 from cluster.process_group import MeshGroup, first_line
-from cluster.wire import HEADER_LENGTH, Arena, Header, Message
+from cluster.wire import HEADER_LENGTH, LANES, Arena, Header, Message
 
 TRANSPORTS = ("star", "host", "mixed", "all_to_all")
 HEADER_TAG, MESSAGE_TAG, REPLY_TAG = 1, 2, 3
@@ -41,7 +41,7 @@ Work = tuple[int | None, dist.Work]
 
 
 class RouterTransport(Protocol):
-    """The router's side: prepare, fill the message, send, receive; one exchange at a time.
+    """The router's side: prepare, fill the message, send, receive; one exchange at a time in each lane.
 
     All methods raise ExchangeError; then the group is done for, unless leave_out says not. shard_ids: of the group, by
     rank, also those that were left out.
@@ -55,8 +55,8 @@ class RouterTransport(Protocol):
     def send(self, headers: Sequence[Header]) -> None:
         """Start the exchange: headers[i] says which part of the message is for shard i (rank i + 1), maybe none."""
 
-    def receive(self, deadline_s: float) -> None:
-        """Wait at most deadline_s until all sums are in the message."""
+    def receive(self, deadline_s: float, lane: int = 0) -> None:
+        """Wait at most deadline_s until all sums of the lane's exchange are in its message."""
 
     def announce(self, header: Header) -> None:
         """Send a header without rows (IDLE, CLOSE) to every shard."""
@@ -167,11 +167,11 @@ class PairRouter(_Router):
     def __init__(self, group: MeshGroup, shard_ids: Sequence[str], channels: Channels) -> None:
         super().__init__(group, shard_ids)
         self._near = channels
-        self._arena = channels.arena or Arena(group.device)
-        self._far = {i: Arena(group.device) for i in range(len(shard_ids)) if i not in channels.sockets}
-        self._waiting: dict[int, Header] = {}
-        self._works: list[Work] = []
-        self._refused: list[Failure] = []
+        self._arenas: Sequence[Arena] = channels.arenas or [Arena(group.device) for _ in range(LANES)]
+        far = [i for i in range(len(shard_ids)) if i not in channels.sockets]
+        self._far = {i: [Arena(group.device) for _ in range(LANES)] for i in far}
+        self._works: list[list[Work]] = [[] for _ in range(LANES)]
+        self._refused: list[list[Failure]] = [[] for _ in range(LANES)]
         self._left_out: set[str] = set()
         self._is_ended = False
 
@@ -197,34 +197,33 @@ class PairRouter(_Router):
         super()._raise_for(failures)
 
     def prepare(self, whole: Header) -> Message:
-        self._arena.reserve(whole.arena_bytes)
-        return self._arena.message(whole)
+        arena = self._arenas[whole.lane]
+        arena.reserve(whole.arena_bytes)
+        return arena.message(whole)
 
     def send(self, headers: Sequence[Header]) -> None:
         """A shard that can't be sent to shows in receive(), when the others have answered."""
-        self._waiting, self._works, self._refused = {}, [], []
+        lane = headers[0].lane
+        works, refused = self._works[lane], self._refused[lane] = list[Work](), list[Failure]()
         for shard_idx, header in enumerate(headers):
             if header.num_rows == 0:
                 continue
             if self.shard_ids[shard_idx] in self._left_out:
-                self._refused.append((shard_idx, ConnectionResetError("left out before")))
+                refused.append((shard_idx, ConnectionResetError("left out before")))
                 continue
             try:
                 if shard_idx in self._far:
-                    self._works += self._send_far(shard_idx, header)
+                    works += self._send_far(shard_idx, header)
                 else:
                     self._near.send(shard_idx, header)
-                    self._waiting[shard_idx] = header
             except (RuntimeError, OSError) as error:
-                self._refused.append((shard_idx, error))
+                refused.append((shard_idx, error))
 
-    def receive(self, deadline_s: float) -> None:
+    def receive(self, deadline_s: float, lane: int = 0) -> None:
         end = time.monotonic() + deadline_s
-        failures = self._refused
-        if self._waiting:
-            failures = failures + self._near.wait(self._waiting, end)
-        if self._works:
-            failures = failures + self._wait_all(self._works, end)
+        failures = self._refused[lane] + self._near.wait(lane, end)
+        if works := self._works[lane]:
+            failures = failures + self._wait_all(works, end)
         self._raise_for(failures)
 
     def leave_out(self, suspects: Sequence[str]) -> bool:
@@ -249,8 +248,8 @@ class PairRouter(_Router):
         return [i for i, shard_id in enumerate(self.shard_ids) if shard_id not in self._left_out]
 
     def _send_far(self, shard_idx: int, header: Header) -> list[Work]:
-        message = self._arena.message(header)
-        alone, own = header.alone(), self._far[shard_idx]
+        message = self._arenas[header.lane].message(header)
+        alone, own = header.alone(), self._far[shard_idx][header.lane]
         own.reserve(alone.arena_bytes)
         _copy(message, own.message(alone))
         header_sent = self._post(shard_idx, torch.tensor(alone), HEADER_TAG)
@@ -264,9 +263,8 @@ class AllToAllRouter(_Router):
 
     def __init__(self, group: MeshGroup, shard_ids: Sequence[str]) -> None:
         super().__init__(group, shard_ids)
-        self._arena = Arena(group.device)
-        self._works: list[Work] = []
-        self._sums_NH = _no_bytes(group.device)
+        self._arenas = [Arena(group.device) for _ in range(LANES)]
+        self._works: list[list[Work]] = [[] for _ in range(LANES)]
 
     def announce(self, header: Header) -> None:
         tensor, works = torch.tensor(header), list[Work]()
@@ -275,16 +273,17 @@ class AllToAllRouter(_Router):
         self._raise_for(self._wait_all(works, time.monotonic() + 1.0))
 
     def prepare(self, whole: Header) -> Message:
-        self._arena.reserve(whole.arena_bytes)
-        message = self._arena.message(whole)
-        self._sums_NH = message.sums_NH
-        return message
+        arena = self._arenas[whole.lane]
+        arena.reserve(whole.arena_bytes)
+        return arena.message(whole)
 
     def send(self, headers: Sequence[Header]) -> None:
-        device = self.group.device
-        parts = [_packed(self._arena.message(header), header.alone(), device) for header in headers]
-        row_bytes = self._sums_NH.shape[1] * self._sums_NH.itemsize
-        incoming = self._sums_NH.view(-1).view(torch.uint8)
+        device, arena = self.group.device, self._arenas[headers[0].lane]
+        parts = [_packed(arena.message(header), header.alone(), device) for header in headers]
+        whole = headers[0]._replace(first_row=0, num_rows=headers[0].total_rows)
+        sums_NH = arena.message(whole).sums_NH
+        row_bytes = sums_NH.shape[1] * sums_NH.itemsize
+        incoming = sums_NH.view(-1).view(torch.uint8)
         incoming_splits = [0, *(header.num_rows * row_bytes for header in headers)]
         none, no_splits = _no_bytes(device), [0] * self.group.world_size
         data = self.group.data
@@ -292,13 +291,14 @@ class AllToAllRouter(_Router):
             sent = [self._post(i, torch.tensor(h.alone()), HEADER_TAG) for i, h in enumerate(headers)]
             outward = data.alltoall_base(none, torch.cat(parts), no_splits, [0, *map(len, parts)])
             homeward = data.alltoall_base(incoming, none, incoming_splits, no_splits)
-            self._works = [(None, outward), (None, homeward), *sent]
+            self._works[whole.lane] = [(None, outward), (None, homeward), *sent]
 
-    def receive(self, deadline_s: float) -> None:
+    def receive(self, deadline_s: float, lane: int = 0) -> None:
         """The collectives first: gloo forgets to wake who waits for a send that the peer's death overtook, and nobody
         needs to know of the headers once a collective has failed."""
         end = time.monotonic() + deadline_s
-        failures = self._wait_all(self._works[:2], end) or self._wait_all(self._works[2:], end)
+        works = self._works[lane]
+        failures = self._wait_all(works[:2], end) or self._wait_all(works[2:], end)
         if failures:
             self._hang_up()
         self._raise_for(failures)

@@ -1,6 +1,6 @@
 """The bytes between a router and its shards.
 
-    header   int64 x 11: see Header
+    header   int64 x 12: see Header
     message  int64   [pairs]          row of each (token, expert) pair, counted from the shard's first row
              int64   [pairs]          expert of each pair
              float32 [pairs]          weight of each pair, then zero to 60 bytes of padding
@@ -12,7 +12,8 @@ does not depend on how the experts are split over shards.
 
 A router keeps the messages of one exchange for all shards in one arena: first every shard's pairs, one shard after
 the other, then every shard's rows, then every shard's sums. A shard on the same host works on its part of that very
-memory; for others their part is copied into a message of its own.
+memory; for others their part is copied into a message of its own. Two exchanges of a router may be under way at once,
+each in a lane, and so in an arena, of its own; a shard answers them in the order in which they came.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+LANES = 2
 
 
 class Opcode(IntEnum):
@@ -45,6 +48,7 @@ class Header(NamedTuple):
     num_pairs: int = 0
     total_rows: int = 0
     total_pairs: int = 0
+    lane: int = 0
 
     @property
     def rows_offset(self) -> int:
@@ -84,7 +88,7 @@ class Message:
 
 
 class Arena:
-    """Memory for one exchange at a time: the next one overwrites it. Grows and never shrinks."""
+    """Memory for one exchange at a time: the lane's next one overwrites it. Grows and never shrinks."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

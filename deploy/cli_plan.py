@@ -48,8 +48,7 @@ def plan(
         hardware = replace(hardware, efficiency=efficiency)
     shape = model_shape(model, quantization)
     targets = Targets(users=users, context=context, tpot_s=tpot / 1e3)
-    computed = plans(shape, hardware, targets, devices)
-    found = [one for one in computed if one.layout.micro_batches == 1]
+    found = plans(shape, hardware, targets, devices)
     screen = Console(highlight=False)
     if not found:
         need = shape.experts_bytes + shape.router_bytes + users * context * shape.kv_bytes_per_token
@@ -63,24 +62,18 @@ def plan(
         soft_wrap=True,
     )
     table = Table(box=None, header_style="dim", padding=(0, 1), pad_edge=False, collapse_padding=True)
-    for name in ("routers", "shards", "replicas", "TPOT\nms", "tokens/s", "router\nGB", "shard\nGB"):
+    for name in ("routers", "shards", "replicas", "micro-\nbatches", "TPOT\nms", "tokens/s", "router\nGB", "shard\nGB"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("bound by", no_wrap=True)
     for one in found[:5]:
         colour = "" if one.meets_tpot else "[red]"
         table.add_row(
-            str(one.layout.routers), str(one.layout.shards), str(one.layout.replicas),
+            str(one.layout.routers), str(one.layout.shards), str(one.layout.replicas), str(one.layout.micro_batches),
             f"{colour}{1e3 * one.times.step_s:.1f}", f"{one.tokens_per_s:.0f}", f"{one.router_bytes_used / 1e9:.1f}",
             f"{one.shard_bytes_used / 1e9:.1f}", one.times.bound_by,
         )  # fmt: skip
     screen.print(table)
     best = found[0]
-    if (where := computed[0].layout).micro_batches > 1:
-        screen.print(
-            f"two micro-batches in ping-pong, which routers don't run yet, would give {computed[0].tokens_per_s:.0f} "
-            f"tokens/s: {where.routers} routers, {where.shards} shards, {where.replicas} replicas",
-            soft_wrap=True,
-        )
     most = most_users(shape, hardware, best.layout, targets)
     screen.print(
         f"the first layout holds up to {most} users at this TPOT" if most else "[red]no layout meets the TPOT[/red]"

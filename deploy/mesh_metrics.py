@@ -21,6 +21,7 @@ ROUTER_GAUGES = (
 ROUTER_COUNTERS = (
     ("steps", "num_steps", "Steps."),
     ("step_seconds", "step_s", "Time in steps."),
+    ("overlapped_steps", "num_overlapped_steps", "Steps in two micro-batches that took turns."),
     ("computed_prompt_tokens", "num_prompt_tokens", "Prompt tokens computed (not found in the prefix cache)."),
     ("sampled_tokens", "num_output_tokens", "Tokens drawn."),
     ("prefix_cache_queries", "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),

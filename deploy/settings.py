@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from actors.logs import LogFormat
+from actors.specs import TwoBatchOverlap
 
 ENV_PREFIX = "EXPERTMESH_"
 SECRETS = frozenset({"server.api_keys", "mesh.token"})
@@ -113,6 +114,8 @@ class MeshSettings(Section):
     routers: int = Field(default=1, ge=1)
     replicas: int = Field(default=1, ge=1)  # copies of each expert
     transport: Literal["auto", "star", "all_to_all", "host"] = "auto"
+    # Steps in two micro-batches, one with the router while the other is with the shards. auto: where measured faster.
+    two_batch_overlap: TwoBatchOverlap = "auto"
     name: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")  # part of the actors' names
     local: bool = False  # no shards: each router holds all experts itself, on its own device
     spares: int = Field(default=0, ge=0)  # further shards that run empty, ready to take over
@@ -251,7 +254,7 @@ def load(
         name = ".".join(str(part) for part in first["loc"][:2])
         shown = "********" if name in SECRETS else repr(first.get("input"))
         raise ValueError(f"setting {name} = {shown} ({origins.get(name, 'default')}): {first['msg']}") from None
-    for name in ("mesh.shards", "mesh.replicas", "mesh.spares", "mesh.autoscale"):
+    for name in ("mesh.shards", "mesh.replicas", "mesh.spares", "mesh.autoscale", "mesh.two_batch_overlap"):
         if settings.mesh.local and name in origins:
             raise ValueError(f"setting {name} ({origins[name]}): mesh.local leaves no shards; remove one of the two")
     return LoadedSettings(settings=settings, origins=origins)

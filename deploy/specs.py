@@ -114,6 +114,7 @@ def router_spec(settings: Settings, num_cores: int = 1) -> RouterSpec:
         ),
         timeouts=timeouts(settings),
         transport=mesh.transport,
+        two_batch_overlap=mesh.two_batch_overlap,
         num_routers=mesh.routers,
         num_threads=engine.threads or threads,
         local=mesh.local,

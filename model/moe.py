@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -22,7 +22,7 @@ Receipt = Any
 
 
 class Exchange(Protocol):
-    """Sends tokens to their experts and brings the weighted sums back."""
+    """Sends tokens to their experts and brings the weighted sums back; at most twice at a time."""
 
     def dispatch(self, layer_idx: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Receipt:
         """Start the experts on these rows; returns without waiting for them where it can.
@@ -109,13 +109,15 @@ class MoeBlock:
     gate: Gate
     shared_expert: MLP
 
-    def forward(self, x_TH: Tensor, delta_TH: Tensor | None, exchange: Exchange, kernels: Kernels) -> Tensor:
-        """x += delta, in place. -> what the layer adds to x, [T, H]."""
+    def start(
+        self, x_TH: Tensor, delta_TH: Tensor | None, exchange: Exchange, kernels: Kernels
+    ) -> Callable[[], Tensor]:
+        """x += delta, in place. -> waits for the experts and gives what the layer adds to x, [T, H]."""
         normed_TH, topk_ids_TK, topk_weights_TK, shared_gate_T1 = kernels.route(self, x_TH, delta_TH)
         receipt = exchange.dispatch(self.layer_idx, normed_TH, topk_ids_TK, topk_weights_TK)
         # The shared expert runs while the tokens are away, and hides the exchange.
         shared_TH = kernels.mlp(self.shared_expert, normed_TH)
-        return kernels.add_gated(exchange.combine(receipt), shared_TH, shared_gate_T1)
+        return lambda: kernels.add_gated(exchange.combine(receipt), shared_TH, shared_gate_T1)
 
 
 def route_reference(block: MoeBlock, x_TH: Tensor, delta_TH: Tensor | None) -> Routed:

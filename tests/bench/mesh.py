@@ -21,7 +21,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any, Self
 
-from actors.specs import RouterSpec, SchedulerLimits, ShardSpec
+from actors.specs import RouterSpec, SchedulerLimits, ShardSpec, TwoBatchOverlap
 from cluster.placement import spread_evenly
 from cluster.settings import Timeouts
 from cluster.view import Member, MeshView
@@ -40,6 +40,7 @@ class Arrangement:
     threads: int = 1
     quantization: str | None = None
     transport: str = "auto"
+    two_batch_overlap: TwoBatchOverlap = "auto"
     max_num_seqs: int = 128
     max_model_len: int = 2048
 
@@ -108,6 +109,7 @@ class Mesh:
                 prefix_caching=False,
                 timeouts=TIMEOUTS,
                 transport=arrangement.transport,
+                two_batch_overlap=arrangement.two_batch_overlap,
                 num_threads=arrangement.threads,
                 local=not shard_ids,
                 num_routers=arrangement.routers,

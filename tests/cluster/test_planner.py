@@ -130,12 +130,17 @@ def test_plan_reads_a_config_alone_and_says_that_it_computed(tmp_path: Path) -> 
     done = CliRunner().invoke(cli, ["plan", str(tmp_path), "--devices", "8", "--users", "200"])
     assert done.exit_code == 0, done.output
     assert "Computed, not measured" in done.output and "bound" in done.output and "simulated" in done.output
-    assert "ping-pong" not in done.output, "overlap gains nothing here"
-    slow = CliRunner().invoke(cli, ["plan", str(tmp_path), "--devices", "8", "--users", "128", "--network", "5"])
-    assert "ping-pong, which routers don't run yet" in slow.output
     done = CliRunner().invoke(cli, ["plan", str(tmp_path), "--devices", "2"])
     assert done.exit_code == 1 and "can't hold it" in done.output
     assert "choose one of" in CliRunner().invoke(cli, ["plan", str(tmp_path), "--device", "abacus"]).output
+
+
+def test_two_micro_batches_are_planned_where_the_network_is_slow() -> None:
+    targets = Targets(users=128, context=2048, tpot_s=0.05)
+    quick, slow = (plans(QWEN2_57B, replace(A100, network=network), targets, 8) for network in (25e9, 5e9))
+    assert quick[0].layout.micro_batches == 1 and slow[0].layout.micro_batches == 2
+    layouts = [(p.layout.routers, p.layout.shards, p.layout.replicas) for p in slow]
+    assert len(set(layouts)) == len(layouts)
 
 
 def test_more_copies_make_use_of_more_devices_than_there_are_experts() -> None:

@@ -32,10 +32,15 @@ HIDDEN = 8
 
 def exchange(router, rows, deadline_s=5.0, hidden_size=HIDDEN):
     """One exchange with rows[i] rows for shard i; checks what came back."""
+    start(router, rows, hidden_size=hidden_size)(deadline_s)
+
+
+def start(router, rows, lane=0, hidden_size=HIDDEN):
+    """Send one; the function that is returned waits for it and checks it."""
     starts = np.cumsum([0, *rows]).tolist()
-    whole = Header(Opcode.STEP, 1, 0, 0, hidden_size, 0, starts[-1], 0, starts[-1], starts[-1], starts[-1])
+    whole = Header(Opcode.STEP, 1, 0, 0, hidden_size, 0, starts[-1], 0, starts[-1], starts[-1], starts[-1], lane)
     message = router.prepare(whole)
-    message.rows_NH.copy_(torch.arange(message.rows_NH.numel()).view(message.rows_NH.shape))
+    message.rows_NH.copy_(torch.arange(message.rows_NH.numel()).view(message.rows_NH.shape) + 1000 * lane)
     message.pair_weights_P.fill_(0.5)
     for i, n in enumerate(rows):
         message.pair_rows_P[starts[i] : starts[i + 1]] = torch.arange(n)
@@ -43,11 +48,15 @@ def exchange(router, rows, deadline_s=5.0, hidden_size=HIDDEN):
     router.send(
         [whole._replace(first_row=starts[i], num_rows=n, first_pair=starts[i], num_pairs=n) for i, n in enumerate(rows)]
     )
-    router.receive(deadline_s)
-    for i, n in enumerate(rows):
-        part = slice(starts[i], starts[i + 1])
-        expected = message.rows_NH[part].double() * 2 + 0.5 * n + 10 * i + torch.arange(n)[:, None]
-        assert torch.equal(message.sums_NH[part], expected)
+
+    def finish(deadline_s=5.0):
+        router.receive(deadline_s, lane)
+        for i, n in enumerate(rows):
+            part = slice(starts[i], starts[i + 1])
+            expected = message.rows_NH[part].double() * 2 + 0.5 * n + 10 * i + torch.arange(n)[:, None]
+            assert torch.equal(message.sums_NH[part], expected)
+
+    return finish
 
 
 @contextmanager
@@ -108,6 +117,37 @@ def test_rows_come_back_from_every_shard_whatever_the_split(transport, num_shard
             exchange(router, [(step + i) % 3 for i in range(num_shards - 1)] + [step + 1])  # some shards get nothing
         exchange(router, [3] * num_shards, hidden_size=40_000)  # more than the arena had room for
         exchange(router, [1] * num_shards)
+
+
+@pytest.mark.parametrize(("transport", "far"), [*((name, ()) for name in TRANSPORTS), ("mixed", (1,))])
+def test_two_exchanges_may_be_under_way_at_once(transport, far):
+    with threads(transport, 3, far) as router:
+        for step in range(20):
+            first = start(router, [step % 3, 1, 4], lane=0)
+            second = start(router, [2, 0 if step % 2 else 5, step % 4], lane=1)
+            first()
+            first = start(router, [3, 2, 0], lane=0)
+            second()
+            first()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_killed_shard_fails_the_exchanges_that_wait_for_it_and_no_other(transport):
+    with processes(transport, 2) as (router, children):
+        exchange(router[0], [1, 2])
+        os.kill(children[1].pid, signal.SIGSTOP)
+        first, second = start(router[0], [1, 2], lane=0), start(router[0], [2, 1], lane=1)
+        children[1].kill()
+        for finish in (first, second):
+            began = time.monotonic()
+            with pytest.raises(ExchangeError) as failure:
+                finish()
+            assert "shard-1" in failure.value.suspects and time.monotonic() - began < 3.0
+            if not router[0].leave_out(failure.value.suspects):
+                break  # the whole group is done for, and the other exchange with it
+        else:
+            exchange(router[0], [3, 0])
+        children[0].kill()
 
 
 def test_near_and_far_shards_serve_one_router_together():
@@ -231,7 +271,7 @@ def test_an_answer_out_of_turn_ends_the_channel():
     sent = Header(Opcode.STEP, 7, 3, 2)
     channels.send(0, sent)
     theirs.send(theirs.recv(1000)[:-8] + b"old step")
-    [(shard_idx, error)] = channels.wait({0: sent}, time.monotonic() + 5)
+    [(shard_idx, error)] = channels.wait(0, time.monotonic() + 5)
     assert shard_idx == 0 and "out of turn" in str(error) and not channels.sockets
     theirs.close()
 
