@@ -7,9 +7,10 @@ A decode step of one router with B sequences, per layer:
     shard    every expert that is hit, read once; the rows, computed              (bandwidth) and (FLOP/s)
     shared   the shared expert, on the router, while the rows are away
 
-With one micro-batch these follow each other; with two the router works on one while the other is away. A shard serves
-one router's rows at a time, so all routers' work together is the least that a layer can take, and on one host all
-processes' work over its cores. The fullest shard ends a layer: experts are drawn, so it has more than the mean.
+With one micro-batch these follow each other; with two the router works on one while the other is away (routers take
+whichever they measure to be faster). A shard serves one router's rows at a time, so all routers' work together is the
+least that a layer can take, and on one host all processes' work over its cores. The fullest shard ends a layer:
+experts are drawn, so it has more than the mean.
 Computed from data sheets (efficiency says how much of them is taken for granted) or from a device that was calibrated,
 as tests/bench/plan_accuracy.py does and compares with measured steps. Source of the shape: MegaScale-Infer
 (arXiv:2504.02263), section 4.

@@ -21,6 +21,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any, Self
 
+from actors.micro_batches import TRIES
 from actors.specs import RouterSpec, SchedulerLimits, ShardSpec, TwoBatchOverlap
 from cluster.placement import spread_evenly
 from cluster.settings import Timeouts
@@ -331,8 +332,10 @@ class RouterBench:
         return time.perf_counter() - began
 
     def _whole(self, batch: int) -> list[Any]:
-        """Steps in which all decode; the first two still have what the prompts left in the caches."""
-        return [step for step in self._clock.steps if step.num_decodes == batch and step.num_prompt == 0][2:]
+        """Steps in which all decode. The first two still have what the prompts left in the caches, and those after them
+        try both one and two micro-batches."""
+        steps = [step for step in self._clock.steps if step.num_decodes == batch and step.num_prompt == 0]
+        return steps[2 + 2 * TRIES :]
 
     def decode(self, batch: int, prompt: int, num_steps: int) -> dict[str, Any]:
         """{"step_ms" (median), "tok_s", "context", "parts" (see step_parts.split), "uses": distinct experts of a

@@ -151,9 +151,10 @@ def split(steps: Sequence[Step]) -> dict[str, float]:
 
 
 def slowest_s(step: Step) -> float:
-    """Seconds of the slowest shard in each layer, added up."""
-    by_layer: dict[int, float] = defaultdict(float)
-    for shard in step.busy_s:
+    """Seconds of the slowest shard in each layer, added up; a shard's two exchanges of a layer, with two micro-batches,
+    count together."""
+    by_layer: dict[int, list[float]] = defaultdict(lambda: [0.0] * len(step.busy_s))
+    for shard_idx, shard in enumerate(step.busy_s):
         for layer, seconds in shard:
-            by_layer[layer] = max(by_layer[layer], seconds)
-    return sum(by_layer.values())
+            by_layer[layer][shard_idx] += seconds
+    return sum(map(max, by_layer.values()))
