@@ -26,16 +26,6 @@ static void for_each_row(void (*body)(const void *call, int row), const void *ca
     parallel_for(run_rows, &job, ceil_div(num_rows, ROWS_EACH), num_rows < ROWS_WORTH_A_THREAD ? 1 : num_threads);
 }
 
-INLINE void store_some(float *p, vec a, int n) {
-    float buffer[LANES];
-    if (n >= LANES) {
-        store(p, a);
-        return;
-    }
-    store(buffer, a);
-    memcpy(p, buffer, n * sizeof(float));
-}
-
 /* ---- RMSNorm ---- */
 
 struct norm_call {

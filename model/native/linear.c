@@ -163,7 +163,7 @@ static void pack_float_tile(const struct weight *w, const float *x, const int32_
             words[r] = load_words(w, x + (long)(row_ids ? row_ids[i] : i) * w->num_inputs, word * inputs_each);
         }
         transpose(words);
-        for (int i = 0; i < at_most(LANES, num_words - word); i++) store_first(out + (long)(word + i) * R, words[i], R);
+        for (int i = 0; i < at_most(LANES, num_words - word); i++) store_some(out + (long)(word + i) * R, words[i], R);
     }
 }
 

@@ -53,8 +53,13 @@ INLINE vec zero_below(vec a, vec x, float limit) { /* a where x > limit, else 0 
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GT_OQ), a);
 }
 
-/* The first n lanes. */
-INLINE void store_first(float *p, vec a, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1 << n) - 1), a); }
+/* The first n lanes; n may be beyond them, or below 0. */
+INLINE __mmask16 first_lanes(int n) {
+    ivec i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_cmplt_epi32_mask(i, _mm512_set1_epi32(n));
+}
+INLINE vec load_some(const float *p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); } /* the others are 0 */
+INLINE void store_some(float *p, vec a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a); }
 INLINE vec load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE vec load_bf16(const uint16_t *p) {
     ivec wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
@@ -170,10 +175,11 @@ INLINE vec zero_below(vec a, vec x, float limit) {
     return _mm256_and_ps(a, _mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_GT_OQ));
 }
 
-INLINE void store_first(float *p, vec a, int n) {
-    __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes), a);
+INLINE ivec first_lanes(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
 }
+INLINE vec load_some(const float *p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+INLINE void store_some(float *p, vec a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a); }
 INLINE vec load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 INLINE vec load_bf16(const uint16_t *p) {
     ivec wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
@@ -258,14 +264,6 @@ INLINE void transpose(vec rows[LANES]) {
 }
 
 #endif
-
-/* Up to LANES numbers; the lanes beyond are 0. */
-INLINE vec load_some(const float *p, int n) {
-    float buffer[LANES] = {0};
-    if (n >= LANES) return load(p);
-    for (int i = 0; i < n; i++) buffer[i] = p[i];
-    return load(buffer);
-}
 
 /* The sum of 16 numbers held in 16 / LANES vectors, in the same order at both widths. */
 INLINE float sum_of_16(const vec a[16 / LANES]) {
