@@ -17,7 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from actors.admission import admit
 from actors.batch import build_batch
+from actors.engine_model import EngineModel
 from actors.micro_batches import MicroBatches
 from actors.pace import Pace
 from actors.request import Chunk, GenerateRequest, PoolRequest, Request, error_chunk
@@ -26,11 +28,7 @@ from actors.sequence import Sequence
 from actors.specs import TwoBatchOverlap
 from actors.step_outputs import Draw, ExpertRecorder, draw_tokens, gather_rows, wants_experts
 from cluster.errors import MeshUnavailable
-from model.decoder import Decoder
-from model.heads import Head
-from model.kv_cache import KVCache
 from model.moe import Exchange
-from model.sampler_state import SamplerState
 from model.structured import Matcher
 
 log = logging.getLogger("expertmesh.engine")
@@ -44,7 +42,6 @@ class StepExchange(Exchange, Protocol):
     """
 
     num_lanes: int
-
     while_waiting: Callable[[], None]
     recovery_s: float
 
@@ -53,19 +50,6 @@ class StepExchange(Exchange, Protocol):
     def idle(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineModel:
-    """What a step computes with. heads: by served model name; `lm_head` is None for a backbone without one."""
-
-    decoder: Decoder
-    lm_head: Head | None
-    heads: Mapping[str, Head]
-    kv_cache: KVCache
-    device: torch.device
-    max_model_len: int
-    eos_token_ids: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -211,20 +195,17 @@ class Engine:
         duration_s = self._clock() - started
         if self._recovery_s == 0.0:
             self._pace.observe(work, duration_s)
-            self._micro_batches.observe(work, duration_s)
+            self._micro_batches.observe(duration_s)
         self.stats.num_steps += 1
         self.stats.step_s += duration_s
 
     def _run(self, work: list[Scheduled]) -> Tensor:
         model = self.model
-        parts = self._micro_batches.split(work)
-        self.stats.num_overlapped_steps += len(parts) > 1
-        batches = [
-            build_batch(part, len(self.scheduler.blocks.pools), model.kv_cache.block_size, model.device)
-            for part in parts
-        ]
+        num_groups, block_size = len(self.scheduler.blocks.pools), model.kv_cache.block_size
+        batches = [build_batch(part, num_groups, block_size, model.device) for part in self._micro_batches.split(work)]
+        self.stats.num_overlapped_steps += len(batches) > 1
         recorder = ExpertRecorder(self.exchange) if any(wants_experts(item.sequence) for item in work) else None
-        hidden_TH = model.decoder.forward_in_turns(batches, model.kv_cache, recorder or self.exchange)
+        hidden_TH = model.decoder.forward(batches, model.kv_cache, recorder or self.exchange)
         if recorder is not None:
             recorder.keep(work)
         gather_rows(work, hidden_TH, model.lm_head, model.heads)
@@ -331,57 +312,26 @@ class Engine:
 
     def _admit(self, owner: str, request: Request, matcher: Matcher | None, arrived: float) -> Chunk | None:
         """Queue the request, or say why not."""
-        request_id, model = request.request_id, self.model
+        request_id = request.request_id
         if (owner, request_id) in self._by_id:
             return error_chunk(request_id, 400, "duplicate_request_id", f"request_id {request_id!r} is in use")
         if self.scheduler.is_full:
             limit = self.scheduler.limits.max_queue
             return error_chunk(request_id, 503, "queue_full", f"{limit} requests are waiting already; try again soon")
-        tokens = [*request.prompt_ids, *(request.output_ids if isinstance(request, GenerateRequest) else ())]
-        if not tokens:
-            return error_chunk(request_id, 400, "empty_prompt", "the prompt has no tokens; give at least one")
-        limit = model.max_model_len - (1 if isinstance(request, GenerateRequest) else 0)
-        if len(tokens) > limit:
-            message = (
-                f"This model's maximum context length is {model.max_model_len} tokens, but the prompt has "
-                f"{len(request.prompt_ids)}. Shorten the prompt."
-            )
-            return error_chunk(request_id, 400, "context_length_exceeded", message)
-        vocab_size = model.decoder.config.vocab_size
-        if min(tokens) < 0 or max(tokens) >= vocab_size:
-            bad = next(t for t in tokens if not 0 <= t < vocab_size)
-            message = f"token id {bad} is not in the vocabulary (0 to {vocab_size - 1})"
-            return error_chunk(request_id, 400, "invalid_token_id", message)
-        sequence = Sequence(
-            request=request,
+        admitted = admit(
+            request,
+            self.model,
+            self.scheduler.blocks,
             owner=owner,
             arrival=self._num_arrivals,
             deadline=arrived + request.deadline_s,
-            table=self.scheduler.blocks.new_table(),
-            scope=request.cache_salt if self.scheduler.blocks.prefix_caching else request.prompt_id,
             matcher=matcher,
-            token_ids=tokens,
         )
-        if isinstance(request, GenerateRequest):
-            if model.lm_head is None:
-                return error_chunk(request_id, 400, "task_not_supported", "this model generates no text")
-            try:
-                request.sampling.check_vocabulary(vocab_size)
-            except ValueError as error:
-                return error_chunk(request_id, 400, "invalid_token_id", str(error)[:500])
-            sequence.sampler = SamplerState(
-                request.sampling, request.prompt_ids, request.output_ids, model.eos_token_ids
-            )
-            for token in request.output_ids:
-                if matcher is not None:
-                    matcher.accept(token)
-        elif request.head and request.head not in model.heads:
-            return error_chunk(request_id, 404, "model_not_found", f"no head {request.head!r} on this router")
-        elif request.head and request.tokens == "last":
-            sequence.token_ids = list(model.heads[request.head].classified_part(tokens))
+        if isinstance(admitted, Chunk):
+            return admitted
         self._num_arrivals += 1
-        self._by_id[owner, request_id] = sequence
-        self.scheduler.add(sequence)
+        self._by_id[owner, request_id] = admitted
+        self.scheduler.add(admitted)
         return None
 
     def _expire(self, now: float) -> None:

@@ -12,8 +12,14 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from actors.scheduler import Scheduled
+from actors.scheduler import Scheduled, count_tokens
 from actors.specs import TwoBatchOverlap
+
+TRIES = 6
+AGAIN_EVERY = 512
+"""Steps after which the other way is tried anew: contexts grow, neighbours come and go."""
+MIN_GAIN = 0.03
+"""Of two micro-batches, or one stays."""
 
 
 @dataclass(slots=True)
@@ -24,12 +30,17 @@ class _Alike:
     num_steps: int = 0
     times: tuple[deque[float], ...] = field(default_factory=lambda: (deque(maxlen=TRIES), deque(maxlen=TRIES)))
 
-
-TRIES = 6
-AGAIN_EVERY = 512
-"""Steps after which the other way is tried anew: contexts grow, neighbours come and go."""
-MIN_GAIN = 0.03
-"""Of two micro-batches, or one stays."""
+    def choose(self) -> int:
+        """In how many micro-batches the next one goes."""
+        self.num_steps += 1
+        one, two = self.times
+        if len(two) < TRIES or len(one) < TRIES:
+            return 1 if len(one) <= len(two) else 2
+        best = 2 if statistics.median(two) < (1 - MIN_GAIN) * statistics.median(one) else 1
+        if self.num_steps >= AGAIN_EVERY:
+            self.num_steps = 0
+            self.times[2 - best].clear()
+        return best
 
 
 class MicroBatches:
@@ -39,38 +50,27 @@ class MicroBatches:
         """num_lanes: exchanges that may be under way at once; 1 where there is nothing to wait for."""
         self._setting = setting if num_lanes > 1 else "never"
         self._alike: dict[tuple[int, int], _Alike] = {}
-        self._num_parts = 1
+        self._measured: tuple[deque[float], int] | None = None  # where the step's time goes, and its tokens
 
     def split(self, work: Sequence[Scheduled]) -> list[list[Scheduled]]:
         """The step's work in one part or two, in order."""
-        num_tokens = sum(item.end - item.begin for item in work)
-        self._num_parts = self._choose(work) if num_tokens > 1 else 1
-        return [list(work)] if self._num_parts == 1 else _halves(work, num_tokens // 2)
+        num_decodes, num_prompt = count_tokens(work)
+        num_tokens, num_parts, self._measured = num_decodes + num_prompt, 1, None
+        if num_tokens > 1 and self._setting == "always":
+            num_parts = 2
+        elif num_tokens > 1 and self._setting == "auto":
+            size = num_decodes.bit_length(), num_prompt.bit_length()
+            if size not in self._alike:
+                self._alike[size] = _Alike()
+            num_parts = self._alike[size].choose()
+            self._measured = self._alike[size].times[num_parts - 1], num_tokens
+        return [list(work)] if num_parts == 1 else _halves(work, num_tokens // 2)
 
-    def observe(self, work: Sequence[Scheduled], duration_s: float) -> None:
+    def observe(self, duration_s: float) -> None:
         """How long the step took that was split last, if nothing held it up."""
-        if self._setting == "auto":
-            num_tokens = sum(item.end - item.begin for item in work)
-            self._of(work).times[self._num_parts - 1].append(duration_s / num_tokens)
-
-    def _choose(self, work: Sequence[Scheduled]) -> int:
-        if self._setting != "auto":
-            return 2 if self._setting == "always" else 1
-        alike = self._of(work)
-        alike.num_steps += 1
-        one, two = alike.times
-        if len(two) < TRIES or len(one) < TRIES:
-            return 1 if len(one) <= len(two) else 2
-        best = 2 if statistics.median(two) < (1 - MIN_GAIN) * statistics.median(one) else 1
-        if alike.num_steps >= AGAIN_EVERY:
-            alike.num_steps = 0
-            alike.times[2 - best].clear()
-        return best
-
-    def _of(self, work: Sequence[Scheduled]) -> _Alike:
-        num_decodes = sum(item.end - item.begin == 1 for item in work)
-        num_prompt = sum(item.end - item.begin for item in work) - num_decodes
-        return self._alike.setdefault((num_decodes.bit_length(), num_prompt.bit_length()), _Alike())
+        if self._measured is not None:
+            times, num_tokens = self._measured
+            times.append(duration_s / num_tokens)
 
 
 def _halves(work: Sequence[Scheduled], num_first: int) -> list[list[Scheduled]]:

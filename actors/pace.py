@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from actors.scheduler import Scheduled
+from actors.scheduler import Scheduled, count_tokens
 
 
 class Pace:
@@ -35,8 +35,7 @@ class Pace:
         return self._budget
 
     def observe(self, work: Sequence[Scheduled], duration_s: float) -> None:
-        num_decodes = sum(item.end - item.begin == 1 for item in work)
-        num_prompt = sum(item.end - item.begin for item in work) - num_decodes
+        num_decodes, num_prompt = count_tokens(work)
         size = num_decodes.bit_length()
         if num_prompt == 0:
             old = self._decode_step_s.get(size, duration_s)

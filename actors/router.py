@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from actors.blocks import BlockManager, BlockPool
-from actors.engine import Engine, EngineModel, StepExchange
+from actors.engine import Engine, StepExchange
+from actors.engine_model import EngineModel
 from actors.link_server import LinkServer
 from actors.local_exchange import LocalSteps
 from actors.membership import MeshClient, RouterMembership

@@ -12,7 +12,7 @@ Order: lower `priority` value first, then first come first served.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from actors.blocks import BlockManager
@@ -31,6 +31,13 @@ class Scheduled:
     @property
     def samples(self) -> bool:
         return self.end == len(self.sequence.token_ids)
+
+
+def count_tokens(work: Iterable[Scheduled]) -> tuple[int, int]:
+    """(decodes, prompt tokens); a prompt's last token by itself counts as a decode, as it costs what one does."""
+    lengths = [item.end - item.begin for item in work]
+    num_decodes = lengths.count(1)
+    return num_decodes, sum(lengths) - num_decodes
 
 
 class Scheduler:

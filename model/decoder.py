@@ -50,17 +50,12 @@ class Decoder:
     rope: Rope
     kernels: Kernels
 
-    def forward(self, batch: ForwardBatch, kv_cache: KVCache, exchange: Exchange) -> Tensor:
-        """One step. -> hidden_TH float32, after the final norm.
+    def forward(self, batches: Sequence[ForwardBatch], kv_cache: KVCache, exchange: Exchange) -> Tensor:
+        """One step. -> hidden_TH float32 of all batches, one after the other, after the final norm.
 
-        Running the same batch again gives the same result: keys and values go to the same slots.
-        """
-        return self.forward_in_turns([batch], kv_cache, exchange)
-
-    def forward_in_turns(self, batches: Sequence[ForwardBatch], kv_cache: KVCache, exchange: Exchange) -> Tensor:
-        """One step in micro-batches, at most two: while one's tokens are with the experts, this side works on the
-        other (MegaScale-Infer, arXiv:2504.02263, section 4.1). -> hidden_TH of all, one after the other; the same bits
-        as of one batch.
+        Running the same batch again gives the same result: keys and values go to the same slots. Two batches take
+        turns: while one's tokens are with the experts, this side works on the other (MegaScale-Infer,
+        arXiv:2504.02263, section 4.1). The bits are those of one batch.
 
             router    attention A | attention B | attention A, next layer | ...
             shards                | experts A   | experts B               | ...

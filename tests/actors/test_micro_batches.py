@@ -41,7 +41,7 @@ def run_steps(batches, work, seconds, num_steps):
     chosen = []
     for _ in range(num_steps):
         chosen.append(len(batches.split(work)))
-        batches.observe(work, seconds[chosen[-1] - 1])
+        batches.observe(seconds[chosen[-1] - 1])
     return chosen
 
 

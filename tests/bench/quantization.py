@@ -110,7 +110,7 @@ class Loaded:
                 context_lens_S=torch.tensor([len(tokens)], dtype=torch.int32),
                 tables=(table,) * num_groups,
             )
-            yield self.head.forward(self.decoder.forward(batch, cache, exchange)).log_softmax(dim=-1)
+            yield self.head.forward(self.decoder.forward([batch], cache, exchange)).log_softmax(dim=-1)
 
 
 def resident_bytes(*parts: Any) -> int:

@@ -13,7 +13,7 @@ import actors.engine
 import actors.step_outputs
 from actors.remote_exchange import RemoteExchange
 from actors.router import Router
-from actors.scheduler import Scheduler
+from actors.scheduler import Scheduler, count_tokens
 from model.heads import Head
 from model.moe import LocalExchange
 
@@ -105,14 +105,14 @@ class StepClock:
         work = self._router.engine._work
         if not work:
             return
-        lengths = [item.end - item.begin for item in work]
+        num_decodes, num_prompt = count_tokens(work)
         uses = getattr(self._router.exchange, "expert_uses", {})
         total = sum(int(layer.sum()) for layer in uses.values())
         used, self._num_uses = (total - self._num_uses) / max(len(uses), 1), total
         self.steps.append(
             Step(
-                num_decodes=lengths.count(1),
-                num_prompt=sum(lengths) - lengths.count(1),
+                num_decodes=num_decodes,
+                num_prompt=num_prompt,
                 seconds=seconds,
                 parts=dict(self._parts),
                 busy_s=self._shard_times(),

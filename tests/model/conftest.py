@@ -168,7 +168,7 @@ class TinyEngine:
 
     def hidden(self, chunks: Sequence[tuple[TinySequence, int]]) -> list[Tensor]:
         """One step: the next n tokens of each sequence. -> each sequence's hidden states [n, H]."""
-        out_TH = self.decoder.forward(self.batch(chunks), self.cache, self.exchange)
+        out_TH = self.decoder.forward([self.batch(chunks)], self.cache, self.exchange)
         for sequence, count in chunks:
             sequence.num_computed += count
             self._give_back(sequence)

@@ -57,8 +57,8 @@ def test_a_batch_of_prefills_and_decodes_equals_each_alone(tiny: Any, tmp_path: 
 def test_a_repeated_step_changes_nothing(tiny: Any, tmp_path: Path) -> None:
     _, engine = tiny.make(tmp_path)
     batch = engine.batch([(tiny.sequence(PROMPT), len(PROMPT))])
-    first = engine.decoder.forward(batch, engine.cache, engine.exchange)
-    again = engine.decoder.forward(batch, engine.cache, engine.exchange)
+    first = engine.decoder.forward([batch], engine.cache, engine.exchange)
+    again = engine.decoder.forward([batch], engine.cache, engine.exchange)
     assert torch.equal(first, again)
 
 
