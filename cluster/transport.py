@@ -55,7 +55,7 @@ class RouterTransport(Protocol):
     def send(self, headers: Sequence[Header]) -> None:
         """Start the exchange: headers[i] says which part of the message is for shard i (rank i + 1), maybe none."""
 
-    def receive(self, deadline_s: float, lane: int = 0) -> None:
+    def receive(self, deadline_s: float, lane: int) -> None:
         """Wait at most deadline_s until all sums of the lane's exchange are in its message."""
 
     def announce(self, header: Header) -> None:
@@ -219,7 +219,7 @@ class PairRouter(_Router):
             except (RuntimeError, OSError) as error:
                 refused.append((shard_idx, error))
 
-    def receive(self, deadline_s: float, lane: int = 0) -> None:
+    def receive(self, deadline_s: float, lane: int) -> None:
         end = time.monotonic() + deadline_s
         failures = self._refused[lane] + self._near.wait(lane, end)
         if works := self._works[lane]:
@@ -293,7 +293,7 @@ class AllToAllRouter(_Router):
             homeward = data.alltoall_base(incoming, none, incoming_splits, no_splits)
             self._works[whole.lane] = [(None, outward), (None, homeward), *sent]
 
-    def receive(self, deadline_s: float, lane: int = 0) -> None:
+    def receive(self, deadline_s: float, lane: int) -> None:
         """The collectives first: gloo forgets to wake who waits for a send that the peer's death overtook, and nobody
         needs to know of the headers once a collective has failed."""
         end = time.monotonic() + deadline_s

@@ -35,7 +35,8 @@ class Opcode(IntEnum):
 
 
 class Header(NamedTuple):
-    """What a message is about, and which part of the exchange's arena is this shard's. total_*: of all shards."""
+    """What a message is about, and which part of the exchange's arena is this shard's. total_*: of all shards.
+    lane: of the exchange, and so which arena."""
 
     opcode: int
     epoch: int

@@ -52,6 +52,7 @@ def test_texts_of_the_environment_become_lists_maps_and_nothing() -> None:
         ("server: {port: 70000}", r"server.port = 70000 \(file .*\): Input should be less"),
         ("mesh: {transport: pigeon}", "mesh.transport = 'pigeon'"),
         ("mesh: {local: true, shards: 3}", "mesh.shards .*mesh.local leaves no shards"),
+        ("mesh: {local: true, two_batch_overlap: always}", "mesh.two_batch_overlap .*mesh.local leaves no shards"),
         ("server: [", "settings file"),
         ("server: {api_keys: ['a b ']}", "server.api_keys"),
     ],
