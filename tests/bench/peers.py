@@ -17,11 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from actors.ray_shards import worker_environment
-from tests.bench import service
+from tests.bench import limits, service
 from tests.bench.checkpoints import checkpoint
 from tests.bench.peer_environment import VLLM, peer_python
 from tests.bench.run import PRECISIONS, RESULTS, SERVED, rounded
@@ -43,14 +44,20 @@ def vllm(shape: str) -> dict[str, Any]:
 
 def transformers(shape: str) -> dict[str, Any]:
     command = [sys.executable, TRANSFORMERS, str(checkpoint(shape))]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600, env=_plain_environment())
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip()[-300:])
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+    def in_process() -> dict[str, Any]:
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=600, env=_plain_environment()
+        )
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip()[-300:])
+        return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+    return limits.beside(in_process)
 
 
 def _load(shape: str, url: str, model: str) -> dict[str, Any]:
-    found = service.figures(url, model)
+    found = limits.beside(partial(service.figures, url, model))
     return {**found, "clients": service.sixteen_clients(url, model) if shape == "small" else None}
 
 

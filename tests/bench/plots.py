@@ -20,7 +20,7 @@ BATCHES = (1, 8, 32)
 
 
 def draw(results: dict[str, Any], folder: Path) -> None:
-    if "http" in results and "limits" in results:
+    if "http" in results:
         _throughput(results, folder / "throughput.png")
     if "engine" in results:
         _breakdown(results["engine"], folder / "step.png")
@@ -35,13 +35,12 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _throughput(results: dict[str, Any], path: Path) -> None:
-    read = results["limits"][-1]["read_gb_s"] * 1e9
     figure, all_axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for axes, name in zip(all_axes, ("mid", "small"), strict=True):
         for precision, colour in COLOURS.items():
             ways = [one for one in results["http"] if one["shape"] == name and one["precision"] == precision]
             best = [max(one[f"b{batch}"] for one in ways) for batch in BATCHES]
-            shape = shape_of(name, precision)
+            shape, read = shape_of(name, precision), max(one["read_gb_s"] for one in ways) * 1e9
             axes.plot(BATCHES, best, "o-", color=colour, label=precision)
             if precision != "bf16 activations":  # the weights, and so the limit, are those of bf16
                 axes.plot(BATCHES, [decode_limit(shape, b, read) for b in BATCHES], ":", color=colour)

@@ -13,6 +13,7 @@ from tests.bench.mesh import place
 from tests.bench.step_parts import PARTS
 
 COLUMNS = ("b1", "b8", "b32", "prefill")
+MACHINE = ("read GB/s", "float32 GFLOP/s")
 # Tokens a second that were set as goals for `mid`; those against other servers are in `make bench-peers`.
 BARS = {"int8": (40, 110, 180, 400), "int4": (50, 120, 180, 400)}
 README = Path(__file__).parent.parent.parent / "README.md"
@@ -52,21 +53,25 @@ def write_readme(results: dict[str, Any]) -> None:
 def _short(results: dict[str, Any]) -> Iterator[str]:
     """Every precision as served in one process and over two shards, beside the other servers."""
     yield (
-        f"Tokens a second over HTTP on 2 cores with kernels for {results['kernels']} that read "
-        f"{bandwidth(results) / 1e9:.0f} GB/s together, 1, 8 and 32 streams, greedy. `mid`: 4 layers of "
-        "Qwen1.5-MoE-A2.7B's shape, 2.4 B parameters; `small`: 0.13 B. `bf16 activations`: with `--dtype bfloat16`, "
-        "the arithmetic of the other servers."
+        f"Tokens a second over HTTP on 2 cores with kernels for {results['kernels']}, 1, 8 and 32 streams, greedy. "
+        "`mid`: 4 layers of Qwen1.5-MoE-A2.7B's shape, 2.4 B parameters; `small`: 0.13 B. `bf16 activations`: with "
+        "`--dtype bfloat16`, the arithmetic of the other servers. GB/s: what both cores could read right before and "
+        "after; others share this machine's memory, so rows compare only as far as these agree."
     )
     yield ""
     rows = [
-        [f"{one['shape']} {one['precision']}, {one['way']}", *(f"{one[column]:.0f}" for column in COLUMNS)]
+        [
+            f"{one['shape']} {one['precision']}, {one['way']}",
+            *(f"{one[column]:.0f}" for column in COLUMNS),
+            f"{one['read_gb_s']:.0f}",
+        ]
         for one in results["http"]
     ]
     others = [one for one in results.get("peers", ()) if "expertmesh" not in one["server"] and "why_not" not in one]
     for one in others:
         rates = [f"{one[column]:.0f}" if one.get(column) else "-" for column in COLUMNS]
-        rows.append([f"{one['shape']} bf16, {one['server']}", *rates])
-    yield from table(("", "1", "8", "32", "prefill of 512"), rows)
+        rows.append([f"{one['shape']} bf16, {one['server']}", *rates, f"{one['read_gb_s']:.0f}"])
+    yield from table(("", "1", "8", "32", "prefill of 512", "GB/s"), rows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -76,9 +81,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
         yield "| " + " | ".join(row) + " |"
 
 
-def bandwidth(results: dict[str, Any]) -> float:
-    """Bytes a second that all cores read together in the same run."""
-    return float(results["limits"][-1]["read_gb_s"]) * 1e9
+def _machine(one: dict[str, Any]) -> list[str]:
+    return [f"{one['read_gb_s']:.0f}", f"{one['float32_gflop_s']:.0f}"]
 
 
 def _limits(results: dict[str, Any]) -> Iterator[str]:
@@ -95,8 +99,9 @@ def _http(results: dict[str, Any]) -> Iterator[str]:
     yield "## Over HTTP, tokens a second"
     yield ""
     yield (
-        "Greedy, prompts of 128 tokens (32 at batch 32); in brackets the share of what the memory's bandwidth allows, "
-        "with two bytes for a bf16 weight (with AVX-512, ours take a byte and a half)."
+        "Greedy, prompts of 128 tokens (32 at batch 32). The last columns are what all cores could do right before "
+        "and after these figures; in brackets the share of what that bandwidth allows, with two bytes for a bf16 "
+        "weight (with AVX-512, ours take a byte and a half)."
     )
     yield ""
     rows = []
@@ -105,10 +110,9 @@ def _http(results: dict[str, Any]) -> Iterator[str]:
         cells = [f"{one['shape']} {one['precision']}, {one['way']}"]
         for batch in (1, 8, 32):
             rate = one[f"b{batch}"]
-            cells.append(f"{rate:.0f} ({rate / decode_limit(shape, batch, bandwidth(results)):.2f})")
-        cells.append(f"{one['prefill']:.0f}")
-        rows.append(cells)
-    yield from table(("model and way", *COLUMNS), rows)
+            cells.append(f"{rate:.0f} ({rate / decode_limit(shape, batch, one['read_gb_s'] * 1e9):.2f})")
+        rows.append([*cells, f"{one['prefill']:.0f}", *_machine(one)])
+    yield from table(("model and way", *COLUMNS, *MACHINE), rows)
     yield ""
     peak = results["limits"][-1]["float32_gflop_s"] * 1e9
     for name in ("small", "mid"):
@@ -169,9 +173,8 @@ def _engine(results: dict[str, Any]) -> Iterator[str]:
         for batch, rate in one["tok_s"].items():
             best = max(other["tok_s"][batch] for other in local)
             cells.append(f"{rate:.0f} ({rate / best:.2f})")
-        cells.append("-" if one["prefill"] is None else f"{one['prefill']:.0f}")
-        rows.append(cells)
-    yield from table(("arrangement (against the best local)", "b1", "b8", "b32", "prefill"), rows)
+        rows.append([*cells, "-" if one["prefill"] is None else f"{one['prefill']:.0f}", *_machine(one)])
+    yield from table(("arrangement (against the best local)", *COLUMNS, *MACHINE), rows)
     yield ""
     yield "With 2 routers each has the batch, so there are twice the sequences."
 
@@ -232,8 +235,9 @@ def _peers(results: dict[str, Any]) -> Iterator[str]:
     rows = []
     for one in results["peers"]:
         rates = [f"{one[column]:.0f}" if one.get(column) else "-" for column in COLUMNS]
-        rows.append([f"{one['shape']} bf16", one["server"], *rates])
-    yield from table(("model", "server", *COLUMNS), rows)
+        machine = ["-"] * len(MACHINE) if "why_not" in one else _machine(one)
+        rows.append([f"{one['shape']} bf16", one["server"], *rates, *machine])
+    yield from table(("model", "server", *COLUMNS, *MACHINE), rows)
     for one in results["peers"]:
         if one.get("clients"):
             yield ""

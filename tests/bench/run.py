@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,8 @@ def measure_engines(bench: Bench) -> None:
             began = time.monotonic()
             with Mesh(path, arrangement) as mesh:
                 start_s = time.monotonic() - began
-                steps = {str(b): mesh.decode(batch=b, prompt=PROMPTS[b], num_steps=20) for b in BATCHES}
-                prefills = mesh.prefill() if arrangement.routers == 1 else []
-            rates = {b: sum(router["tok_s"] for router in routers) for b, routers in steps.items()}
+                measured = limits.beside(partial(_engine_figures, mesh, arrangement))
+            rates = measured["tok_s"]
             found = {
                 "shape": shape,
                 "precision": arrangement.quantization or "bf16",
@@ -109,14 +109,22 @@ def measure_engines(bench: Bench) -> None:
                 "routers": arrangement.routers,
                 "threads": arrangement.threads,
                 "start_s": start_s,
-                "tok_s": rates,
-                "prefill": prefills[0]["tok_s"] if prefills else None,
-                "steps": {b: routers[0] for b, routers in steps.items()},
+                **measured,
             }
             bench.keep("engine", found)
             bench.say(
                 f"{shape} {arrangement}: " + ", ".join(f"b{b} {rate:.1f}" for b, rate in rates.items()) + " tok/s"
             )
+
+
+def _engine_figures(mesh: Mesh, arrangement: Arrangement) -> dict[str, Any]:
+    steps = {str(b): mesh.decode(batch=b, prompt=PROMPTS[b], num_steps=20) for b in BATCHES}
+    prefills = mesh.prefill() if arrangement.routers == 1 else []
+    return {
+        "tok_s": {b: sum(router["tok_s"] for router in routers) for b, routers in steps.items()},
+        "prefill": prefills[0]["tok_s"] if prefills else None,
+        "steps": {b: routers[0] for b, routers in steps.items()},
+    }
 
 
 def measure_http(bench: Bench) -> None:
@@ -129,7 +137,7 @@ def measure_http(bench: Bench) -> None:
                 if way == "2 shards" and precision not in OVER_SHARDS:
                     continue
                 with service.serving([str(path), *arguments, *flags], environment) as running:
-                    rates = service.figures(running.url, running.model)
+                    rates = limits.beside(partial(service.figures, running.url, running.model))
                     clients = None
                     if shape == "small" and precision.startswith("bf16"):
                         clients = service.sixteen_clients(running.url, running.model)
