@@ -41,6 +41,7 @@ def plan_requests(
 ) -> list[GenerateRequest]:
     """n requests per prompt, prompt after prompt; the i-th of a prompt draws with seed + i.
 
+    Without a seed each prompt gets one of its own: the same prompt twice is to have two answers.
     Raises InvalidRequest for every value that can't be obeyed."""
     n = body.n or 1
     if body.stream_options is not None and not body.stream:
@@ -59,7 +60,6 @@ def plan_requests(
         if value is not None and value > limits.max_logprobs:
             raise invalid(name, f"at most {limits.max_logprobs} per token, got {value}")
     given = model.sampling_defaults.get("seed") if body.seed is None else body.seed
-    seed = random.getrandbits(63) if given is None else given & INT64_MAX
     params = _sampling(body, model, asked)
     common = params.to_dict()  # checked once: a logit_bias may be long, and prompts many
     requests = []
@@ -68,6 +68,7 @@ def plan_requests(
         if params.min_tokens > max_tokens:
             text = f"min_tokens must be less than or equal to max_tokens={max_tokens}, got {params.min_tokens}."
             raise InvalidRequest(text, param="min_tokens")
+        seed = random.getrandbits(63) if given is None else given
         first_id = None
         for i in range(n):
             request = GenerateRequest(

@@ -258,6 +258,13 @@ def test_a_seed_is_always_set(api: RunningApi) -> None:
     assert first != second
 
 
+def test_the_same_prompt_twice_has_two_seeds_unless_one_is_given(api: RunningApi) -> None:
+    post(api, {"prompt": ["x", "x"], "n": 2, "max_tokens": 1})
+    assert len({request["sampling"]["seed"] for request in api.router.requests[-4:]}) == 4
+    post(api, {"prompt": ["x", "x"], "n": 2, "max_tokens": 1, "seed": 7})
+    assert sorted(request["sampling"]["seed"] for request in api.router.requests[-4:]) == [7, 7, 8, 8]
+
+
 @pytest.mark.parametrize(
     ("structured", "kind"),
     [
