@@ -20,6 +20,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_FACTOR = 100_000
+GOES_ON = "EXPERTMESH_GOES_ON_HERE "  # its space tells whether a template strips
 RESERVED = frozenset(
     {"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now", "bos_token", "eos_token"}
 )
@@ -67,7 +68,7 @@ class ChatTemplate:
         context = {
             **self._special_tokens,
             **(variables or {}),
-            "messages": messages,
+            "messages": _marked(messages) if continue_final_message else messages,
             "tools": tools or None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -91,7 +92,7 @@ class ChatTemplate:
         except Exception as error:  # templates may raise whatever Python raises
             raise ValueError(f"chat template: {' '.join(str(error).split())[:300] or type(error).__name__}") from None
         text = "".join(pieces)
-        return _cut_after(text, messages[-1].get("content")) if continue_final_message else text
+        return _cut_at_mark(text) if continue_final_message else text
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -130,16 +131,20 @@ def find_templates(directory: Path, config: Mapping[str, Any], file: str | Path 
     return {}
 
 
-def _cut_after(text: str, content: Any) -> str:
-    """Drops what a template puts after the final message: the end-of-turn marker."""
-    final = content if isinstance(content, str) else ""
-    start = text.rfind(final.strip())
-    if not final.strip() or start < 0:
-        raise ValueError("continue_final_message: the final message has no text that the chat template keeps")
-    left = len(final) - len(final.lstrip())
-    whole = final[left:]
-    end = start + len(whole) if text.startswith(whole, start) else start + len(final.strip())
-    return text[:end]
+def _marked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages with GOES_ON after the final one's text."""
+    content = messages[-1].get("content")
+    if not (isinstance(content, str) and content.strip()):
+        raise ValueError("continue_final_message: the final message has no text to go on from")
+    return [*messages[:-1], {**messages[-1], "content": content + GOES_ON}]
+
+
+def _cut_at_mark(text: str) -> str:
+    """Drops the mark and what a template puts after it: the end-of-turn marker."""
+    before, mark, after = text.rpartition(GOES_ON.strip())
+    if not mark:
+        raise ValueError("continue_final_message: the chat template doesn't show the final message")
+    return before if after.startswith(" ") else before.rstrip()  # a template that strips strips what is before, too
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:

@@ -138,6 +138,28 @@ def test_a_chat_is_rendered_as_transformers_does() -> None:
         assert template.render(MESSAGES, **options) == expected  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("content", ["<", "e", "im_end", "end|>", "Once upon ", "  a\n", "twice twice", "\U0001f600"])
+@pytest.mark.parametrize("shown", ["m.content", "m.content | trim"])
+def test_a_final_message_goes_on_where_transformers_goes_on(content: str, shown: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=BYTE_LEVEL.backend)
+    source = CHATML.replace("m.content", shown)
+    messages = [*MESSAGES, {"role": "assistant", "content": content}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    expected = theirs.apply_chat_template(messages, chat_template=source, tokenize=False, **options)
+    assert ChatTemplate({"default": source}, {}).render(messages, **options) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("content", "source"), [(" ", CHATML), (None, CHATML), ("x", "{{ messages[0].content }}")], ids=str
+)
+def test_a_final_message_that_is_not_there_cannot_go_on(content: str | None, source: str) -> None:
+    with pytest.raises(ValueError, match="continue_final_message"):
+        ChatTemplate({"default": source}, {}).render(
+            [*MESSAGES, {"role": "assistant", "content": content}], continue_final_message=True
+        )
+
+
 @pytest.mark.parametrize(
     "source",
     [
