@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -42,6 +43,16 @@ _NAMED_OTHERWISE = {
     "model": "model.path",
     "served_model_name": "model.served_names",
     "api_key": "server.api_keys",
+}
+
+
+# What to send first, by the plainest endpoint of a model.
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "What does ocean mean?"}]},
+    "/v1/embeddings": {"input": "The sea is calm."},
+    "/classify": {"input": "The sea is calm."},
+    "/hf/token-classification": {"inputs": "Ishmael went to sea."},
+    "/hf/question-answering": {"inputs": {"question": "Who went to sea?", "context": "Ishmael went to sea."}},
 }
 
 
@@ -134,26 +145,30 @@ def _speaker(log_format: Any) -> Callable[[str], None]:
 
 
 def _greet(service: Any, say: Callable[[str], None], api_key: str | None, at_length: bool) -> None:
-    """Answer one token ourselves, so that the time to the first token is a fact, and print what to try."""
+    """Print what to try. Where the model writes text, answer one token first, so that the time to it is a fact."""
     from deploy.http_client import Client
 
-    began = time.monotonic()
-    first = {"model": service.model, "prompt": "The", "max_tokens": 1}
-    Client(url=service.url, api_key=api_key).post("/v1/completions", first)
-    total_s = service.start_s + time.monotonic() - began
-    facts = f"serving {service.model} at {service.url}  (start to first token: {total_s:.1f} s)"
+    path, speed = service.endpoints[0], f"ready after {service.start_s:.1f} s"
+    writes_text = "/v1/completions" in service.endpoints
+    if writes_text:
+        began = time.monotonic()
+        first = {"model": service.model, "prompt": "The", "max_tokens": 1}
+        Client(url=service.url, api_key=api_key).post("/v1/completions", first)
+        speed = f"start to first token: {service.start_s + time.monotonic() - began:.1f} s"
+    facts = f"serving {service.model} at {service.url}  ({speed})"
     if not at_length:
         say(facts)
         return
-    body = f'{{"model": "{service.model}", "messages": [{{"role": "user", "content": "What does ocean mean?"}}]}}'
+    body = json.dumps({"model": service.model, **EXAMPLES[path]})
     typer.secho(facts, fg=typer.colors.GREEN, bold=True, err=True)
     headers = ["Content-Type: application/json"]
     if api_key is not None:
         headers.append("Authorization: Bearer $EXPERTMESH_API_KEY")
     typer.echo("try:" if api_key is None else "try, with a key in EXPERTMESH_API_KEY:", err=True)
-    lines = [f"curl {service.url}/v1/chat/completions", *(f'-H "{header}"' for header in headers), f"-d '{body}'"]
+    lines = [f"curl {service.url}{path}", *(f'-H "{header}"' for header in headers), f"-d '{body}'"]
     typer.echo("  " + " \\\n    ".join(lines), err=True)
-    typer.echo(f"  expertmesh chat --url {service.url}    or {service.url}/ in a browser; Ctrl-C ends it", err=True)
+    chat = f"expertmesh chat --url {service.url}    or " if writes_text else ""
+    typer.echo(f"  {chat}{service.url}/ in a browser; Ctrl-C ends it", err=True)
 
 
 def _wait(service: Any, api_key: str | None, in_text: bool) -> None:

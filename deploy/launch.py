@@ -36,10 +36,11 @@ class StartError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A service that is up. url: where it listens."""
+    """A service that is up. url: where it listens; endpoints: the paths to POST to with `model`, the plainest first."""
 
     url: str
     model: str
+    endpoints: tuple[str, ...]
     start_s: float
 
 
@@ -102,7 +103,7 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
                 _wait_for_mesh(supervisor)
             url = f"http://{settings.server.host}:{settings.server.port}"
             _wait_until_ready(url, application.APP_NAME)
-        yield Running(url, models[0].names[0], time.monotonic() - began)
+        yield Running(url, models[0].names[0], models[0].endpoints, time.monotonic() - began)
 
 
 def wait_for_interrupt(meanwhile: Callable[[], None] = lambda: None, every_s: float = 2.0) -> None:

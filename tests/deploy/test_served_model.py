@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from deploy.cli import EXAMPLES
 from deploy.errors import InvalidRequest, ModelNotFound
 from deploy.generation_plan import Asked, plan_requests
 from deploy.openai_requests import CompletionRequest, parse
-from deploy.served_model import ModelList, ServedModel
+from deploy.served_model import TASKS, ModelList, ServedModel
 from deploy.settings import LimitSettings
 
 
@@ -76,3 +77,7 @@ def test_models_are_found_by_each_of_their_names(directory: Path) -> None:
         models.find_generator("c")
     with pytest.raises(ValueError, match="two models are served as 'a'"):
         ModelList([one, one])
+
+
+def test_every_kind_of_model_has_an_example_to_try() -> None:
+    assert {task.endpoints[0] for task in TASKS.values()} == EXAMPLES.keys()

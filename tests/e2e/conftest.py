@@ -76,7 +76,7 @@ def start_service(arguments: list[str], log: Path) -> Service:
     service = Service(process, f"http://127.0.0.1:{port}", log)
     end = time.monotonic() + START_S
     while time.monotonic() < end and process.poll() is None:
-        if "start to first token" in log.read_text(errors="replace"):
+        if f" at {service.url}  (" in log.read_text(errors="replace"):
             return service
         time.sleep(0.1)
     process.kill()

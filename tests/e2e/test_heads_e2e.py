@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +55,23 @@ def test_all_heads_are_served_by_one_mesh_as_transformers_computes_them(both: Se
     answer = InferenceClient(model=f"{both.url}/hf/question-answering").question_answering("Who?", TEXT)
     assert not isinstance(answer, list) and TEXT[answer.start : answer.end] == answer.answer
     assert both.complete(ids, 8, model="model") == oracle_greedy(heads.oracles["tiny"], ids, 8)
+
+
+def test_a_classifier_is_served_alone_and_says_what_to_try(heads: TinyHeads, tmp_path: Path) -> None:
+    shutil.copytree(heads.directory / "topics", tmp_path / "topics")
+    shutil.copy(heads.directory / "model" / "tokenizer.json", tmp_path / "topics")
+    running = start_service([str(tmp_path / "topics"), "--local"], tmp_path / "log")
+    try:
+        probs = running.post("/classify", {"input": TEXT})["data"][0]["probs"]
+        expected = heads.outputs("topics", heads.tokenizer(TEXT)["input_ids"]).softmax(-1)
+        assert probs == pytest.approx(expected.tolist(), abs=1e-4)
+        log = running.log.read_text()
+        assert f"curl {running.url}/classify" in log and "ready after" in log
+        for line in log.splitlines():  # what it says works as it stands
+            if "-d '" in line:
+                assert running.post("/classify", json.loads(line.split("-d '")[1].rstrip("'")))["data"]
+    finally:
+        running.stop()
 
 
 def test_a_second_backbone_has_a_mesh_of_its_own(both: Service, other: Path) -> None:
