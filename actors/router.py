@@ -19,6 +19,7 @@ import torch
 from actors.blocks import BlockManager, BlockPool
 from actors.engine import Engine, StepExchange
 from actors.engine_model import EngineModel
+from actors.kv_budget import kv_budget
 from actors.link_server import LinkServer
 from actors.local_exchange import LocalSteps
 from actors.membership import MeshClient, RouterMembership
@@ -31,7 +32,7 @@ from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.heads import Head
 from model.kernels import REFERENCE_KERNELS, Kernels, select_kernels
-from model.kv_cache import KV_DTYPES, KVCache, kv_block_bytes
+from model.kv_cache import KV_DTYPES, KVCache
 from model.load import Loader
 from model.structured import GrammarCompiler
 
@@ -180,13 +181,10 @@ def _load(
     heads = {name: _load_further_head(path, checkpoint, config, device) for name, path in spec.heads.items()}
     if config.head_kind not in ("causal_lm", "base"):
         heads[spec.served_name] = loader.head(decoder)
-    max_model_len = min(spec.max_model_len or config.max_context_len, config.max_context_len)
-    if spec.kv_dtype not in KV_DTYPES:
-        raise ValueError(f"kv_dtype={spec.kv_dtype!r} is unknown; choose one of {', '.join(KV_DTYPES)}")
-    num_blocks, max_model_len = _kv_blocks(spec, config, max_model_len)
+    budget = kv_budget(spec, config)
     windows = [config.sliding_window if name == "sliding" else None for name in config.kv_groups]
     blocks = BlockManager(
-        [BlockPool(n) for n in num_blocks],
+        [BlockPool(n) for n in budget.num_blocks],
         windows,
         spec.block_size,
         spec.prefix_caching and not config.rope.depends_on_length,
@@ -196,10 +194,14 @@ def _load(
         lm_head=lm_head,
         heads=heads,
         kv_cache=KVCache.allocate(
-            config, num_blocks=num_blocks, block_size=spec.block_size, dtype=KV_DTYPES[spec.kv_dtype], device=device
+            config,
+            num_blocks=budget.num_blocks,
+            block_size=spec.block_size,
+            dtype=KV_DTYPES[spec.kv_dtype],
+            device=device,
         ),
         device=device,
-        max_model_len=max_model_len,
+        max_model_len=budget.max_model_len,
         eos_token_ids=tuple(config.eos_token_ids),
     )
     return model, blocks
@@ -216,44 +218,6 @@ def _load_further_head(path: str, backbone: Checkpoint, config: ModelConfig, dev
     if head_config.hidden_size != config.hidden_size:
         raise ValueError(f"{path}: hidden_size={head_config.hidden_size}, but the backbone's is {config.hidden_size}")
     return Loader(checkpoint, head_config, device=device).head()
-
-
-def _kv_blocks(spec: RouterSpec, config: ModelConfig, max_model_len: int) -> tuple[list[int], int]:
-    """Blocks of each KV group, and the context length that surely fits.
-
-    A sliding group needs only its window for each running sequence, plus one step's tokens.
-    """
-    bytes_per_block = kv_block_bytes(config, block_size=spec.block_size, dtype=KV_DTYPES[spec.kv_dtype])
-    limits = spec.limits
-
-    def sliding_blocks(full_blocks: int) -> int:
-        window = config.sliding_window or 0
-        per_sequence = -(-window // spec.block_size) + 2
-        step = -(-limits.max_num_batched_tokens // spec.block_size)
-        return min(full_blocks, limits.max_num_seqs * per_sequence + step + 1)
-
-    def counts(full_blocks: int) -> list[int]:
-        return [sliding_blocks(full_blocks) if name == "sliding" else full_blocks for name in config.kv_groups]
-
-    full = spec.num_kv_blocks
-    if full is None:
-        most = limits.max_num_seqs * -(-max_model_len // spec.block_size) + 1
-        full = most
-        while full > 2 and sum(n * b for n, b in zip(counts(full), bytes_per_block, strict=True)) > spec.kv_cache_bytes:
-            full = int(full * 0.95)
-    num_blocks = counts(full)
-    if "full" not in config.kv_groups:
-        return num_blocks, max_model_len
-    capacity = (num_blocks[config.kv_groups.index("full")] - 1) * spec.block_size
-    if capacity < max_model_len:
-        if spec.max_model_len is not None:
-            raise ValueError(
-                f"max_model_len={max_model_len} needs {-(-max_model_len // spec.block_size) + 1} KV blocks, but there "
-                f"are {full}; raise kv_cache_bytes or num_kv_blocks, or lower max_model_len"
-            )
-        log.warning("max_model_len lowered from %d to %d: that is what the KV cache holds", max_model_len, capacity)
-        max_model_len = capacity
-    return num_blocks, max_model_len
 
 
 def _local_exchange(

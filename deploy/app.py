@@ -22,6 +22,7 @@ import ray
 from ray import serve
 from ray.util.metrics import Gauge
 
+from actors.kv_budget import kv_budget
 from actors.logs import start_logging
 from actors.mesh_plan import MeshPlan
 from actors.model_source import load_config
@@ -178,7 +179,7 @@ def _bind_router(settings: Settings, name: str) -> serve.Application:
 
 
 def served_models(settings: Settings) -> list[ServedModel]:
-    """The models of all meshes as the API sees them. Raises ValueError for one that can't be served."""
+    """The models of all meshes as the API sees them. Raises ValueError for one that can't be served so."""
     return [model for mesh in settings.each_mesh() for model in _models_of_mesh(mesh)]
 
 
@@ -200,7 +201,14 @@ def _models_of_mesh(settings: Settings) -> list[ServedModel]:
         models = [replace(models[0], sampling_defaults=defaults)]
     for name, path in specs.heads(settings).items():
         models.append(ServedModel.from_directory(path, names=(name,), tokenizer_directory=tokenizer or str(directory)))
-    return models
+    room = kv_budget(specs.router_spec(settings), load_config(directory, None)).max_model_len
+    if room < models[0].max_model_len:
+        log.warning(
+            "%s: contexts of %d tokens and not the checkpoint's %d: that is what the KV cache holds; "
+            "engine.kv_cache_bytes gives it more",
+            *(models[0].names[0], room, models[0].max_model_len),
+        )
+    return [replace(model, max_model_len=min(model.max_model_len, room)) for model in models]
 
 
 def plan_of(settings: Settings) -> MeshPlan:

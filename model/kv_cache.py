@@ -86,10 +86,3 @@ def write_keys(k_cache: Tensor, rows_TG: Tensor, k_TGD: Tensor) -> None:
     num_words, together, in_word = k_cache.shape[3:]
     words = k_TGD.to(k_cache.dtype).view(*rows_TG.shape, num_words, in_word)
     k_cache.view(-1, num_words, together, in_word)[rows_TG // together, :, rows_TG % together] = words
-
-
-def kv_block_bytes(config: ModelConfig, *, block_size: int, dtype: torch.dtype = torch.float32) -> tuple[int, ...]:
-    """Bytes of one block in all layers of its group, keys and values together, for each of `config.kv_groups`."""
-    layer_bytes = 2 * config.num_key_value_heads * config.head_dim * block_size * dtype.itemsize
-    groups = [config.layer_kv_group(i) for i in range(config.num_hidden_layers)]
-    return tuple(groups.count(group) * layer_bytes for group in range(len(config.kv_groups)))

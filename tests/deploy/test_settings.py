@@ -118,6 +118,18 @@ def test_bfloat16_is_also_that_of_keys_and_values() -> None:
     assert kv_dtype(**{"engine.dtype": "bfloat16", "engine.kv_dtype": "float32"}) == "float32"
 
 
+def test_the_api_promises_the_context_that_routers_have(model_dir: Path) -> None:
+    def served(**flags: object) -> int:
+        settings = load(flags={"model": {"path": str(model_dir)}, **flags}).settings
+        return served_models(settings)[0].max_model_len
+
+    whole = served()
+    assert served(**{"engine.num_kv_blocks": 5}) == 4 * 16 < whole
+    assert served(**{"engine.num_kv_blocks": 5, "model.max_model_len": 40}) == 40
+    with pytest.raises(ValueError, match="lower max_model_len"):
+        served(**{"engine.num_kv_blocks": 5, "model.max_model_len": 100})
+
+
 def test_the_seed_is_that_of_requests_without_one(model_dir: Path) -> None:
     settings = load(flags={"model": {"path": str(model_dir), "served_names": ["tiny"]}, "engine.seed": 7}).settings
     served: list[ServedModel] = served_models(settings)

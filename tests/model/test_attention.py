@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.attention import paged_attention_reference
 from model.config import ModelConfig
-from model.kv_cache import KVCache, keys_of_blocks, kv_block_bytes, lay_out_keys, write_keys
+from model.kv_cache import KVCache, keys_of_blocks, lay_out_keys, write_keys
 
 
 def plain_attention(q_TAD: Tensor, k_KGD: Tensor, v_KGD: Tensor, window: int | None, scale: float) -> Tensor:
@@ -99,8 +99,6 @@ def test_each_layer_has_the_blocks_of_its_group() -> None:
     )
     cache = KVCache.allocate(config, num_blocks=[5, 3], block_size=4, dtype=torch.bfloat16)
     assert [tuple(values.shape) for values in cache.values] == [(3, 2, 4, 8), (5, 2, 4, 8), (5, 2, 4, 8)]
-    # 2 tensors x 2 heads x 8 dims x 4 tokens x 2 bytes = 256 bytes a layer: two full layers, one sliding.
-    assert kv_block_bytes(config, block_size=4, dtype=torch.bfloat16) == (512, 256)
 
 
 def test_the_cache_refuses_what_it_cannot_be() -> None:

@@ -1,0 +1,60 @@
+"""How many KV blocks a router has, and how long a context surely fits in them. No torch: the ingress asks it too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from actors.specs import RouterSpec
+from model.config import ModelConfig
+
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class KVBudget:
+    """num_blocks: of each of `ModelConfig.kv_groups`. max_model_len: tokens of prompt and output."""
+
+    num_blocks: tuple[int, ...]
+    max_model_len: int
+
+
+def kv_budget(spec: RouterSpec, config: ModelConfig) -> KVBudget:
+    """A context length that was asked for must fit, else ValueError; without one, it is as long as fits.
+
+    A sliding group needs only its window for each running sequence, plus one step's tokens."""
+    if spec.kv_dtype not in NUMBER_BYTES:
+        raise ValueError(f"kv_dtype={spec.kv_dtype!r} is unknown; choose one of {', '.join(NUMBER_BYTES)}")
+    max_model_len = min(spec.max_model_len or config.max_context_len, config.max_context_len)
+    block_bytes = kv_block_bytes(config, spec.block_size, NUMBER_BYTES[spec.kv_dtype])
+    limits = spec.limits
+
+    def sliding_blocks(full_blocks: int) -> int:
+        window = config.sliding_window or 0
+        per_sequence = -(-window // spec.block_size) + 2
+        step = -(-limits.max_num_batched_tokens // spec.block_size)
+        return min(full_blocks, limits.max_num_seqs * per_sequence + step + 1)
+
+    def counts(full_blocks: int) -> tuple[int, ...]:
+        return tuple(sliding_blocks(full_blocks) if name == "sliding" else full_blocks for name in config.kv_groups)
+
+    full = spec.num_kv_blocks
+    if full is None:
+        full = limits.max_num_seqs * -(-max_model_len // spec.block_size) + 1
+        while full > 2 and sum(n * b for n, b in zip(counts(full), block_bytes, strict=True)) > spec.kv_cache_bytes:
+            full = int(full * 0.95)
+    capacity = (full - 1) * spec.block_size
+    if "full" in config.kv_groups and capacity < max_model_len:
+        if spec.max_model_len is not None:
+            raise ValueError(
+                f"max_model_len={max_model_len} needs {-(-max_model_len // spec.block_size) + 1} KV blocks, but there "
+                f"are {full}; raise kv_cache_bytes or num_kv_blocks, or lower max_model_len"
+            )
+        max_model_len = capacity
+    return KVBudget(counts(full), max_model_len)
+
+
+def kv_block_bytes(config: ModelConfig, block_size: int, number_bytes: int) -> tuple[int, ...]:
+    """Bytes of one block in all layers of its group, keys and values together, for each of `config.kv_groups`."""
+    layer_bytes = 2 * config.num_key_value_heads * config.head_dim * block_size * number_bytes
+    groups = [config.layer_kv_group(i) for i in range(config.num_hidden_layers)]
+    return tuple(groups.count(group) * layer_bytes for group in range(len(config.kv_groups)))

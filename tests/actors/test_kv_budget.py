@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from actors.kv_budget import kv_block_bytes, kv_budget
+from actors.specs import RouterSpec, SchedulerLimits
+from model.config import ModelConfig
+
+VALUES = {
+    "model_type": "qwen2_moe",
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "sliding_window": 64,
+}
+FULL = ModelConfig.from_dict(VALUES)
+MIXED = ModelConfig.from_dict({**VALUES, "use_sliding_window": True, "max_window_layers": 2})
+
+
+def spec(**options: Any) -> RouterSpec:
+    limits = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=32)
+    return RouterSpec(model="m", served_name="m", block_size=16, limits=limits, **options)
+
+
+def test_a_block_has_the_bytes_of_its_groups_layers() -> None:
+    # 2 tensors x 2 heads x 8 dims x 4 tokens x 2 bytes = 256 bytes a layer: two full layers, one sliding.
+    assert kv_block_bytes(MIXED, block_size=4, number_bytes=2) == (512, 256)
+
+
+def test_a_context_is_as_long_as_fits_unless_a_length_is_asked_for() -> None:
+    plenty = kv_budget(spec(), FULL)
+    assert plenty.max_model_len == 4096 and plenty.num_blocks == (4 * 256 + 1,)
+    assert kv_budget(spec(max_model_len=100), FULL).max_model_len == 100
+    block_bytes = kv_block_bytes(FULL, 16, 4)[0]
+    tight = kv_budget(spec(kv_cache_bytes=100 * block_bytes), FULL)
+    assert 90 <= tight.num_blocks[0] <= 100 and tight.max_model_len == (tight.num_blocks[0] - 1) * 16
+    halved = kv_budget(spec(kv_cache_bytes=100 * block_bytes, kv_dtype="bfloat16"), FULL)
+    assert halved.max_model_len > 1.8 * tight.max_model_len
+    with pytest.raises(ValueError, match="raise kv_cache_bytes"):
+        kv_budget(spec(kv_cache_bytes=100 * block_bytes, max_model_len=4096), FULL)
+    with pytest.raises(ValueError, match="kv_dtype='int3' is unknown"):
+        kv_budget(spec(kv_dtype="int3"), FULL)
+
+
+def test_a_sliding_group_takes_only_its_windows() -> None:
+    full, sliding = kv_budget(spec(), MIXED).num_blocks
+    assert full == 4 * 256 + 1
+    assert sliding == 4 * (64 // 16 + 2) + 32 // 16 + 1
