@@ -58,9 +58,9 @@ def test_all_heads_are_served_by_one_mesh_as_transformers_computes_them(both: Se
 
 
 def test_a_classifier_is_served_alone_and_says_what_to_try(heads: TinyHeads, tmp_path: Path) -> None:
-    shutil.copytree(heads.directory / "topics", tmp_path / "topics")
-    shutil.copy(heads.directory / "model" / "tokenizer.json", tmp_path / "topics")
-    running = start_service([str(tmp_path / "topics"), "--local"], tmp_path / "log")
+    folder = shutil.copytree(heads.directory, tmp_path / "heads") / "topics"
+    shutil.copy(folder.parent / "model" / "tokenizer.json", folder)
+    running = start_service([str(folder), "--local"], tmp_path / "log")
     try:
         probs = running.post("/classify", {"input": TEXT})["data"][0]["probs"]
         expected = heads.outputs("topics", heads.tokenizer(TEXT)["input_ids"]).softmax(-1)
