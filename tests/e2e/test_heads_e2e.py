@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from huggingface_hub import InferenceClient
 
@@ -57,19 +57,22 @@ def test_all_heads_are_served_by_one_mesh_as_transformers_computes_them(both: Se
     assert both.complete(ids, 8, model="model") == oracle_greedy(heads.oracles["tiny"], ids, 8)
 
 
-def test_a_classifier_is_served_alone_and_says_what_to_try(heads: TinyHeads, tmp_path: Path) -> None:
-    folder = shutil.copytree(heads.directory, tmp_path / "heads") / "topics"
-    shutil.copy(folder.parent / "model" / "tokenizer.json", folder)
+def test_a_classifier_is_served_alone_and_says_what_to_try(tmp_path: Path) -> None:
+    architecture = "Qwen2MoeForSequenceClassification"
+    folder = write_tiny_model(tmp_path / "judge", architectures=[architecture], num_labels=3, pad_token_id=0)
     running = start_service([str(folder), "--local"], tmp_path / "log")
     try:
-        probs = running.post("/classify", {"input": TEXT})["data"][0]["probs"]
-        expected = heads.outputs("topics", heads.tokenizer(TEXT)["input_ids"]).softmax(-1)
-        assert probs == pytest.approx(expected.tolist(), abs=1e-4)
+        ids = running.post("/tokenize", {"prompt": TEXT})["tokens"]
+        oracle = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            expected = oracle(torch.tensor([ids])).logits[0].softmax(-1)
+        assert running.post("/classify", {"input": TEXT})["data"][0]["probs"] == pytest.approx(
+            expected.tolist(), abs=1e-4
+        )
         log = running.log.read_text()
+        (body,) = (line.split("-d '")[1].rstrip("'") for line in log.splitlines() if "-d '" in line)
         assert f"curl {running.url}/classify" in log and "ready after" in log
-        for line in log.splitlines():  # what it says works as it stands
-            if "-d '" in line:
-                assert running.post("/classify", json.loads(line.split("-d '")[1].rstrip("'")))["data"]
+        assert running.post("/classify", json.loads(body))["data"], "what it says to try works as it stands"
     finally:
         running.stop()
 
