@@ -227,8 +227,10 @@ class RemoteExchange:
         """Whether the other exchange under way met the same failure, and goes on in another group or without them."""
         if self._connection is None:
             return False
+        if formed != self._connection.formed:
+            return True
         here = self._connection.view.placement.shards()
-        return formed != self._connection.formed or (bool(suspects) and here.isdisjoint(suspects))
+        return bool(suspects) and here.isdisjoint(suspects) and self._connection.transport.can_serve(here)
 
     def _wait_newer(self, epoch: int, give_up: float) -> Connection:
         """Wait until `give_up` on the clock, looking after everything else meanwhile. Raises MeshUnavailable."""

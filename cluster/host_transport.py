@@ -139,15 +139,19 @@ class Channels:
         failures, self._failures[lane] = self._failures[lane], []
         return failures
 
-    def drop(self, shard_idx: int) -> None:
-        """Close the socket to a shard, if it is open; whoever waits for its answers fails."""
-        peer = self.sockets.pop(shard_idx, None)
+    def drop(self, shard_idx: int) -> bool:
+        """Close the socket to a shard, if it is open; whoever waits for its answers fails.
+
+        Returns whether it may yet write into an arena: it owes an answer and has not hung up."""
+        peer, owed = self.sockets.pop(shard_idx, None), self._owed.pop(shard_idx, [])
+        may_write = bool(owed) and peer is not None and not _has_hung_up(peer)
         if peer is not None:
             self._poll.unregister(peer.fileno())
             peer.close()
-        for header in self._owed.pop(shard_idx, ()):
+        for header in owed:
             self._num_owed[header.lane] -= 1
             self._failures[header.lane].append((shard_idx, LOST))
+        return may_write
 
 
 class HostShard:
@@ -191,6 +195,12 @@ class HostShard:
             self._socket.send(HEADER.pack(*header))
         except OSError as error:
             raise PeerLost(f"router of group {self.group.name}: {error}") from None
+
+
+def _has_hung_up(peer: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(peer, 0)
+    return bool(poll.poll(0))
 
 
 def _awake(look: Callable[[], T]) -> T | None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -65,11 +65,12 @@ class RouterTransport(Protocol):
         """After a failed receive: whether the others are still there and owe nothing, so that the next exchange may
         begin with them at once. Nothing may be sent to the suspects any more."""
 
-    def can_serve(self, shard_ids: Sequence[str]) -> bool:
+    def can_serve(self, shard_ids: Collection[str]) -> bool:
         """Whether an epoch with these members needs no other group."""
 
     def keep_only(self, shard_ids: Sequence[str], goodbye: Header) -> None:
-        """Say goodbye to all others of the group. Between exchanges; raises nothing."""
+        """Say goodbye to all others of the group; raises nothing. If one of them still computes for an exchange, the
+        group ends with it: see can_serve."""
 
 
 class ShardTransport(Protocol):
@@ -128,7 +129,7 @@ class _Router:
     def leave_out(self, suspects: Sequence[str]) -> bool:
         return False
 
-    def can_serve(self, shard_ids: Sequence[str]) -> bool:
+    def can_serve(self, shard_ids: Collection[str]) -> bool:
         return set(shard_ids) == set(self.shard_ids)
 
     def keep_only(self, shard_ids: Sequence[str], goodbye: Header) -> None:
@@ -227,14 +228,14 @@ class PairRouter(_Router):
         self._raise_for(failures)
 
     def leave_out(self, suspects: Sequence[str]) -> bool:
-        """A closed connection ends nobody else's. A missed deadline does on gloo, and the silent one may yet write
+        """A closed connection ends nobody else's. A missed deadline does on gloo, and whoever is silent may yet write
         into the arena; on NCCL any failure ends the group."""
         self._left_out.update(suspects)
         for suspect in suspects:
-            self._near.drop(self.shard_ids.index(suspect))
+            self._is_ended |= self._near.drop(self.shard_ids.index(suspect))
         return not self._is_ended and self.group.device.type == "cpu" and bool(self._present())
 
-    def can_serve(self, shard_ids: Sequence[str]) -> bool:
+    def can_serve(self, shard_ids: Collection[str]) -> bool:
         return not self._is_ended and set(shard_ids) <= {self.shard_ids[i] for i in self._present()}
 
     def keep_only(self, shard_ids: Sequence[str], goodbye: Header) -> None:

@@ -150,6 +150,24 @@ def test_a_killed_shard_fails_both_exchanges_that_wait_for_it(transport):
             exchange(router[0], [3, 0])
 
 
+def test_a_shard_dropped_while_it_computes_ends_the_group_unless_it_is_dead():
+    """It may wake up and write its sums into the arena, whoever works there by then."""
+    for number, ends_group in ((signal.SIGSTOP, True), (signal.SIGKILL, False)):
+        with processes("host", 3) as (router, children):
+            exchange(router[0], [1, 2, 1])
+            os.kill(children[1].pid, signal.SIGSTOP)
+            first, second = start(router[0], [1, 0, 2], lane=0), start(router[0], [2, 1, 1], lane=1)
+            os.kill(children[1].pid, number)
+            if number == signal.SIGKILL:
+                children[1].join()
+            others = ["shard-0", "shard-2"]
+            router[0].keep_only(others, Header(Opcode.CLOSE, 1))
+            assert router[0].can_serve(others) is not ends_group
+            first()
+            with pytest.raises(PeerLost, match="shard-1"):
+                second()
+
+
 def test_near_and_far_shards_serve_one_router_together():
     with threads("mixed", 3, far={1}) as router:
         for step in range(5):
