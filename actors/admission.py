@@ -56,6 +56,8 @@ def admit(
         except ValueError as error:
             return refuse(400, "invalid_token_id", str(error)[:500])
         sequence.sampler = SamplerState(request.sampling, request.prompt_ids, request.output_ids, model.eos_token_ids)
+        if request.output_ids:  # a replay: the first router told of all but the last one, which has not gone through
+            sequence.num_routed = len(tokens) - 1
         for token in request.output_ids:
             if matcher is not None:
                 matcher.accept(token)

@@ -103,7 +103,6 @@ class Engine:
         self._next_sweep = 0.0
         self._was_busy = False
         self._recovery_s = 0.0  # of the last step
-        self.last_beat = clock()
 
     # ---- called from other threads -------------------------------------------------------------------
 
@@ -145,7 +144,6 @@ class Engine:
         """Loop until stop(). An error in a step fails that step's requests and nothing else."""
         with torch.inference_mode():
             while not self._stopping:
-                self.last_beat = self._clock()
                 self._take_inbox()
                 if self.scheduler.has_work:
                     self._was_busy = True
@@ -296,14 +294,14 @@ class Engine:
             arrivals, inbox.arrivals = inbox.arrivals, []
             aborts, inbox.aborts = inbox.aborts, []
             calls, inbox.calls = inbox.calls, []
-        for call in calls:
-            call()
         for owner, request, matcher, arrived in arrivals:
             refusal = self._admit(owner, request, matcher, arrived)
             if refusal is not None:
                 self._emit(owner, refusal)
         for key in aborts:
             self._drop(key)
+        for call in calls:  # after the arrivals: an owner that is gone leaves none of them behind
+            call()
         now = self._clock()
         if now >= self._next_sweep:
             self._next_sweep = now + 0.1

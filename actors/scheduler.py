@@ -144,7 +144,8 @@ class Scheduler:
         if sequence.may_use_prefix_cache:
             sequence.num_computed = blocks.match_prefix(table, sequence.token_ids, sequence.scope)
         end = min(num_tokens, sequence.num_computed + budget)
-        if not blocks.fits(table, num_tokens + 1) or not blocks.reserve(table, end):
+        num_drawn = 0 if sequence.sampler is None else 1
+        if not blocks.fits(table, num_tokens + num_drawn) or not blocks.reserve(table, end):
             blocks.release(table)
             sequence.num_computed = 0
             return 0

@@ -98,6 +98,8 @@ def _pool(item: Scheduled, request: PoolRequest, hidden_NH: Tensor, heads: Mappi
         if not item.samples:
             return
         hidden_NH = hidden_NH[-1:]
+    else:
+        del item.sequence.pooled[item.begin :]  # computed anew after a preemption
     head = heads.get(request.head)
     item.sequence.pooled += (hidden_NH if head is None else head.forward(hidden_NH)).float().tolist()
 

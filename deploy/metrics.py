@@ -66,7 +66,7 @@ class Watch:
         """It came just now."""
         if chunk.recovery_s:
             self._note.recovered(chunk.recovery_s)
-        if chunk.timing is not None:
+        if chunk.timing is not None and self._first is None:  # a replay tells of its own start
             self._note.started(*chunk.timing)
             self._metrics.queue.observe(chunk.timing[0])
             self._metrics.prefill.observe(chunk.timing[1])

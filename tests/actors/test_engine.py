@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from actors.blocks import BlockManager, BlockPool
 from actors.request import GenerateRequest, PoolRequest
@@ -229,6 +230,70 @@ def test_pooling_gives_one_row_or_one_per_token_whatever_the_chunks(start_router
     rows = outputs.wait("p")[-1].values
     assert len(rows) == (1 if tokens == "last" else 50) and len(rows[0]) == 64
     assert outputs.chunks["p"][-1].finish_reason == "stop"
+
+
+def test_pooled_rows_are_one_per_token_after_a_preemption_too(start_router):
+    prompt = tuple(prompt_of(0, 80))
+    pool = PoolRequest(request_id="p", prompt_ids=prompt, head="", tokens="all")
+    alone, expected = start_router()
+    alone.engine.submit("test", pool)
+    router, outputs = start_router(limits=SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=16))
+    scheduler = router.engine.scheduler
+
+    def preempt_half_way() -> None:
+        if scheduler.running and scheduler.running[0].num_computed >= 32:
+            scheduler._preempt(scheduler.running[0])
+        else:
+            router.engine.call(preempt_half_way)
+
+    router.engine.call(preempt_half_way)
+    router.engine.submit("test", pool)
+    rows, right = outputs.wait("p")[-1].values, expected.wait("p")[-1].values
+    assert scheduler.num_preemptions == 1
+    assert len(rows) == 80 and torch.allclose(torch.tensor(rows), torch.tensor(right), atol=1e-4)
+
+
+def test_a_pool_request_may_fill_the_whole_cache(start_router):
+    router, outputs = start_router(num_kv_blocks=9, max_model_len=128)
+    router.engine.submit("test", PoolRequest(request_id="p", prompt_ids=tuple(prompt_of(0, 128)), head=""))
+    ask(router.engine, "behind", prompt_of(1, 10), 3)
+    assert len(outputs.wait("p", timeout_s=20)[-1].values) == 1 and len(outputs.tokens("behind")) == 3
+
+
+def test_what_an_owner_that_left_had_just_sent_is_not_computed(start_router):
+    router, _ = start_router()
+
+    def send_and_leave() -> None:  # both lie in the inbox when the step ends
+        ask(router.engine, "a", prompt_of(0, 10), 400)
+        router.engine.abort_all("test")
+
+    router.engine.call(send_and_leave)
+    seen: list[bool] = []
+
+    def look(later: int) -> None:
+        seen.append(router.engine.scheduler.has_work)
+        if later:
+            router.engine.call(lambda: look(later - 1))
+
+    router.engine.call(lambda: look(4))
+    wait_until(lambda: len(seen) == 5)
+    assert not any(seen)
+
+
+def test_a_replay_tells_of_the_experts_that_the_first_router_has_not_told_of(start_router):
+    router, outputs = start_router()
+    common = {"prompt_ids": tuple(prompt_of(0, 40)), "return_routed_experts": True}
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    router.engine.submit("test", GenerateRequest(request_id="whole", sampling=sampling, **common))
+    chunks = outputs.wait("whole")
+    tokens = [token for chunk in chunks for token in chunk.token_ids]
+    rows = [row for chunk in chunks for row in chunk.routed_experts]
+    router.engine.submit(
+        "test", GenerateRequest(request_id="rest", sampling=sampling, output_ids=tuple(tokens[:3]), **common)
+    )
+    rest = outputs.wait("rest")
+    assert [token for chunk in rest for token in chunk.token_ids] == tokens[3:]
+    assert [row for chunk in rest for row in chunk.routed_experts] == rows[40 + 2 :]
 
 
 def test_routed_experts_name_every_token_once_with_the_gates_choice(start_router):
