@@ -150,7 +150,7 @@ class RouterMembership:
                 if self._reuse(view):
                     return
             connection = self._form(view)
-        except (FormationError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:  # also torch's own, of the store
             suspects = error.suspects if isinstance(error, FormationError) else ()
             if isinstance(error, ValueError):  # configured so that it can't be: no hurry to fail again
                 log.error("epoch %d can't be formed: %s", view.epoch, error)

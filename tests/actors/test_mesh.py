@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from actors import membership
 from actors.remote_exchange import DeadlineEstimate, RemoteExchange
 from cluster.placement import Placement
 from cluster.settings import Timeouts
@@ -143,6 +144,27 @@ def test_where_replicas_hold_what_is_lost_nobody_is_waited_for(start_router, tin
     ask(router.engine, "after", [3, 4, 5])
     outputs.tokens("after")
     wait_until(lambda: router.exchange.epoch == 2)
+
+
+def test_an_epoch_whose_store_fails_is_reported_and_the_next_one_serves(
+    start_router, tiny_model, expected, monkeypatch
+):
+    mesh = ThreadMesh(tiny_model)
+    placement = placed(mesh, 2)
+    real, calls = membership.forget_groups, []
+
+    def fail_once(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("Broken pipe")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(membership, "forget_groups", fail_once)
+    mesh.on_report = lambda epoch, suspects: mesh.publish(placement)
+    router, outputs = start_router(mesh)
+    mesh.publish(placement)
+    ask_all(router)
+    assert [outputs.tokens(f"r{i}") for i in range(6)] == list(expected.values()) and mesh.reports[0] == (1, ())
 
 
 def test_without_any_mesh_requests_are_refused_by_name_and_served_once_it_is_there(start_router, tiny_model):
