@@ -52,6 +52,10 @@ class LoadWatch:
         self._activated.forget(router_id)
         self._latest.pop(router_id, None)
 
+    def note_scaled(self) -> None:
+        """The number of shards has just been changed, by whomever: the autoscaler holds back for its cooldown."""
+        self._changed_at = self._clock()
+
     def note_moves(self, moves: Sequence[Move]) -> None:
         self._moves = moves
 
@@ -82,10 +86,7 @@ class LoadWatch:
         busy = {s: (info["busy_s"], now) for s, info in zip(shards, infos, strict=True) if info is not None}
         self.pressure = Pressure(busy=_rate(self._busy, busy), wait=_rate(self._waits, self._latest))
         self._busy, self._waits = busy, dict(self._latest)
-        wanted = decide(self._autoscale, self.pressure, plan.num_shards, now - self._changed_at)
-        if wanted != plan.num_shards:
-            self._changed_at = now
-        return wanted
+        return decide(self._autoscale, self.pressure, plan.num_shards, now - self._changed_at)
 
     def report(self, placement: Placement) -> dict[str, Any]:
         """What GET /mesh shows of it. balancedness: see cluster.balance, over the window."""

@@ -57,9 +57,6 @@ class SupervisorActor:
     async def report(self, router_id: str, epoch: int, suspects: tuple[str, ...], reason: str) -> None:
         await self._supervisor.report(router_id, epoch, suspects, reason)
 
-    async def forget_router(self, router_id: str) -> None:
-        self._supervisor.forget_router(router_id)
-
     async def routers(self) -> list[dict[str, Any]]:
         return self._supervisor.routers()
 

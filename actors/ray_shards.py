@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("expertmesh.ray")
 
 NAMESPACE = "expertmesh"
+ALWAYS = "always"  # threads of a shard for what must be answered however many routers wait for others to join
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,9 +131,11 @@ class ShardActor:
         with ThreadPoolExecutor(1) as background:
             self._shard = background.submit(_new_shard, shard_id, spec).result()
 
+    @ray.method(concurrency_group=ALWAYS)
     def info(self) -> dict[str, Any]:
         return {**self._shard.info(), "actor_name": self._name, "process_started": _started(os.getpid())}
 
+    @ray.method(concurrency_group=ALWAYS)
     def ping(self) -> int:
         return self._shard.ping()
 
@@ -210,6 +213,7 @@ class RayShardStarter:
             "namespace": NAMESPACE,
             "lifetime": "detached",
             "max_concurrency": 32,
+            "concurrency_groups": {ALWAYS: 4},
             "max_restarts": 0,
             "num_cpus": wanted.num_cpus,
             "num_gpus": wanted.num_gpus,
@@ -218,7 +222,7 @@ class RayShardStarter:
         }
         if wanted.spread == "strict":
             options["scheduling_strategy"] = self._own_node(shard_id, set(avoid_nodes))
-        create = ray.remote(ShardActor).options(**options).remote
+        create = ray.remote(**options)(ShardActor).remote
         self._actors[shard_id] = actor = await asyncio.to_thread(create, shard_id, name, self._spec)
         handle = RayShardHandle(actor)
         try:

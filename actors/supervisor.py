@@ -135,8 +135,7 @@ class Supervisor:
                 lost = await self._fleet.find_lost(suspects, self.view.shard_ids, epoch)
                 await self._lose(lost, f"{router_id}: {reason}"[:300], detected)
 
-    def forget_router(self, router_id: str) -> None:
-        """A router that says goodbye."""
+    def _forget_router(self, router_id: str) -> None:
         self._board.forget_router(router_id)
         self._watch.forget_router(router_id)
 
@@ -194,6 +193,7 @@ class Supervisor:
         if self._plan.num_shards == 0 or num_shards < 1:
             raise ValueError(f"cannot scale to {num_shards} shards: give at least 1, and a mesh that has shards")
         self._plan = self._plan.with_shards(num_shards)
+        self._watch.note_scaled()
         self._restore_wanted.set()
         await self._fleet.remember(make_note(num_shards))
         return {"target_shards": num_shards, "epoch": self.view.epoch, "shards": list(self.view.shard_ids)}
@@ -360,7 +360,7 @@ class Supervisor:
                     if still:
                         await self._lose(still, "no answer to pings", self._clock())
             for router_id in self._board.long_silent():
-                self.forget_router(router_id)
+                self._forget_router(router_id)
 
     async def _publish(self, placement: Placement, reason: str, detected: float | None = None) -> None:
         """Make the next view known. Called with the change lock held."""
