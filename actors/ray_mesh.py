@@ -34,11 +34,15 @@ class SupervisorActor:
         self, mesh: str, plan: MeshPlan, spec: ShardSpec, resources: ShardResources, timeouts: Timeouts
     ) -> None:
         start_logging("supervisor", spec.log_format)
-        self._lines: list[str] = []
+        self._lines: list[str] = []  # of the start; nobody asks for later ones
         self._ledger = Ledger(time.monotonic)  # of the ingresses; here since all of them know this actor
         starter = RayShardStarter(mesh, spec, resources, start_s=timeouts.start_s)
-        self._supervisor = Supervisor(plan, starter, timeouts, progress=self._lines.append)
+        self._supervisor = Supervisor(plan, starter, timeouts, progress=self._note_progress)
         self._start: asyncio.Task[None] | None = None
+
+    def _note_progress(self, line: str) -> None:
+        if self._start is None or not self._start.done():
+            self._lines.append(line)
 
     async def started(self) -> None:
         """Returns when epoch 1 is published; raises what went wrong at the start."""

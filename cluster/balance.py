@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.placement import ExpertKey, Placement, shard_order
+from cluster.placement import ExpertKey, Placement, keeps_apart, shard_order
 
 Loads = Mapping[int, Sequence[float]]  # layer_idx -> load of each expert
 
@@ -135,7 +135,7 @@ def _candidates(
     given = [e for e in reversed(by_load) if heavy in experts[e] and light not in experts[e]][:8]
     taken = [e for e in by_load if light in experts[e] and heavy not in experts[e]][:8]
     surplus = [e for e in by_load if light in experts[e] and _may_drop(experts[e], light, nodes, replicas)][:8]
-    goes = [e for e in given if _apart(experts[e], heavy, light, nodes)]
+    goes = [e for e in given if keeps_apart(experts[e], heavy, light, nodes)]
     found: list[list[Move]] = []
     if has_room:
         found += [[Move((layer_idx, e), light)] for e in given]
@@ -146,14 +146,8 @@ def _candidates(
         [Move((layer_idx, e), light, heavy), Move((layer_idx, f), heavy, light)]
         for e in goes
         for f in taken
-        if _apart(experts[f], light, heavy, nodes)
+        if keeps_apart(experts[f], light, heavy, nodes)
     ]
-
-
-def _apart(holders: Sequence[str], source: str, target: str, nodes: Mapping[str, str]) -> bool:
-    """Whether the copies are on as many nodes after the move as before."""
-    others = {nodes[s] for s in holders if s != source}
-    return nodes[target] not in others or nodes[source] in others
 
 
 def _may_drop(holders: Sequence[str], shard_id: str, nodes: Mapping[str, str], replicas: int) -> bool:

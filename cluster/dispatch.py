@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -120,15 +119,3 @@ def _numbered(num_tokens: int, top_k: int) -> tuple[IntArray, IntArray]:
     """The index and the token of each pair; not to be written to."""
     index_P = np.arange(num_tokens * top_k)
     return index_P, index_P // top_k
-
-
-def plan_dispatch_reference(topk_ids: Sequence[Sequence[int]], holders: Any, num_shards: int) -> list[dict[str, Any]]:
-    """The same plan, one pair at a time: slow, plain, for tests. holders[expert] = shard index."""
-    plans: list[dict[str, Any]] = [{"tokens": [], "pairs": []} for _ in range(num_shards)]
-    for token, experts in enumerate(topk_ids):
-        for expert in experts:
-            plan = plans[holders[expert]]
-            if token not in plan["tokens"]:
-                plan["tokens"].append(token)
-            plan["pairs"].append((plan["tokens"].index(token), expert))
-    return plans

@@ -16,7 +16,7 @@ class MeshError(RuntimeError):
 
 
 class ExchangeError(MeshError):
-    """An exchange failed. Its process group must not be used again.
+    """An exchange failed. Its group may be used further only as `RouterTransport.leave_out` says.
 
     suspects: ids of the shards that closed or stayed silent; empty when nobody can tell.
     """

@@ -53,15 +53,6 @@ class Placement:
             }
         )
 
-    def replacing(self, old: str, new: str) -> Placement:
-        """Shard `new` takes every slot of shard `old`."""
-        return Placement(
-            {
-                layer_idx: tuple(tuple(new if s == old else s for s in shards) for shards in experts)
-                for layer_idx, experts in self.holders.items()
-            }
-        )
-
     def adding(self, extra: Mapping[str, Iterable[ExpertKey]]) -> Placement:
         """Shard ids mapped to experts that they hold in addition."""
         more: dict[ExpertKey, list[str]] = {}
@@ -81,10 +72,6 @@ class Placement:
     def to_dict(self) -> dict[str, list[list[str]]]:
         """JSON form: {"layer": [[shard, ...] per expert]}."""
         return {str(layer): [list(shards) for shards in experts] for layer, experts in self.holders.items()}
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Sequence[Sequence[str]]]) -> Placement:
-        return Placement({int(layer): tuple(tuple(s) for s in experts) for layer, experts in data.items()})
 
 
 def spread_evenly(
@@ -140,3 +127,9 @@ def shard_order(shard_id: str) -> tuple[int, str]:
     """Sort key: shard-2 before shard-10."""
     digits = shard_id.rpartition("-")[2]
     return (int(digits) if digits.isdigit() else 0, shard_id)
+
+
+def keeps_apart(holders: Sequence[str], source: str, target: str, nodes: Mapping[str, str]) -> bool:
+    """Whether an expert's copies are on as many nodes after a move of one as before."""
+    others = {nodes[s] for s in holders if s != source}
+    return nodes[target] not in others or nodes[source] in others

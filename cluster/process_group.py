@@ -7,8 +7,8 @@ Seen with gloo in torch 2.13 and relied upon here: a killed peer makes pending o
 milliseconds, all but a send that was posted between the death and its discovery, which waits for its own deadline; a
 stopped peer only at the deadline; an operation that times out closes the whole group; sockets close when the last
 Python reference to the group (and to its pending works) is dropped, and that waits for collectives still under way,
-whose deadline is formation_s whatever their wait() says. So: a failed group is dropped, never reused and never waited
-for, and where collectives are used its connections are closed first.
+whose deadline is formation_s whatever their wait() says. So: a group with a silent member is dropped, never reused and
+never waited for, as is one whose collectives failed; and where collectives are used its connections are closed first.
 """
 
 from __future__ import annotations

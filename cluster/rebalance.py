@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from cluster.placement import ExpertKey, Placement, shard_order
+from cluster.placement import ExpertKey, Placement, keeps_apart, shard_order
 
 
 def level(current: Placement, nodes: Mapping[str, str], replicas: int, redundant: int = 0) -> Placement:
@@ -75,7 +75,7 @@ def _move_one(
         movable = [
             key
             for key, shards in holders.items()
-            if fullest in shards and emptiest not in shards and _keeps_apart(shards, fullest, emptiest, nodes)
+            if fullest in shards and emptiest not in shards and keeps_apart(shards, fullest, emptiest, nodes)
         ]
         if movable:
             key = max(movable, key=lambda k: (per_layer[fullest, k[0]] - per_layer[emptiest, k[0]], k))
@@ -84,9 +84,3 @@ def _move_one(
             count(emptiest, key, 1)
             return True
     return False
-
-
-def _keeps_apart(shards: list[str], source: str, target: str, nodes: Mapping[str, str]) -> bool:
-    """Whether the copies are on as many nodes after the move as before."""
-    others = {nodes[s] for s in shards if s != source}
-    return nodes[target] not in others or nodes[source] in others

@@ -125,6 +125,13 @@ class _Router:
     def __init__(self, group: MeshGroup, shard_ids: Sequence[str]) -> None:
         self.group = group
         self.shard_ids = tuple(shard_ids)
+        self._arenas: Sequence[Arena] = [Arena(group.device) for _ in range(LANES)]
+        self._works: list[list[Work]] = [[] for _ in range(LANES)]
+
+    def prepare(self, whole: Header) -> Message:
+        arena = self._arenas[whole.lane]
+        arena.reserve(whole.arena_bytes)
+        return arena.message(whole)
 
     def leave_out(self, suspects: Sequence[str]) -> bool:
         return False
@@ -168,10 +175,9 @@ class PairRouter(_Router):
     def __init__(self, group: MeshGroup, shard_ids: Sequence[str], channels: Channels) -> None:
         super().__init__(group, shard_ids)
         self._near = channels
-        self._arenas: Sequence[Arena] = channels.arenas or [Arena(group.device) for _ in range(LANES)]
+        self._arenas = channels.arenas or self._arenas
         far = [i for i in range(len(shard_ids)) if i not in channels.sockets]
         self._far = {i: [Arena(group.device) for _ in range(LANES)] for i in far}
-        self._works: list[list[Work]] = [[] for _ in range(LANES)]
         self._refused: list[list[Failure]] = [[] for _ in range(LANES)]
         self._left_out: set[str] = set()
         self._is_ended = False
@@ -196,11 +202,6 @@ class PairRouter(_Router):
     def _raise_for(self, failures: Sequence[Failure]) -> None:
         self._is_ended |= any(_timed_out(error) for _, error in failures)
         super()._raise_for(failures)
-
-    def prepare(self, whole: Header) -> Message:
-        arena = self._arenas[whole.lane]
-        arena.reserve(whole.arena_bytes)
-        return arena.message(whole)
 
     def send(self, headers: Sequence[Header]) -> None:
         """A shard that can't be sent to shows in receive(), when the others have answered."""
@@ -262,21 +263,11 @@ class PairRouter(_Router):
 class AllToAllRouter(_Router):
     """Every shard's message apart in one outgoing buffer; the sums come back into the arena as they lie there."""
 
-    def __init__(self, group: MeshGroup, shard_ids: Sequence[str]) -> None:
-        super().__init__(group, shard_ids)
-        self._arenas = [Arena(group.device) for _ in range(LANES)]
-        self._works: list[list[Work]] = [[] for _ in range(LANES)]
-
     def announce(self, header: Header) -> None:
         tensor, works = torch.tensor(header), list[Work]()
         with self._failures_raised():
             works += [self._post(i, tensor, HEADER_TAG) for i in range(len(self.shard_ids))]
         self._raise_for(self._wait_all(works, time.monotonic() + 1.0))
-
-    def prepare(self, whole: Header) -> Message:
-        arena = self._arenas[whole.lane]
-        arena.reserve(whole.arena_bytes)
-        return arena.message(whole)
 
     def send(self, headers: Sequence[Header]) -> None:
         device, arena = self.group.device, self._arenas[headers[0].lane]

@@ -1,14 +1,13 @@
 """The agreed membership: one epoch, its shards, and where the experts are.
 
-Only the supervisor makes a new view, always with a higher epoch. Routers build one process group per view:
-rank 0 is the router, rank 1 + i is `shards[i]`. A group that failed is never used again; the next one has the
-next epoch's name.
+Only the supervisor makes a new view, always with a higher epoch. A router builds a process group for a view, with the
+epoch in its name: rank 0 is the router, rank 1 + i is `shards[i]`. A later view whose members are all in that group is
+served by it too; a group in which something may still be under way after a failure is never used again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from cluster.placement import Placement
 
@@ -36,11 +35,3 @@ class MeshView:
     @property
     def shard_ids(self) -> tuple[str, ...]:
         return tuple(member.shard_id for member in self.shards)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form, without the placement (ask for it apart: it is large)."""
-        return {
-            "epoch": self.epoch,
-            "reason": self.reason,
-            "shards": [{name: getattr(m, name) for name in Member.__dataclass_fields__} for m in self.shards],
-        }

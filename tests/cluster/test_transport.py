@@ -8,8 +8,10 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.dispatch import plan_dispatch, plan_dispatch_reference, routing_tables
+from cluster.dispatch import plan_dispatch, routing_tables
 from cluster.errors import ExchangeError, FormationError, PeerLost, PeerSilent
 from cluster.host_transport import Channels
 from cluster.placement import spread_evenly
@@ -308,6 +310,18 @@ def test_unknown_transports_are_refused_and_auto_follows_the_hardware():
         choose_transport("carrier-pigeon", CPU, 1)
     with pytest.raises(ValueError, match="choose auto"):
         choose_transport("host", torch.device("cuda", 0), 1)
+
+
+def plan_dispatch_reference(topk_ids: Sequence[Sequence[int]], holders: Any, num_shards: int) -> list[dict[str, Any]]:
+    """The same plan, one pair at a time: slow and plain. holders[expert] = shard index."""
+    plans: list[dict[str, Any]] = [{"tokens": [], "pairs": []} for _ in range(num_shards)]
+    for token, experts in enumerate(topk_ids):
+        for expert in experts:
+            plan = plans[holders[expert]]
+            if token not in plan["tokens"]:
+                plan["tokens"].append(token)
+            plan["pairs"].append((plan["tokens"].index(token), expert))
+    return plans
 
 
 @settings(max_examples=60, deadline=None)
