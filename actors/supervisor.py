@@ -330,11 +330,12 @@ class Supervisor:
         policy, placement = self._plan.balance, self.view.placement
         if not loads:
             return
+        serving = placement.shards()  # spares stay empty, and whoever is about to leave
         target, moves = await asyncio.to_thread(
             propose,
             placement,
             loads,
-            self._fleet.nodes,
+            {shard_id: node for shard_id, node in self._fleet.nodes.items() if shard_id in serving},
             max_slots=self._plan.max_slots,
             replicas=self._plan.replicas,
             max_moves=policy.max_moves,

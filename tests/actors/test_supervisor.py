@@ -396,10 +396,12 @@ def test_without_room_for_a_replacement_the_survivors_share_the_work():
     run(scenario)
 
 
-def test_a_hot_expert_is_copied_and_the_mesh_tells():
+@pytest.mark.parametrize("num_spares", [0, 1])
+def test_a_hot_expert_is_copied_and_the_mesh_tells(num_spares):
     async def scenario() -> None:
         policy = BalancePolicy(interval_s=0.2, min_tokens=10, redundant_slots=1, max_moves=4)
-        async with Mesh(MeshPlan(moe_layers=(0,), num_experts=4, num_shards=2, balance=policy)) as mesh:
+        plan = MeshPlan(moe_layers=(0,), num_experts=4, num_shards=2, num_spares=num_spares, balance=policy)
+        async with Mesh(plan) as mesh:
             hot = next(e for (_, e), shards in mesh.view.placement if shards == ("shard-0",))
             counts = [1000 if e == hot else 10 for e in range(4)]
             figures = {"tokens": {0: counts}, "activated": {0: counts}, "wait_s": 1.0, "time_s": 10.0}
@@ -411,6 +413,7 @@ def test_a_hot_expert_is_copied_and_the_mesh_tells():
             assert seen["balancedness"] > before
             assert {"layer": 0, "expert": hot, "to": "shard-1", "from": None} in seen["last_moves"]
             assert "rebalanced" in seen["reason"]
+            assert mesh.view.placement.shards() == {"shard-0", "shard-1"}, "a spare is a spare"
             epoch = mesh.view.epoch
             await asyncio.sleep(2.2)
             assert mesh.view.epoch == epoch, "it moves experts for nothing"
