@@ -62,7 +62,7 @@ def plan_requests(
     given = model.sampling_defaults.get("seed") if body.seed is None else body.seed
     params = _sampling(body, model, asked)
     common = params.to_dict()  # checked once: a logit_bias may be long, and prompts many
-    requests = []
+    requests: list[GenerateRequest] = []
     for prompt_ids in prompts:
         max_tokens = _max_tokens(asked, model, len(prompt_ids))
         if params.min_tokens > max_tokens:
@@ -80,6 +80,7 @@ def plan_requests(
                 cache_salt=body.cache_salt,
                 return_routed_experts=body.return_routed_experts,
                 first_id=first_id,
+                is_further=bool(requests),
             )
             first_id = first_id or request.request_id
             requests.append(request)

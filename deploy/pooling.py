@@ -202,7 +202,8 @@ async def run_head(
     so a text's values don't depend on its neighbours. The first error ends them all."""
     deadline, body = service.deadline(), body or PoolingBody()
 
-    async def run_one(prompt_ids: list[int]) -> Rows:
+    async def run_one(numbered: tuple[int, list[int]]) -> Rows:
+        number, prompt_ids = numbered
         return await service.pool.pool(
             PoolRequest(
                 model=model.names[0],
@@ -212,10 +213,11 @@ async def run_head(
                 deadline=deadline,
                 priority=body.priority,
                 cache_salt=body.cache_salt,
+                is_further=number > 0,
             )
         )
 
-    return await side_by_side(run_one, prompts)
+    return await side_by_side(run_one, enumerate(prompts))
 
 
 async def side_by_side(work: Callable[[T], Awaitable[R]], items: Iterable[T]) -> list[R]:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 Discover = Callable[[], Awaitable[Sequence[Mapping[str, Any]]]]
 MAX_LOSSES_WITHOUT_PROGRESS = 4
 RETRY_S = 0.25
+_NOT_SENT = ("model", "deadline", "is_further")
 
 
 def new_id() -> str:
@@ -41,7 +42,8 @@ class RouterRequest:
     """What a router is asked for. `deadline` is in the loop's time.
 
     `model` is the name by which routers know the model; None where all routers are alike. `first_id` is the request_id
-    of the first of several sequences for the same prompt: they go to its router, which computes the prompt once."""
+    of the first of several sequences for the same prompt: they go to its router, which computes the prompt once.
+    `is_further`: others of its client's request are under way, so it waits where all routers are full."""
 
     op: str
     prompt_ids: list[int]
@@ -50,11 +52,12 @@ class RouterRequest:
     priority: int = 0
     cache_salt: str | None = None
     first_id: str | None = None
+    is_further: bool = False
     request_id: str = field(default_factory=new_id)
 
     def message(self) -> dict[str, Any]:
         """What of it travels."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("model", "deadline")}
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _NOT_SENT}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +171,8 @@ class RouterPool:
                         full.add(link)
                         refused_at = refused_at or loop.time()
                         others = any(one not in full for one in self._usable(request.model))
-                        may_wait = has_first and loop.time() - refused_at < self._router_wait_s
+                        may_wait = has_first or request.is_further
+                        may_wait = may_wait and loop.time() - refused_at < self._router_wait_s
                         if chunk.error.get("status") == 503 and (others or may_wait):
                             break
                         raise EngineError(
