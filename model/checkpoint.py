@@ -69,7 +69,7 @@ class Checkpoint:
 
         Never widens: a bfloat16 tensor stays so for dtype "float32", which would only take twice the memory.
         """
-        self.check(name, shape, FLOATS)
+        wanted = self.float_dtype(name, shape, dtype)
         first, part = 0, shape
         if index is not None:
             part = part[1:]
@@ -77,9 +77,14 @@ class Checkpoint:
         if rows is not None:
             first += rows.start * math.prod(part[1:])
             part = (rows.stop - rows.start, *part[1:])
-        tensor = self.tensor(name, first, part)
-        wanted = tensor.dtype if dtype is None else getattr(torch, dtype)
-        return tensor.to(wanted) if wanted.itemsize <= tensor.dtype.itemsize else tensor
+        return self.tensor(name, first, part).to(wanted)
+
+    def float_dtype(self, name: str, shape: tuple[int, ...], dtype: str | None) -> torch.dtype:
+        """The dtype that `float_tensor` returns."""
+        self.check(name, shape, FLOATS)
+        stored = TORCH_DTYPES[self._file(name).entries[name].dtype]
+        wanted = stored if dtype is None else getattr(torch, dtype)
+        return wanted if wanted.itemsize <= stored.itemsize else stored
 
     def check(self, name: str, shape: tuple[int, ...], dtypes: Collection[str]) -> None:
         """Raises ValueError unless the tensor is there, of this shape and one of these dtypes of safetensors."""

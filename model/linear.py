@@ -142,7 +142,7 @@ class Int4Weight(Weight):
 def stack_rows(blocks: Iterable[Weight], num_outputs: int) -> Weight:
     """One weight of blocks of its rows, filled as they come: memory for the whole and one block, never for two wholes.
 
-    All blocks have the same storage and, where they are packed, all but the last a multiple of 32 rows.
+    All blocks have the same storage (or ValueError) and, where they are packed, all but the last a multiple of 32 rows.
     """
     whole: dict[str, Tensor] = {}
     num_filled: dict[str, int] = {}
@@ -156,6 +156,11 @@ def stack_rows(blocks: Iterable[Weight], num_outputs: int) -> Weight:
             if name not in whole:
                 length = -(-num_outputs // 32) * 32 * len(part) // block.shape[0]
                 whole[name], num_filled[name] = part.new_empty(length, *part.shape[1:]), 0
+            if (part.dtype, part.shape[1:]) != (whole[name].dtype, whole[name].shape[1:]):
+                raise ValueError(
+                    f"{name}: {part.dtype} {list(part.shape)} in a block of rows, expected {whole[name].dtype} "
+                    f"[..., {', '.join(map(str, whole[name].shape[1:]))}] as in the first one"
+                )
             whole[name][num_filled[name] : num_filled[name] + len(part)] = part
             num_filled[name] += len(part)
     changes: dict[str, Any] = {name: tensor[: num_filled[name]] for name, tensor in whole.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -224,7 +225,9 @@ class Loader:
         return stack_rows(map(store, self._row_blocks(matrices, step)), num_rows)
 
     def _row_blocks(self, matrices: Sequence[_Matrix], step: int) -> Iterator[Tensor]:
-        """All rows in order, in blocks of `step`; one may hold rows of several matrices."""
+        """All rows in order, in blocks of `step`; one may hold rows of several matrices. All have the widest dtype."""
+        dtypes = (self.checkpoint.float_dtype(one.name, one.shape, self.config.dtype) for one in matrices)
+        dtype = functools.reduce(torch.promote_types, dtypes)
         pieces: list[Tensor] = []
         room = step
         for one in matrices:
@@ -235,10 +238,10 @@ class Loader:
                 room -= rows.stop - start
                 start = rows.stop
                 if room == 0:
-                    yield _joined(pieces).to(self.device)
+                    yield _joined(pieces).to(self.device, dtype)
                     pieces, room = [], step
         if pieces:
-            yield _joined(pieces).to(self.device)
+            yield _joined(pieces).to(self.device, dtype)
 
     def _gptq(self, modules: Sequence[tuple[str, int]], num_inputs: int) -> Weight:
         """Read and packed in blocks of outputs too, where the kernels' panels of 32 allow it."""

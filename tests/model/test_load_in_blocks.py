@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -79,6 +81,32 @@ def test_blocks_of_rows_become_the_weight_of_all_rows(storage: str, num_outputs:
         assert stacked.shape == whole.shape and stacked.num_bytes == whole.num_bytes
         assert torch.equal(stacked.dequantize(), whole.dequantize())
         assert torch.equal(stacked.multiply(matrix), whole.multiply(matrix))
+
+
+def test_blocks_of_several_storages_are_refused() -> None:
+    for other in (torch.randn(32, 72).half(), torch.randn(32, 71)):
+        with pytest.raises(ValueError, match=r"tensor: torch.float.*expected torch.float32 \[\.\.\., 72\]"):
+            stack_rows([DenseWeight(torch.randn(32, 72)), DenseWeight(other)], 64)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dtypes", itertools.permutations((torch.float32, torch.bfloat16, torch.float16), 2))
+def test_matrices_of_several_dtypes_become_one_of_the_widest(
+    dtypes: tuple[torch.dtype, torch.dtype], native: bool, fast_kernels: Kernels, tmp_path: Path
+) -> None:
+    gate, up = (torch.randn(200, 512).to(dtype) for dtype in dtypes)
+    expert = "model.layers.0.mlp.experts.0"
+    tensors = {f"{expert}.gate_proj.weight": gate, f"{expert}.up_proj.weight": up}
+    tensors |= {f"{expert}.down_proj.weight": torch.randn(512, 200), "model.embed_tokens.weight": torch.zeros(1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = ModelConfig.from_dict({"model_type": "qwen2_moe", **VALUES})
+
+    kernels = fast_kernels if native else REFERENCE_KERNELS
+    gate_up = Loader(Checkpoint(tmp_path), config, kernels=kernels).expert(0, 0).gate_up
+
+    expected, x_TK = torch.cat([gate.float(), up.float()]), torch.randn(5, 512)
+    assert torch.equal(gate_up.dequantize(), expected)
+    torch.testing.assert_close(gate_up.multiply(x_TK), x_TK @ expected.T, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
