@@ -31,6 +31,16 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GptqConfig:
+    """How GPTQ's tensors are read. Weights have 4 bits; act-order shows in the tensors themselves."""
+
+    zero_point_offset: int
+    """What stored zero points lack: 1 in the v1 format, 0 in `checkpoint_format: gptq_v2`."""
+    group_size: int | None
+    """Inputs that share a scale, fewer in the last group; None: all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """One model: every field resolved and checked. Names are those of the Hugging Face config."""
 
@@ -63,10 +73,7 @@ class ModelConfig:
     id2label: Mapping[int, str]
     problem_type: str | None
     token_classification_bias: bool
-    gptq_zero_offset: int | None
-    """What GPTQ's stored zero points lack: 1 in its v1 format, 0 in `checkpoint_format: gptq_v2`; None: no GPTQ.
-
-    Weights have 4 bits; groups and act-order show in the tensors themselves."""
+    gptq: GptqConfig | None
     bfloat16_activations: bool = False
     """Whether activations are rounded to bfloat16 where they meet a bfloat16 weight; gates and small heads aside."""
     kv_groups: tuple[KVGroup, ...] = field(init=False)
@@ -142,7 +149,7 @@ class ModelConfig:
             id2label=_resolve_labels(values, read),
             problem_type=read.choice("problem_type", _PROBLEM_TYPES),
             token_classification_bias=read.flag("token_classification_bias", True),
-            gptq_zero_offset=_resolve_gptq(values),
+            gptq=_resolve_gptq(values),
         )
 
     @property
@@ -264,7 +271,7 @@ def _resolve_labels(values: Mapping[str, Any], read: ConfigFields) -> Mapping[in
     return dict(sorted(id2label.items()))
 
 
-def _resolve_gptq(values: Mapping[str, Any]) -> int | None:
+def _resolve_gptq(values: Mapping[str, Any]) -> GptqConfig | None:
     quantization = values.get("quantization_config")
     if quantization is None:
         return None
@@ -276,4 +283,8 @@ def _resolve_gptq(values: Mapping[str, Any]) -> int | None:
         )
     if (bits := quantization.get("bits")) != 4:
         raise ValueError(f"quantization_config.bits {bits!r} is not implemented: GPTQ weights are read with 4 bits")
-    return 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
+    read = ConfigFields(quantization, where="quantization_config.")
+    return GptqConfig(
+        zero_point_offset=0 if quantization.get("checkpoint_format") == "gptq_v2" else 1,
+        group_size=None if quantization.get("group_size") == -1 else read.count("group_size", 128),
+    )

@@ -257,15 +257,16 @@ class Loader:
         return whole if in_panels else self.kernels.pack_weight(whole)
 
     def _gptq_blocks(self, name: str, num_outputs: int, num_inputs: int) -> Iterator[Int4Weight]:
-        offset = self.config.gptq_zero_offset
-        if offset is None:
+        gptq = self.config.gptq
+        if gptq is None:
             raise ValueError(f"tensor '{name}.qweight' is GPTQ's, but config.json has no quantization_config; add it")
 
         def read(part: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Tensor:
             self.checkpoint.check(f"{name}.{part}", shape, dtypes)
             return self.checkpoint.tensor(f"{name}.{part}").to(self.device)
 
-        num_groups = max(1, *self.checkpoint.shape(f"{name}.scales")[:1])
+        group_size = min(gptq.group_size or num_inputs, num_inputs)
+        num_groups = -(-num_inputs // group_size)
         qweight = read("qweight", (num_inputs // 8, num_outputs), ("I32",))
         qzeros = read("qzeros", (num_groups, num_outputs // 8), ("I32",))
         scales = read("scales", (num_groups, num_outputs), FLOATS)
@@ -275,7 +276,7 @@ class Loader:
             part, octets = slice(start, start + step), slice(start // 8, (start + step) // 8)
             tensors = qweight[:, part], qzeros[:, octets], scales[:, part], g_idx
             try:
-                yield from_gptq(*tensors, zero_point_offset=offset)
+                yield from_gptq(*tensors, group_size=group_size, zero_point_offset=gptq.zero_point_offset)
             except ValueError as error:
                 raise ValueError(f"{self.checkpoint.directory}: tensors '{name}.*': {error}") from None
 
@@ -287,9 +288,7 @@ def _refuse_another_models_tensors(checkpoint: Checkpoint, config: ModelConfig) 
         rule = None
         if layer and int(layer[1]) >= config.num_hidden_layers:
             rule = f"expected layers 0 to {config.num_hidden_layers - 1} by num_hidden_layers"
-        elif (
-            layer and layer[2] and not config.qkv_bias and config.gptq_zero_offset is None
-        ):  # GPTQ's tools add zeros everywhere
+        elif layer and layer[2] and not config.qkv_bias and config.gptq is None:  # GPTQ's tools add zeros everywhere
             rule = "expected none by qkv_bias false"
         if rule is not None:
             raise ValueError(

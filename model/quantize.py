@@ -47,22 +47,31 @@ def quantize_int4(matrix_NK: Tensor, group_size: int = INT4_GROUP_SIZE) -> Int4W
 
 
 def from_gptq(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, *, zero_point_offset: int = 1
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    *,
+    group_size: int,
+    zero_point_offset: int = 1,
 ) -> Int4Weight:
     """A matrix of a 4-bit GPTQ checkpoint: bit by bit the same weights.
 
     qweight int32 [K / 8, N]: input 8i + j in bits 4j..4j + 3. qzeros int32 [groups, N / 8]: zero points minus
     zero_point_offset, packed likewise over outputs. scales float16 [groups, N]. g_idx int32 [K]: the group of each
-    input; with act-order they are not consecutive, and the inputs are sorted into their groups here.
+    input; with act-order they are not consecutive, and the inputs are sorted into their groups here. group_size inputs
+    are a group, fewer the last: a multiple of 4, or K.
     """
-    num_groups, num_outputs = scales.shape
-    num_inputs = qweight.shape[0] * 8
-    if qweight.shape[1] != num_outputs or tuple(qzeros.shape) != (num_groups, num_outputs // 8):
+    num_inputs, num_outputs = qweight.shape[0] * 8, qweight.shape[1]
+    num_groups = -(-num_inputs // group_size)
+    if scales.shape != (num_groups, num_outputs) or qzeros.shape != (num_groups, num_outputs // 8):
         raise ValueError(
             f"GPTQ tensors disagree: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)}, scales "
-            f"{list(scales.shape)}; expected [K / 8, N], [groups, N / 8], [groups, N]; fetch the checkpoint again"
+            f"{list(scales.shape)}; expected [K / 8, N], [groups, N / 8], [groups, N] with groups of {group_size}; "
+            "fetch the checkpoint again"
         )
-    group_size = -(-num_inputs // num_groups)
+    if group_size % 4:  # the kernels read four inputs at a time
+        raise ValueError(f"GPTQ group_size {group_size} must be a multiple of 4: quantize the model again with 128")
     zeros = _nibbles_of_int32(qzeros).T + zero_point_offset
     input_order = _group_order(g_idx, num_inputs, num_groups, group_size)
     if input_order is None:
@@ -112,7 +121,7 @@ def _group_order(g_idx: Tensor | None, num_inputs: int, num_groups: int, group_s
     order = g_idx.long().argsort(stable=True)
     if not torch.equal(g_idx.long()[order].cpu(), in_order):
         raise ValueError(
-            f"GPTQ g_idx does not put {group_size} of {num_inputs} inputs into each of {num_groups} groups; "
-            "fetch the checkpoint again"
+            f"GPTQ g_idx does not put {group_size} of {num_inputs} inputs into each of {num_groups} groups, "
+            "fewer into the last; fetch the checkpoint again"
         )
     return order.to(torch.int32)

@@ -19,18 +19,20 @@ def is_quantized(name: str) -> bool:
 
 def to_gptq(weight_NK: Tensor, group_size: int) -> tuple[dict[str, Tensor], Tensor]:
     """The four tensors of a matrix rounded to 4 bits, and the rounded matrix in float32."""
-    groups_NGK = weight_NK.float().unflatten(1, (-1, group_size))
+    num_inputs = weight_NK.shape[1]
+    padded_NK = torch.nn.functional.pad(weight_NK.float(), (0, -num_inputs % group_size))
+    groups_NGK = padded_NK.unflatten(1, (-1, group_size))
     low, high = groups_NGK.aminmax(dim=-1, keepdim=True)
     scales = ((high - low) / 15).clamp_min(1e-6).half().float()
     zeros = (-low / scales).round().clamp(1, 15)
     values = (groups_NGK / scales + zeros).round().clamp(0, 15)
     tensors = {
-        "qweight": _pack(values.flatten(1).T),
+        "qweight": _pack(values.flatten(1)[:, :num_inputs].T),
         "qzeros": _pack(zeros.squeeze(-1) - 1).T.contiguous(),
         "scales": scales.squeeze(-1).T.half().contiguous(),
-        "g_idx": (torch.arange(weight_NK.shape[1]) // group_size).int(),
+        "g_idx": (torch.arange(num_inputs) // group_size).int(),
     }
-    return tensors, ((values - zeros) * scales).flatten(1)
+    return tensors, ((values - zeros) * scales).flatten(1)[:, :num_inputs].contiguous()
 
 
 def write_gptq(source: Path, target: Path, group_size: int) -> None:

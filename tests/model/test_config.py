@@ -16,7 +16,7 @@ import transformers
 from transformers import masking_utils, modeling_layers
 from transformers.models.qwen2_moe import modeling_qwen2_moe
 
-from model.config import ModelConfig
+from model.config import GptqConfig, ModelConfig
 
 
 def resolve(**fields: Any) -> ModelConfig:
@@ -222,6 +222,10 @@ def test_labels_come_from_id2label_or_num_labels() -> None:
         ({"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2}}, ["head_dim 2", "dynamic"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["quant_method 'awq'", "gptq"]),
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, ["bits 3"]),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 0}},
+            ["quantization_config.group_size 0", "an integer of at least 1"],
+        ),
         ({"dual_chunk_attention_config": {"chunk_size": 4}}, ["dual_chunk_attention_config"]),
     ],
 )
@@ -231,6 +235,14 @@ def test_what_is_not_implemented_is_refused_in_one_line_by_name(fields: dict[str
     message = str(failure.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(("written", "group_size"), [(32, 32), (-1, None), (None, 128)])
+def test_gptqs_group_size_is_a_number_all_inputs_or_the_default_of_transformers(
+    written: int | None, group_size: int | None
+) -> None:
+    config = resolve(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": written})
+    assert config.gptq == GptqConfig(zero_point_offset=1, group_size=group_size)
 
 
 @pytest.mark.parametrize(

@@ -17,24 +17,29 @@ from model.quantize import quantize_int4, quantize_int8
 from tests.gptq import is_quantized, to_gptq, write_gptq
 
 GROUP = 8
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
+GPTQ = {"quant_method": "gptq", "bits": 4, "desc_act": False, "sym": False}
 
 
 @pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("group_size", [GROUP, 12])  # of 32 and 16 inputs: with 12 the last group is shorter
+@pytest.mark.parametrize("has_g_idx", [False, True])
 def test_a_gptq_checkpoint_computes_with_its_rounded_weights(
-    native: bool, fast_kernels: Kernels, tiny: Any, tmp_path: Path
+    has_g_idx: bool, group_size: int, native: bool, fast_kernels: Kernels, tiny: Any, tmp_path: Path
 ) -> None:
     tiny.write_checkpoint(tmp_path / "dense", tiny.values, tiny.build_oracle(tiny.values))
     dense, packed = {}, {}
     for name, tensor in load_file(tmp_path / "dense" / "model.safetensors").items():
         dense[name] = packed[name] = tensor
         if is_quantized(name):
-            tensors, dense[name] = to_gptq(packed.pop(name), GROUP)
+            tensors, dense[name] = to_gptq(packed.pop(name), group_size)
+            if not has_g_idx:
+                del tensors["g_idx"]
             packed |= {f"{name.removesuffix('weight')}{part}": value for part, value in tensors.items()}
     (tmp_path / "gptq").mkdir()
     save_file(dense, tmp_path / "dense" / "model.safetensors")
     save_file(packed, tmp_path / "gptq" / "model.safetensors")
-    (tmp_path / "gptq" / "config.json").write_text(json.dumps({**tiny.values, "quantization_config": GPTQ}))
+    values = {**tiny.values, "quantization_config": {**GPTQ, "group_size": group_size}}
+    (tmp_path / "gptq" / "config.json").write_text(json.dumps(values))
 
     expected = tiny.engine(tmp_path / "dense").scores(list(range(1, 20)))
 
@@ -93,6 +98,10 @@ O_PROJ = "model.layers.1.self_attn.o_proj"
             [f"{O_PROJ}.scales", "dtype I32", "F16"],
         ),
         (
+            lambda t: t.update({f"{O_PROJ}.scales": torch.zeros((), dtype=torch.float16)}),
+            [f"{O_PROJ}.scales", "shape []", "expected [4, 32]"],
+        ),
+        (
             lambda t: t.update({f"{O_PROJ}.qweight": torch.zeros(4, 32)}),
             [f"{O_PROJ}.qweight", "dtype F32", "I32"],
         ),
@@ -120,6 +129,13 @@ def test_every_defect_of_gptq_tensors_is_one_line_with_its_name(
     message = str(failure.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
+
+
+def test_groups_that_the_kernels_cannot_read_are_refused_by_tensor(tiny: Any, tmp_path: Path) -> None:
+    tiny.write_checkpoint(tmp_path / "dense", tiny.values, tiny.build_oracle(tiny.values))
+    write_gptq(tmp_path / "dense", tmp_path / "gptq", 6)
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\..*_proj\.\*': GPTQ group_size 6 must be a multiple of 4"):
+        tiny.engine(tmp_path / "gptq")
 
 
 @pytest.mark.parametrize(

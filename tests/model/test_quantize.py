@@ -70,7 +70,7 @@ def _gptq_matrix(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """(qweight, qzeros, scales) of random weights, and the matrix [N, K] that they mean."""
     generator = torch.Generator().manual_seed(3)
-    num_groups = len(g_idx) // group_size
+    num_groups = -(-len(g_idx) // group_size)
     nibbles_KN = torch.randint(0, 16, (len(g_idx), num_outputs), generator=generator)
     stored_zeros = torch.randint(0, 16, (num_groups, num_outputs), generator=generator)
     scales = torch.rand(num_groups, num_outputs, generator=generator).half()
@@ -82,20 +82,29 @@ def _gptq_matrix(
 def test_gptq_weights_are_read_as_they_are(zero_point_offset: int) -> None:
     g_idx = torch.arange(64) // 32
     tensors, expected = _gptq_matrix(g_idx, 16, 32, zero_point_offset)
-    weight = from_gptq(*tensors, g_idx.int(), zero_point_offset=zero_point_offset)
+    weight = from_gptq(*tensors, g_idx.int(), group_size=32, zero_point_offset=zero_point_offset)
     assert torch.equal(weight.dequantize(), expected)
     assert weight.group_size == 32 and weight.input_order is None
 
 
 def test_gptq_without_g_idx_has_consecutive_groups() -> None:
     tensors, expected = _gptq_matrix(torch.arange(64) // 16, 8, 16)
-    assert torch.equal(from_gptq(*tensors, None).dequantize(), expected)
+    assert torch.equal(from_gptq(*tensors, None, group_size=16).dequantize(), expected)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptqs_last_group_may_be_shorter(act_order: bool) -> None:
+    g_idx = torch.arange(176) // 128
+    if act_order:
+        g_idx = g_idx[torch.randperm(176)]
+    tensors, expected = _gptq_matrix(g_idx, 8, 128)
+    assert torch.equal(from_gptq(*tensors, g_idx.int(), group_size=128).dequantize(), expected)
 
 
 def test_gptq_with_act_order_keeps_each_input_in_its_group() -> None:
     g_idx = (torch.arange(64) // 16)[torch.randperm(64, generator=torch.Generator().manual_seed(1))]
     tensors, expected = _gptq_matrix(g_idx, 8, 16)
-    weight = from_gptq(*tensors, g_idx.int())
+    weight = from_gptq(*tensors, g_idx.int(), group_size=16)
     assert weight.input_order is not None
     assert torch.equal(weight.dequantize(), expected)
 
@@ -104,9 +113,11 @@ def test_gptq_tensors_that_disagree_are_refused() -> None:
     g_idx = torch.arange(64) // 32
     (qweight, qzeros, scales), _ = _gptq_matrix(g_idx, 16, 32)
     with pytest.raises(ValueError, match=r"qzeros \[2, 1\]"):
-        from_gptq(qweight, qzeros[:, :1], scales, g_idx.int())
+        from_gptq(qweight, qzeros[:, :1], scales, g_idx.int(), group_size=32)
+    with pytest.raises(ValueError, match=r"scales \[2, 16\].* with groups of 16"):
+        from_gptq(qweight, qzeros, scales, None, group_size=16)
     with pytest.raises(ValueError, match="g_idx does not put 32 of 64 inputs"):
-        from_gptq(qweight, qzeros, scales, torch.zeros(64, dtype=torch.int32))
+        from_gptq(qweight, qzeros, scales, torch.zeros(64, dtype=torch.int32), group_size=32)
 
 
 def test_matrices_with_different_groups_are_not_joined() -> None:
