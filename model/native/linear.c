@@ -78,11 +78,17 @@ size_t AT_LEVEL(packed_rows_bytes)(const struct weight *w, int num_rows) {
     return values + (size_t)rows.num_tiles * rows.tile_rows * ceil_div(w->num_inputs, w->block_size) * 8 + 3 * 64;
 }
 
-/* Quantize n <= block_size inputs (a multiple of LANES, padded with zeros) to [-127, 127]. Returns the scale. */
+/* Quantize n <= block_size inputs (a multiple of LANES, padded with zeros) to [-127, 127]. Returns the scale, NaN where
+ * an input is. */
 static float quantize_block(const float *x, int n, int8_t *out, int32_t *sum) {
     vec largest = broadcast(0.0f);
-    for (int i = 0; i < n; i += LANES) largest = vmax(largest, absolute(load(x + i)));
-    float max = max_of_lanes(largest);
+    int has_nan = 0;
+    for (int i = 0; i < n; i += LANES) {
+        vec inputs = load(x + i);
+        largest = vmax(largest, absolute(inputs)); /* which drops a NaN */
+        has_nan |= any_nan(inputs);
+    }
+    float max = has_nan ? NAN : max_of_lanes(largest);
     vec inverse = broadcast(max > 0.0f ? 127.0f / max : 0.0f);
     ivec total = ibroadcast(0);
     for (int i = 0; i < n; i += LANES) {

@@ -125,6 +125,19 @@ def test_rounding_the_inputs_costs_about_a_percent(native: NativeKernels, storag
     assert error < 0.01
 
 
+@pytest.mark.parametrize("storage", INTEGERS)
+@pytest.mark.parametrize("way", ["native", "avx2", "avx512"])
+def test_an_input_that_is_nan_makes_its_row_nan_and_no_other(
+    native: NativeKernels, levels: list[NativeKernels], storage: str, way: str
+) -> None:
+    weight = _weight(storage, 40, 320)
+    packed = {"native": native, "avx2": levels[0], "avx512": levels[1]}[way].pack_weight(weight)
+    for input_idx in (0, 1, 7, 8, 15, 16, 63, 100, 319):
+        x_TK = torch.randn(7, 320)
+        x_TK[2, input_idx] = float("nan")
+        assert torch.equal(linear(x_TK, packed).isnan(), linear(x_TK, weight).isnan()), input_idx
+
+
 @pytest.mark.parametrize("storage", ["int8", "int4"])
 def test_an_outlier_input_does_not_drown_the_rest_of_its_row(native: NativeKernels, storage: str) -> None:
     weight = _weight(storage, 64, 1024)
