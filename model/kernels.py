@@ -78,8 +78,8 @@ def select_kernels(device: torch.device | str = "cpu", *, native: bool = True, n
     shared_object = load_shared_object(num_threads=num_threads)
     if shared_object is None:
         log.warning(
-            "no native kernels here, plain torch is several times slower: they need x86-64 with AVX2, and gcc when "
-            "expertmesh is installed; build them with `python -m model.native.build`"
+            "no native kernels here, plain torch is several times slower: they need x86-64 with AVX2, and gcc 11 or "
+            "later when expertmesh is installed; build them with `python -m model.native.build`"
         )
         return REFERENCE_KERNELS
     kernels = NativeKernels(shared_object)

@@ -1,6 +1,7 @@
 """Build the kernels beside their sources: `python -m model.native.build`.
 
-Needs a C compiler, but neither torch nor Python headers. Does nothing when the shared object of these sources is there.
+Needs a C compiler that knows AMX (gcc 11 or later), but neither torch nor Python headers. Does nothing when the shared
+object of these sources is there.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def build(target_directory: Path = SOURCE_DIRECTORY) -> Path:
         raise RuntimeError(f"no native kernels for {platform.machine()}: they are written for x86-64")
     compiler = shlex.split(os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or "")
     if not compiler:
-        raise RuntimeError("no C compiler found: install gcc, or set CC to one")
+        raise RuntimeError("no C compiler found: install gcc 11 or later, or set CC to one")
     target_directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target_directory, prefix=".build-") as scratch:
         objects: list[tuple[str, tuple[str, ...], str]] = [(source, (), f"{source}.o") for source in _PLAIN_SOURCES]

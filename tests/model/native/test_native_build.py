@@ -43,6 +43,13 @@ def test_building_again_changes_nothing(native: NativeKernels) -> None:
     assert shared_object_path().stat().st_mtime_ns == before
 
 
+def test_a_machine_without_a_compiler_is_told_which_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="install gcc 11 or later"):
+        build(tmp_path)
+
+
 def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "/nowhere/cc")
     with pytest.raises(RuntimeError, match="/nowhere/cc"):
