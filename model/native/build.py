@@ -1,11 +1,12 @@
 """Build the kernels beside their sources: `python -m model.native.build`.
 
 Needs a C compiler that knows AMX (gcc 11 or later), but neither torch nor Python headers. Does nothing when the shared
-object of these sources is there.
+object of these sources is there and loads.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -53,7 +54,7 @@ def shared_object_path(directory: Path = SOURCE_DIRECTORY) -> Path:
 def build(target_directory: Path = SOURCE_DIRECTORY) -> Path:
     """Compile into `target_directory` and return the path. Raises RuntimeError with the compiler's words."""
     target = target_directory / shared_object_path().name
-    if target.is_file():
+    if _loads(target):
         return target
     if platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError(f"no native kernels for {platform.machine()}: they are written for x86-64")
@@ -79,6 +80,15 @@ def build(target_directory: Path = SOURCE_DIRECTORY) -> Path:
         if stale != target:
             stale.unlink(missing_ok=True)
     return target
+
+
+def _loads(path: Path) -> bool:
+    """False also where it was built for another machine or a newer libc."""
+    try:
+        ctypes.CDLL(str(path))
+    except OSError:
+        return False
+    return True
 
 
 def _run(command: list[str]) -> None:

@@ -43,6 +43,13 @@ def test_building_again_changes_nothing(native: NativeKernels) -> None:
     assert shared_object_path().stat().st_mtime_ns == before
 
 
+def test_a_shared_object_that_does_not_load_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / shared_object_path().name).write_text("for another machine")
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    with pytest.raises(RuntimeError, match="/nowhere/cc"):
+        build(tmp_path)
+
+
 def test_a_machine_without_a_compiler_is_told_which_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
