@@ -19,7 +19,7 @@ help:
 	@echo "make clean                                       remove the environment and caches"
 
 # The stamp holds what was installed; it is older than these files when they change.
-$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard model/native/*.c model/native/*.h)
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard model/native/*.[ch]) model/native/build.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25" "setuptools>=77" wheel -c constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"

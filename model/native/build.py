@@ -40,7 +40,8 @@ _FLAGS = ["-O2", "-std=gnu11", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off",
 
 def source_hash(directory: Path = SOURCE_DIRECTORY) -> str:
     """Identifies the sources and flags that a shared object was built from."""
-    digest = hashlib.sha256(repr((_FLAGS, _LEVEL_FLAGS)).encode())
+    recipe = _FLAGS, _LEVEL_FLAGS, _SOURCES_OF_EACH_LEVEL, _SOURCES_OF_LEVEL, _PLAIN_SOURCES
+    digest = hashlib.sha256(repr(recipe).encode())
     for path in sorted([*directory.glob("*.c"), *directory.glob("*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]

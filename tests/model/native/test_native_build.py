@@ -50,6 +50,12 @@ def test_a_shared_object_that_does_not_load_is_built_again(tmp_path: Path, monke
         build(tmp_path)
 
 
+def test_another_choice_of_sources_is_another_shared_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = shared_object_path()
+    monkeypatch.setattr("model.native.build._SOURCES_OF_LEVEL", {})
+    assert shared_object_path() != before
+
+
 def test_a_machine_without_a_compiler_is_told_which_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
