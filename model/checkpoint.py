@@ -138,7 +138,7 @@ class Checkpoint:
         try:
             weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
             relative_paths = {str(name): str(file) for name, file in weight_map.items()}
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{index_path} cannot be read as JSON: {error}; fetch it again") from None
         except (AttributeError, KeyError, TypeError):
             raise ValueError(f"{index_path} has no 'weight_map' of tensor names to files; fetch it again") from None

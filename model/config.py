@@ -174,7 +174,7 @@ def _read_json_object(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: a model directory needs it; check the path of the model") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}; fetch the file again") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected a JSON object; fetch the file again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,13 +27,13 @@ class ConfigFields:
         """A number above 0; a `default` of None means that there is none."""
         value = self._value(name, default)
         if not _is_positive(value):
-            raise self._error(name, value, "a number above 0")
+            raise self._error(name, value, "a finite number above 0")
         return float(value)
 
     def positives(self, name: str, length: int) -> tuple[float, ...]:
         value = self._value(name, None)
         if not isinstance(value, list) or len(value) != length or not all(map(_is_positive, value)):
-            raise self._error(name, value, f"a list of {length} numbers above 0")
+            raise self._error(name, value, f"a list of {length} finite numbers above 0")
         return tuple(map(float, value))
 
     def flag(self, name: str, default: bool) -> bool:
@@ -58,4 +59,4 @@ class ConfigFields:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max

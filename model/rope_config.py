@@ -110,6 +110,11 @@ def resolve_rope(values: Mapping[str, Any], *, head_dim: int, max_position_embed
             }
         case "longrope":
             factor = read.positive("factor", max_position_embeddings / original)
+            if original < 2:
+                raise ValueError(
+                    f"original_max_position_embeddings {original} is too small for longrope, which divides by its "
+                    "logarithm; correct config.json"
+                )
             scale = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
             fields = {
                 "factor": factor,

@@ -81,10 +81,12 @@ def _read_entries(path: Path) -> dict[str, TensorEntry]:
                     f"{path} is truncated or not safetensors: its header should have {header_bytes} bytes, the whole "
                     f"file has {file_bytes}; fetch it again"
                 )
-            header = json.loads(file.read(header_bytes))
+            header_json = file.read(header_bytes)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}; fetch the checkpoint again") from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    try:
+        header = json.loads(header_json)
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is not safetensors: its header is no JSON; fetch it again") from None
     entries = {}
     try:
@@ -96,7 +98,7 @@ def _read_entries(path: Path) -> dict[str, TensorEntry]:
                 entries[name] = TensorEntry(
                     str(info["dtype"]), tuple(map(int, info["shape"])), 8 + header_bytes + start, end - start
                 )
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(
             f"{path} is not safetensors: its header has no dtype, shape and offsets; fetch it again"
         ) from None

@@ -140,6 +140,8 @@ NORM = "model.layers.1.input_layernorm.weight"
         (lambda path: truncate(path / "model.safetensors", 100), ["model.safetensors", "truncated", "100"]),
         (lambda path: truncate(path / "model.safetensors", 60_000), ["model.safetensors", "truncated", "60000"]),
         (lambda path: replace_header(path / "model.safetensors", b"not json"), ["model.safetensors", "no JSON"]),
+        (lambda path: replace_header(path / "model.safetensors", b"[" * 200_000), ["model.safetensors", "no JSON"]),
+        (lambda path: replace_header(path / "model.safetensors", b"1" * 5000), ["model.safetensors", "no JSON"]),
         (lambda path: replace_header(path / "model.safetensors", b'{"a": 1}'), ["model.safetensors", "dtype"]),
         (
             lambda path: replace_header(
@@ -150,6 +152,12 @@ NORM = "model.layers.1.input_layernorm.weight"
         (
             lambda path: replace_header(
                 path / "model.safetensors", b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}'
+            ),
+            ["model.safetensors", "offsets"],
+        ),
+        (
+            lambda path: replace_header(
+                path / "model.safetensors", b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, Infinity]}}'
             ),
             ["model.safetensors", "offsets"],
         ),
@@ -179,6 +187,8 @@ NORM = "model.layers.1.input_layernorm.weight"
             ["'model.layers.2.input_layernorm.weight'", "expected layers 0 to 1", "num_hidden_layers"],
         ),
         (lambda path: (path / INDEX).write_text("{"), [INDEX, "JSON"]),
+        (lambda path: (path / INDEX).write_text("[" * 200_000), [INDEX, "JSON"]),
+        (lambda path: (path / INDEX).write_text("1" * 5000), [INDEX, "JSON"]),
         (lambda path: (path / INDEX).write_text("[]"), [INDEX, "weight_map"]),
         (lambda path: (path / INDEX).write_text('{"weight_map": {"a": "../../b"}}'), [INDEX, "'../../b'", "sibling"]),
         (lambda path: (path / INDEX).write_text('{"weight_map": {"a": "/etc/passwd"}}'), [INDEX, "'/etc/passwd'"]),

@@ -214,6 +214,12 @@ def test_labels_come_from_id2label_or_num_labels() -> None:
         ({"rope_scaling": {"type": "su"}}, ["rope_scaling.rope_type 'su'", "longrope"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["rope_parameters.factor None"]),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, ["rope_scaling.factor 0", "above 0"]),
+        ({"rope_scaling": {"type": "linear", "factor": float("inf")}}, ["rope_scaling.factor inf", "above 0"]),
+        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, ["rope_scaling.factor 1000", "above 0"]),
+        (
+            {"original_max_position_embeddings": 1, "rope_scaling": {"type": "longrope"}},
+            ["original_max_position_embeddings 1 is", "longrope"],
+        ),
         ({"rope_scaling": {"type": "linear", "factor": 2, "mrope_section": [1]}}, ["'mrope_section'"]),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["'full_attention'"]),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor 0.5"]),
@@ -247,7 +253,13 @@ def test_gptqs_group_size_is_a_number_all_inputs_or_the_default_of_transformers(
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "does not exist"), ("{", "cannot be read as JSON"), ("[]", "expected a JSON object")],
+    [
+        (None, "does not exist"),
+        ("{", "cannot be read as JSON"),
+        ("[" * 200_000, "cannot be read as JSON"),
+        ("1" * 5000, "cannot be read as JSON"),
+        ("[]", "expected a JSON object"),
+    ],
 )
 def test_a_broken_config_file_is_named(content: str | None, words: str, tmp_path: Path) -> None:
     if content is not None:
