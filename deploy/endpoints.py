@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -12,9 +13,10 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from deploy.errors import ApiError, BodyTooLarge, InvalidRequest, UnsupportedMedia
+from deploy.errors import ApiError, BodyTooLarge, InvalidRequest, RequestTimeout, UnsupportedMedia
 from deploy.openai_requests import Body, RequestBody, StreamingBody, parse
 from deploy.service import Service
+from deploy.settings import LimitSettings
 from deploy.sse import DONE, event, start_stream, whole_answer
 
 StreamBody = TypeVar("StreamBody", bound=StreamingBody)
@@ -67,7 +69,7 @@ class Endpoints:
 
     async def read(self, request: Request, body: type[Body]) -> Body:
         """The body, checked. Raises ApiError."""
-        return parse(await read_json(request, self.service.settings.limits.max_body_bytes), body)
+        return parse(await read_json(request, self.service.settings.limits), body)
 
     def _document(self) -> dict[str, Any]:
         if self.api.openapi_schema is None:
@@ -84,10 +86,11 @@ class Endpoints:
         return self.api.openapi_schema
 
 
-async def read_json(request: Request, max_bytes: int) -> Any:
+async def read_json(request: Request, limits: LimitSettings) -> Any:
     """The decoded body. Nesting is capped, and NaN, lone surrogates and giant numbers are refused by the parser.
 
-    Raises BodyTooLarge, UnsupportedMedia or InvalidRequest."""
+    Raises BodyTooLarge, RequestTimeout, UnsupportedMedia or InvalidRequest."""
+    max_bytes = limits.max_body_bytes
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise UnsupportedMedia(f"Content-Type {media_type[:80]!r} is not supported; send application/json")
@@ -96,10 +99,13 @@ async def read_json(request: Request, max_bytes: int) -> Any:
         raise _too_large(max_bytes)
     data = bytearray()
     try:
-        async for piece in request.stream():
-            data += piece
-            if len(data) > max_bytes:
-                raise _too_large(max_bytes)
+        async with asyncio.timeout(limits.request_timeout_s):
+            async for piece in request.stream():
+                data += piece
+                if len(data) > max_bytes:
+                    raise _too_large(max_bytes)
+    except TimeoutError:
+        raise RequestTimeout(f"the body did not end within {limits.request_timeout_s:g} s; send it again") from None
     except ClientDisconnect:
         raise InvalidRequest("the body ended early") from None
     try:

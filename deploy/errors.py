@@ -5,6 +5,7 @@
     │   └── ContextTooLong      400  context_length_exceeded
     ├── InvalidApiKey           401
     ├── ModelNotFound           404
+    ├── RequestTimeout          408  the body didn't come in time
     ├── BodyTooLarge            413
     ├── UnsupportedMedia        415
     ├── TooManyRequests         429  this client has too many requests at once
@@ -89,6 +90,13 @@ class InvalidApiKey(ApiError):
 
 class ModelNotFound(ApiError):
     status, code = 404, "model_not_found"
+
+
+class RequestTimeout(ApiError):
+    status, code = 408, "request_timeout"
+
+    def headers(self) -> dict[str, str]:
+        return {"Connection": "close"}  # the rest of the body may still come
 
 
 class BodyTooLarge(ApiError):

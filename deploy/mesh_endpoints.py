@@ -59,7 +59,7 @@ def add_to(api: FastAPI, service: Service, supervisors: Supervisors | None) -> N
     async def change_number_of_shards(request: Request) -> Response:
         """{"shards": N}, and "model" where there are several meshes: start or drain shards until there are N, while
         requests run. Answers at once; GET /mesh says `settled` when it is done."""
-        body = await read_json(request, service.settings.limits.max_body_bytes)
+        body = await read_json(request, service.settings.limits)
         number, model = (body.get("shards"), body.get("model")) if isinstance(body, dict) else (None, None)
         if not isinstance(number, int) or isinstance(number, bool):
             raise InvalidRequest('send {"shards": N} with a whole number', param="shards")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from typing import Any
 
@@ -217,6 +218,19 @@ def test_an_ingress_holds_only_so_many_requests(served: ServedModel) -> None:
                 assert second.status_code == 200
                 with begin("c") as third:
                     assert third.status_code == 503
+
+
+def test_a_body_that_never_ends_gives_its_place_up(served: ServedModel) -> None:
+    limited = Settings.model_validate({"limits": {"max_queue": 2, "request_timeout_s": 0.5}})
+    with running_api(served, limited) as api, socket.socket() as one, socket.socket() as other:
+        for slow in (one, other):
+            slow.settimeout(10)
+            slow.connect(("127.0.0.1", int(api.url.rpartition(":")[2])))
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        for slow in (one, other):
+            answer = slow.makefile("rb").read()  # to the end of the connection
+            assert answer.startswith(b"HTTP/1.1 408") and b'"code":"request_timeout"' in answer
+        assert send(api, {"prompt": "x", "max_tokens": 1}, "/v1/completions").status_code == 200
 
 
 def test_keys_are_checked_everywhere_but_for_probes(served: ServedModel) -> None:
