@@ -48,12 +48,20 @@ def error_answer(error: ApiError, path: str) -> JsonAnswer:
 class EventStream(Response):
     """Sends events as they come. An error after the start becomes an event, and the stream ends as it should.
 
-    Build with `start_stream`, which waits for the first event, so that early errors keep their HTTP status."""
+    A client that reads nothing for send_timeout_s counts as one that has left. Build with `start_stream`, which waits
+    for the first event, so that early errors keep their HTTP status."""
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes], end_with_error: Callable[[ApiError], bytes]) -> None:
+    def __init__(
+        self,
+        first: bytes,
+        rest: AsyncGenerator[bytes],
+        end_with_error: Callable[[ApiError], bytes],
+        send_timeout_s: float,
+    ) -> None:
         self._first = first
         self._rest = rest
         self._end_with_error = end_with_error
+        self._send_timeout_s = send_timeout_s
         self.status_code = 200
         self.background = None
         self.init_headers(
@@ -72,23 +80,30 @@ class EventStream(Response):
             await self._rest.aclose()
 
     async def _write(self, send: Send) -> None:
+        async def write(data: bytes, *, more: bool = True) -> None:
+            async with asyncio.timeout(self._send_timeout_s):
+                await send({"type": "http.response.body", "body": data, "more_body": more})
+
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        await write(self._first)
         try:
             async for data in self._rest:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                await write(data)
         except (OSError, asyncio.CancelledError):
-            raise  # the client has left
+            raise  # the client has left, or reads no more
         except Exception as error:
             if not isinstance(error, ApiError):
                 logger.exception("a stream failed")
                 error = ApiError("The server failed in the middle of the answer.")
-            await send({"type": "http.response.body", "body": self._end_with_error(error), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await write(self._end_with_error(error))
+        await write(b"", more=False)
 
 
 async def start_stream(
-    request: Request, events: AsyncGenerator[bytes], end_with_error: Callable[[ApiError], bytes]
+    request: Request,
+    events: AsyncGenerator[bytes],
+    end_with_error: Callable[[ApiError], bytes],
+    send_timeout_s: float,
 ) -> Response:
     """The response for a stream of events. Raises what the first event raises."""
 
@@ -103,7 +118,7 @@ async def start_stream(
     if first is None:
         await events.aclose()
         return Response(status_code=CLIENT_LEFT)
-    return EventStream(first, events, end_with_error)
+    return EventStream(first, events, end_with_error, send_timeout_s)
 
 
 async def whole_answer(request: Request, work: Coroutine[Any, Any, Any]) -> Response:

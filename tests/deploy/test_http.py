@@ -14,7 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from deploy.ingress import create_api
 from deploy.openai_requests import ChatCompletionRequest, CompletionRequest
+from deploy.router_pool import RouterPool
 from deploy.served_model import ModelList, ServedModel
 from deploy.service import Service
 from deploy.settings import Settings
@@ -231,6 +233,37 @@ def test_a_body_that_never_ends_gives_its_place_up(served: ServedModel) -> None:
             answer = slow.makefile("rb").read()  # to the end of the connection
             assert answer.startswith(b"HTTP/1.1 408") and b'"code":"request_timeout"' in answer
         assert send(api, {"prompt": "x", "max_tokens": 1}, "/v1/completions").status_code == 200
+
+
+def test_a_client_that_stops_reading_ends_its_stream(served: ServedModel) -> None:
+    async def run() -> list[str]:
+        router = await FakeRouter(token_s=0.01).start()
+        limited = Settings.model_validate({"limits": {"request_timeout_s": 0.5}})
+        body = b'{"prompt": "x", "max_tokens": 500, "stream": true}'
+
+        async def discover() -> list[dict[str, Any]]:
+            return router.entries
+
+        pool = RouterPool(discover, limited)
+        heard = [{"type": "http.request", "body": body}]
+
+        async def receive() -> dict[str, Any]:
+            return heard.pop() if heard else await asyncio.Future()
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.Future()  # as a server does when nobody takes what it has
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+        async with asyncio.timeout(20):
+            await create_api(limited, [served], pool)(scope, receive, send)
+            while not router.aborted:
+                await asyncio.sleep(0.01)
+        await pool.close()
+        router.kill()
+        return router.aborted
+
+    assert len(asyncio.run(run())) == 1
 
 
 def test_keys_are_checked_everywhere_but_for_probes(served: ServedModel) -> None:
