@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from deploy.errors import InvalidRequest, invalid
@@ -13,6 +14,7 @@ from deploy.pooling import (
     activate,
     activation_of,
     check_ids,
+    check_number,
     list_answer,
     normalized,
     one_or_many,
@@ -39,6 +41,7 @@ async def score(service: Service, body: ScoreRequest, answer_id: str) -> dict[st
         raise invalid(
             "text_1", f"{len(first)} texts can't be paired with {len(second)} in text_2; send one, or as many"
         )
+    check_number(service, len(second), "text_2")
     if model.head_kind in EMBEDDING_KINDS:
         prompts = await read_inputs(service, model, body, [*first, *second], "text_1")
         vectors = [normalized(rows[0]) for rows in await run_head(service, model, prompts, body, head="")]
@@ -47,7 +50,7 @@ async def score(service: Service, body: ScoreRequest, answer_id: str) -> dict[st
         scores = [math.fsum(a * b for a, b in zip(*pair, strict=True)) for pair in zip(ones, others, strict=True)]
     else:
         firsts = first * len(second) if len(first) == 1 else first
-        prompts = [await _pair(service, model, body, *pair) for pair in zip(firsts, second, strict=True)]
+        prompts = await _read_pairs(service, model, body, list(zip(firsts, second, strict=True)))
         function = "none" if body.use_activation is False else activation_of(model)
         batch = await run_head(service, model, prompts, body)
         scores = [activate(rows[0], function)[0] for rows in batch]
@@ -76,12 +79,14 @@ def _texts(value: Any, param: str) -> list[str]:
     return [str(text) for text in texts]
 
 
-async def _pair(service: Service, model: ServedModel, body: ScoreRequest, first: str, second: str) -> list[int]:
-    tokens = await service.run(
-        lambda: place_tokens(model.tokenizer, first, second, add_special_tokens=body.add_special_tokens),
-        len(first) + len(second),
-    )
-    ids = [token.token_id for token in tokens]
-    ids = truncated(model, body, ids)
-    check_ids(model, ids, "text_1")
-    return ids
+async def _read_pairs(
+    service: Service, model: ServedModel, body: ScoreRequest, pairs: Sequence[tuple[str, str]]
+) -> list[list[int]]:
+    def read_one(first: str, second: str) -> list[int]:
+        tokens = place_tokens(model.tokenizer, first, second, add_special_tokens=body.add_special_tokens)
+        ids = truncated(model, body, [token.token_id for token in tokens])
+        check_ids(model, ids, "text_1")
+        return ids
+
+    num_chars = sum(len(first) + len(second) for first, second in pairs)
+    return await service.run(lambda: [read_one(*pair) for pair in pairs], num_chars)

@@ -240,6 +240,8 @@ def test_models_are_listed_with_their_tasks(api: RunningApi) -> None:
         ("/pooling", {"input": "a", "task": "rank"}, "task"),
         ("/score", {"text_1": "a"}, "text_2"),
         ("/score", {"text_1": [[1]], "text_2": "b"}, "text_1"),
+        ("/score", {"text_1": "a", "text_2": ["b"] * 201}, "text_2"),
+        ("/score", {"model": "judge", "text_1": "a", "text_2": ["b"] * 201}, "text_2"),
         ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format"),
     ],
 )
