@@ -140,7 +140,7 @@ class Front:
         note = self.tracing.begin(path, headers, request_id) if self.tracing and is_work else RequestNote()
         REQUEST_ID.set(request_id)
         CURRENT.set(note)
-        status, code = 0, None  # 0: no answer has begun
+        status = 0  # no answer has begun
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -153,7 +153,8 @@ class Front:
                     answered["request-id"] = request_id  # where Anthropic's clients look
             await send(message)
 
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
         try:
             client = self.keys.check(path, headers)
             async with self._admission(is_work, client):
@@ -162,13 +163,14 @@ class Front:
             if not isinstance(error, ApiError):
                 logger.exception("the request failed")
                 error = ApiError(f"The server failed on this request; its id in the logs is {request_id}.")
-            code = error.code
-            if error.status in (401, 429, 503):
-                self.service.pool.metrics.rejected.labels(code or "other").inc()
+            state["error_code"] = error.code
             if status:
                 raise error from None
             await error_answer(error, path)(scope, receive, send_with_id)
         finally:
+            code = state.get("error_code")
+            if status in (401, 429) or (status == 503 and is_work):
+                self.service.pool.metrics.rejected.labels(code or "other").inc()
             note.end(status, code)
             if is_work or status >= 400:
                 _log_access(scope, status, time.monotonic() - began, note)
@@ -204,6 +206,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         headers = error.headers or {}
         error = HttpError(error.status_code, f"{request.method} {path}: {error.detail}")
     assert isinstance(error, ApiError)
+    request.state.error_code = error.code  # for `Front`
     answer = error_answer(error, path)
     answer.headers.update(headers)
     return answer

@@ -130,7 +130,7 @@ class ServingMetrics:
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of sequences that got their first token.")
         self.generation_tokens = counter("generation_tokens", "Output tokens.")
         self.finished = counter("request_success", "Sequences by how they ended.", ["finished_reason"])
-        self.rejected = counter("rejected_requests", "Requests answered with 401, 429 or 503.", ["code"])
+        self.rejected = counter("rejected_requests", "Requests answered with 401, 429 or 503; no probes.", ["code"])
         self.replays = counter("replays", "Sequences sent again after their router was lost.")
         self.running = Gauge(
             PREFIX + "ingress_requests", "Sequences on their way through ingresses.", registry=registry

@@ -191,6 +191,7 @@ def test_an_error_in_the_middle_of_a_stream_is_an_event_and_the_stream_ends(serv
         assert httpx.get(api.url + "/ready").status_code == 503
         assert httpx.get(api.url + "/health").status_code == 503
         assert httpx.get(api.url + "/ping").status_code == 200
+        assert 'rejected_requests_total{code="no_router"} 1.0' in httpx.get(api.url + "/metrics").text, "no probes"
 
 
 def test_a_full_queue_is_503_also_for_streams(served: ServedModel) -> None:
@@ -199,6 +200,7 @@ def test_a_full_queue_is_503_also_for_streams(served: ServedModel) -> None:
             response = send(api, {"prompt": "x", "stream": stream}, "/v1/completions")
             assert response.status_code == 503 and error_of(response)["code"] == "queue_full"
             assert "retry-after" in response.headers
+        assert 'rejected_requests_total{code="queue_full"} 2.0' in httpx.get(api.url + "/metrics").text
 
 
 def test_an_ingress_holds_only_so_many_requests(served: ServedModel) -> None:

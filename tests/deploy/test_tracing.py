@@ -86,7 +86,7 @@ def test_what_is_refused_or_fails_is_a_span_with_its_error(collector: Receiver, 
         assert answer.status_code == 503
         httpx.get(api.url + "/v1/models")
         (span,) = [s for s in collector.wait_for(lambda ss: any(s.name == "chat tiny" for s in ss)) if "chat" in s.name]
-    assert attributes(span)["error.type"] == "503" and span.status.code == 2
+    assert attributes(span)["error.type"] == "queue_full" and span.status.code == 2
 
 
 def test_an_endpoint_must_be_a_url(tmp_path: Path) -> None:
