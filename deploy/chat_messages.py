@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,8 +37,9 @@ async def render(
     if body.continue_final_message and messages[-1]["role"] != "assistant":
         raise invalid("continue_final_message", "the last message must be the assistant's")
     tools = list(use.tools)
-    if tools and not template.takes_tools():
-        messages, tools = with_preamble(messages, use.preamble()), []
+    if not template.takes_tools():
+        messages = calls_as_text(messages)
+        messages, tools = with_preamble(messages, use.preamble()) if tools else messages, []
     limits = service.settings.limits
 
     def work() -> str:
@@ -56,6 +58,23 @@ async def render(
         return await service.run(work, num_chars)
     except ValueError as error:
         raise InvalidRequest(str(error), param="messages") from None
+
+
+def calls_as_text(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages with calls and results inside their contents, as Qwen2.5's template writes them: templates that take
+    no tools leave them out."""
+    told: list[Mapping[str, Any]] = []
+    for role, group in itertools.groupby(messages, lambda message: message["role"]):
+        if role == "tool":
+            results = (f"<tool_response>\n{message['content']}\n</tool_response>" for message in group)
+            told.append({"role": "user", "content": "\n".join(results)})
+            continue
+        for message in group:
+            kept = dict(message)
+            functions = [json.dumps(call["function"], ensure_ascii=False) for call in kept.pop("tool_calls", ())]
+            texts = [kept["content"], *(f"<tool_call>\n{function}\n</tool_call>" for function in functions)]
+            told.append({**kept, "content": "\n".join(filter(None, texts))})
+    return told
 
 
 def with_preamble(messages: Sequence[Mapping[str, Any]], preamble: str) -> list[Mapping[str, Any]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from deploy.chat_messages import with_preamble
+from deploy.chat_messages import read_messages, render, with_preamble
 from deploy.errors import InvalidRequest
-from deploy.served_model import ServedModel
+from deploy.openai_requests import ChatCompletionRequest
+from deploy.served_model import ModelList, ServedModel
+from deploy.service import Service
+from deploy.settings import Settings
 from deploy.tools import read_tool_use
 from model.structured import GrammarCompiler
 from model.tokenizer import Tokenizer
@@ -27,6 +31,11 @@ ADD = {
         "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
     },
 }
+CHATML = (  # Qwen1.5's
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 CALLS = "I add." + "".join(f'\n<tool_call>\n{{"name": "add", "arguments": {{"a": {i}}}}}\n</tool_call>' for i in (1, 2))
 
 
@@ -193,6 +202,38 @@ def test_templates_that_know_no_tools_get_them_as_text() -> None:
     first, second = with_preamble(HELLO, "P"), with_preamble([{"role": "system", "content": "S"}, *HELLO], "P")
     assert first == [{"role": "system", "content": "P"}, *HELLO]
     assert second == [{"role": "system", "content": "S\n\nP"}, *HELLO]
+
+
+def test_templates_that_know_no_tools_get_earlier_calls_and_results_as_text(
+    api: RunningApi, model_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "chatml").write_text(CHATML)
+    served = ServedModel.from_directory(model_dir, names=("tiny",), chat_template_file=tmp_path / "chatml")
+    calls = [
+        {"id": str(a), "type": "function", "function": {"name": "add", "arguments": f'{{"a": {a}}}'}} for a in (1, 2)
+    ]
+    messages = [
+        {"role": "user", "content": "1? 2?"},
+        {"role": "assistant", "content": None, "tool_calls": calls[:1]},
+        {"role": "tool", "tool_call_id": "1", "content": "one"},
+        {"role": "assistant", "content": "I add.", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "1", "content": "one"},
+        {"role": "tool", "tool_call_id": "2", "content": "é"},
+    ]
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    told = [
+        "<|im_start|>user\n1? 2?",
+        f"<|im_start|>assistant\n{call}",
+        "<|im_start|>user\n<tool_response>\none\n</tool_response>",
+        f"<|im_start|>assistant\n{CALLS}",
+        "<|im_start|>user\n<tool_response>\none\n</tool_response>\n<tool_response>\né\n</tool_response>",
+        "<|im_start|>assistant\n",
+    ]
+    service = Service(Settings(), ModelList([served]), api.pool)
+    body, read = ChatCompletionRequest(messages=messages), read_messages(messages)
+    for tools in ([ADD], None):
+        prompt = asyncio.run(render(service, served, body, read, read_tool_use(tools, None, is_parallel=True)))
+        assert prompt.endswith("<|im_end|>\n".join(told))
 
 
 @pytest.mark.parametrize("tags_are_tokens", [True, False])
