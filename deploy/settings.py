@@ -24,6 +24,8 @@ from actors.specs import TwoBatchOverlap
 
 ENV_PREFIX = "EXPERTMESH_"
 SECRETS = frozenset({"server.api_keys", "mesh.token"})
+# An ingress greets and watches the routers of all meshes alike.
+OF_ALL_MESHES = frozenset({"token", "connect_timeout_s", "discover_interval_s", "router_silence_s"})
 
 
 class Section(BaseModel):
@@ -146,7 +148,7 @@ class MeshSettings(Section):
 class FurtherModel(ModelSettings):
     """A model with a backbone of its own, and so with a mesh of its own.
 
-    `engine` and `mesh` hold what differs from the sections of the same name."""
+    `engine` and `mesh` hold what differs from the sections of the same name; nothing of OF_ALL_MESHES can."""
 
     path: str
     engine: dict[str, Any] = {}
@@ -169,6 +171,9 @@ class Settings(Section):
         Raises ValueError for a mesh or engine that can't be, or a name that two meshes have."""
         found = [self.model_copy(update={"further_models": ()})]
         for number, further in enumerate(self.further_models, 2):
+            where = f"models[{number - 1}] ({further.path})"
+            if taken := sorted(OF_ALL_MESHES & further.mesh.keys()):
+                raise ValueError(f"{where}: mesh.{taken[0]} holds for all meshes; set it in the top-level `mesh`")
             model = further.model_dump(exclude={"engine", "mesh"})
             engine = self.engine.model_dump() | further.engine
             mesh = self.mesh.model_dump() | {"name": f"{self.mesh.name}-{number}"} | further.mesh
@@ -178,7 +183,7 @@ class Settings(Section):
             except ValidationError as error:
                 first = error.errors()[0]
                 name = ".".join(str(part) for part in first["loc"])
-                raise ValueError(f"models[{number - 1}] ({further.path}): {name}: {first['msg']}") from None
+                raise ValueError(f"{where}: {name}: {first['msg']}") from None
         names = [one.mesh.name for one in found]
         if len(set(names)) < len(names):
             raise ValueError(f"mesh.name: each model's mesh needs a name of its own, got {', '.join(names)}")

@@ -61,6 +61,8 @@ def test_one_model_needs_no_list(tmp_path: Path) -> None:
         ("models: [{path: a}, {served_names: [b]}]", "further_models"),
         ("models: [{path: a}, {path: b, mesh: {shard: 2}}]", "mesh.shard"),
         ("models: [{path: a}, {path: b, mesh: {name: default}}]", "a name of its own"),
+        ("models: [{path: a}, {path: b, mesh: {token: secret}}]", r"models\[1\] \(b\): mesh.token .* top-level `mesh`"),
+        ("models: [{path: a}, {path: b, mesh: {router_silence_s: 2}}]", "mesh.router_silence_s"),
     ],
 )
 def test_a_list_that_cannot_be_served_is_refused_in_one_line(tmp_path: Path, text: str, said: str) -> None:
