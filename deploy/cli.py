@@ -17,6 +17,7 @@ from deploy import cli_bench, cli_chat, cli_check, cli_down, cli_mesh, cli_plan,
 from deploy.cli_options import fail
 from deploy.http_client import CallError
 from deploy.launch import LOOPBACK, StartError, running, wait_for_interrupt
+from deploy.listener import shown
 
 
 class Commands(TyperGroup):
@@ -120,7 +121,8 @@ def _serve(settings: Any) -> None:
     keys = all_keys(settings.server.api_keys, settings.server.api_key_file)
     say = _speaker(settings.server.log_format)
     if not keys and settings.server.host not in LOOPBACK:
-        say(f"whoever reaches {settings.server.host}:{settings.server.port} may use it: there is no --api-key-file")
+        place = shown(settings.server.host, settings.server.port)
+        say(f"whoever reaches {place} may use it: there is no --api-key-file")
     try:
         with running(settings, say) as service, recorded(service.url, settings.server.port):
             key, in_text = keys[0] if keys else None, settings.server.log_format == "text"

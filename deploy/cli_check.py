@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from deploy.launch import LOOPBACK, port_problem
+from deploy.listener import shown
 
 GB = 1e9
 
@@ -111,8 +112,8 @@ def listening(host: str, port: int) -> Finding:
     if (problem := port_problem(host, port)) is not None:
         return Finding("fail", "port", problem)
     if host not in LOOPBACK:
-        return Finding("warn", "port", f"{host}:{port} is free, and others can reach it: set API keys")
-    return Finding("ok", "port", f"{host}:{port} is free")
+        return Finding("warn", "port", f"{shown(host, port)} is free, and others can reach it: set API keys")
+    return Finding("ok", "port", f"{shown(host, port)} is free")
 
 
 def of_node(name: str, report: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[Finding]:

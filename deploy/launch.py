@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.http_client import CallError, Client
-from deploy.listener import open_port
+from deploy.listener import family_of, open_port, shown
 from deploy.log_tail import WithoutRay, followed, repeating
 from deploy.processes import descendants, end
 from deploy.settings import Settings
@@ -27,7 +27,7 @@ from deploy.tracing import exporter_to
 log = logging.getLogger("expertmesh.launch")
 
 START_S = 600.0
-LOOPBACK = ("127.0.0.1", "localhost")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class StartError(RuntimeError):
@@ -101,7 +101,7 @@ def running(settings: Settings, say: Callable[[str], None]) -> Iterator[Running]
             )
             for supervisor in supervisors:
                 _wait_for_mesh(supervisor)
-            url = f"http://{settings.server.host}:{settings.server.port}"
+            url = f"http://{shown(settings.server.host, settings.server.port)}"
             _wait_until_ready(url, application.APP_NAME)
         yield Running(url, models[0].names[0], models[0].endpoints, time.monotonic() - began)
 
@@ -117,12 +117,12 @@ def wait_for_interrupt(meanwhile: Callable[[], None] = lambda: None, every_s: fl
 
 def port_problem(host: str, port: int) -> str | None:
     """Why nobody can listen there, or None."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family_of(host)) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        except OSError as error:
-            return f"{host}:{port}: {error.strerror}; choose another with --port"
+    except OSError as error:
+        return f"{shown(host, port)}: {error.strerror}; choose another with --port"
     return None
 
 

@@ -22,12 +22,21 @@ HANDOVER_S = 10.0
 GRACE_S = 1
 
 
+def family_of(host: str) -> socket.AddressFamily:
+    """IPv6 for its addresses, IPv4 for all others and for names."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def shown(host: str, port: int) -> str:
+    """`host:port` as it stands in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 @contextlib.contextmanager
 def open_port(host: str, port: int) -> Iterator[str]:
     """Listen there, and give the port to whoever asks at the path that this yields. Raises OSError where it can't."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with (
-        socket.create_server((host, port), family=family, backlog=BACKLOG) as listening,
+        socket.create_server((host, port), family=family_of(host), backlog=BACKLOG) as listening,
         tempfile.TemporaryDirectory(prefix="expertmesh-") as folder,  # nobody else may enter it
         socket.socket(socket.AF_UNIX) as giver,
     ):

@@ -14,7 +14,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from deploy.listener import answering, open_port
+from deploy.launch import port_problem
+from deploy.listener import answering, open_port, shown
+
+IPV6_ADDRESSES = "".join(file.read_text() for file in Path("/proc/net").glob("if_inet6"))
 
 
 def app(name: str) -> Starlette:
@@ -67,6 +70,19 @@ def test_several_ingresses_share_a_port_and_one_may_leave():
     number = free_port()
     with open_port("127.0.0.1", number) as path:
         asyncio.run(both())
+
+
+@pytest.mark.skipif("0" * 31 + "1" not in IPV6_ADDRESSES, reason="this machine has no ::1")
+def test_an_ipv6_address_is_listened_on_and_stands_in_brackets():
+    async def ask(url: str) -> str:
+        async with answering(app("six"), path), httpx.AsyncClient() as client:
+            return (await client.get(url)).text
+
+    number = free_port()
+    assert port_problem("::1", number) is None
+    with open_port("::1", number) as path:
+        assert asyncio.run(ask(f"http://{shown('::1', number)}/")) == "six: True"
+        assert "in use" in str(port_problem("::1", number))
 
 
 def test_a_port_that_is_taken_or_not_given_is_an_error(tmp_path: Path):
