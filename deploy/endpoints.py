@@ -37,8 +37,8 @@ class TextEndpoint(Generic[StreamBody, Plan]):
     async def serve(self, service: Service, request: Request, body: StreamBody) -> Response:
         plan = await self.plan(service, body, self.id_prefix + (body.request_id or request.state.request_id))
         if body.stream:
-            send_timeout_s = service.settings.limits.request_timeout_s
-            return await start_stream(request, self.stream(service, plan), self.end_with_error, send_timeout_s)
+            time_s = service.settings.limits.request_timeout_s
+            return await start_stream(request, self.stream(service, plan), self.end_with_error, time_s)
         return await whole_answer(request, self.answer(service, plan))
 
 

@@ -21,6 +21,7 @@ from deploy.errors import ApiError
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
+GRACE_S = 2.0  # for the event that says that a request's time is up
 CLIENT_LEFT = 499  # nobody reads this; the status is nginx's, for access logs
 
 
@@ -48,20 +49,21 @@ def error_answer(error: ApiError, path: str) -> JsonAnswer:
 class EventStream(Response):
     """Sends events as they come. An error after the start becomes an event, and the stream ends as it should.
 
-    A client that reads nothing for send_timeout_s counts as one that has left. Build with `start_stream`, which waits
-    for the first event, so that early errors keep their HTTP status."""
+    Events end within the request's time_s. One that is still written long after has a client that reads nothing, and
+    counts as one whose client has left. Build with `start_stream`, which waits for the first event, so that early
+    errors keep their HTTP status."""
 
     def __init__(
         self,
         first: bytes,
         rest: AsyncGenerator[bytes],
         end_with_error: Callable[[ApiError], bytes],
-        send_timeout_s: float,
+        time_s: float,
     ) -> None:
         self._first = first
         self._rest = rest
         self._end_with_error = end_with_error
-        self._send_timeout_s = send_timeout_s
+        self._time_s = time_s
         self.status_code = 200
         self.background = None
         self.init_headers(
@@ -72,7 +74,9 @@ class EventStream(Response):
         writing = asyncio.create_task(self._write(send))
         leaving = asyncio.create_task(_until_disconnect(receive))
         try:
-            await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (writing, leaving), timeout=self._time_s + GRACE_S, return_when=asyncio.FIRST_COMPLETED
+            )
         finally:
             leaving.cancel()
             writing.cancel()
@@ -80,30 +84,26 @@ class EventStream(Response):
             await self._rest.aclose()
 
     async def _write(self, send: Send) -> None:
-        async def write(data: bytes, *, more: bool = True) -> None:
-            async with asyncio.timeout(self._send_timeout_s):
-                await send({"type": "http.response.body", "body": data, "more_body": more})
-
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await write(self._first)
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
         try:
             async for data in self._rest:
-                await write(data)
+                await send({"type": "http.response.body", "body": data, "more_body": True})
         except (OSError, asyncio.CancelledError):
-            raise  # the client has left, or reads no more
+            raise  # the client has left
         except Exception as error:
             if not isinstance(error, ApiError):
                 logger.exception("a stream failed")
                 error = ApiError("The server failed in the middle of the answer.")
-            await write(self._end_with_error(error))
-        await write(b"", more=False)
+            await send({"type": "http.response.body", "body": self._end_with_error(error), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def start_stream(
     request: Request,
     events: AsyncGenerator[bytes],
     end_with_error: Callable[[ApiError], bytes],
-    send_timeout_s: float,
+    time_s: float,
 ) -> Response:
     """The response for a stream of events. Raises what the first event raises."""
 
@@ -118,7 +118,7 @@ async def start_stream(
     if first is None:
         await events.aclose()
         return Response(status_code=CLIENT_LEFT)
-    return EventStream(first, events, end_with_error, send_timeout_s)
+    return EventStream(first, events, end_with_error, time_s)
 
 
 async def whole_answer(request: Request, work: Coroutine[Any, Any, Any]) -> Response:
