@@ -35,7 +35,6 @@ INLINE dvec keep_at_least(dvec a, dvec least) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, least, _CMP_GE_OQ), a);
 }
 INLINE unsigned equal_lanes(ivec a, ivec b) { return _mm512_cmpeq_epi32_mask(a, b); }
-INLINE unsigned nan_lanes(vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
 #else
 typedef __m256d dvec;
 INLINE dvec widen(const float *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
@@ -51,7 +50,6 @@ INLINE dvec keep_at_least(dvec a, dvec least) { return _mm256_and_pd(a, _mm256_c
 INLINE unsigned equal_lanes(ivec a, ivec b) {
     return (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)));
 }
-INLINE unsigned nan_lanes(vec a) { return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 #endif
 
 /* What is asked for one row. inverse_temperature 0: the likeliest token. top_k 0: all. */
@@ -87,7 +85,7 @@ static void read_row(struct row *row) {
     int num_whole = row->num_tokens / CHUNK;
     for (int i = 0; i < CHUNK; i++)
         row->rest[i] = num_whole * CHUNK + i < row->num_tokens ? row->logits[num_whole * CHUNK + i] : -INFINITY;
-    unsigned nans = 0;
+    int has_nan = 0;
     vec low = broadcast(num_whole > 0 ? INFINITY : -INFINITY);
     row->largest = -INFINITY;
     for (int c = 0; c < row->num_chunks; c++) {
@@ -95,7 +93,7 @@ static void read_row(struct row *row) {
         vec high = load(chunk), chunk_low = high;
         for (int i = 0; i < CHUNK; i += LANES) {
             vec x = load(chunk + i);
-            nans |= nan_lanes(x);
+            has_nan |= any_nan(x);
             high = vmax(high, x);
             chunk_low = vmin(chunk_low, x);
         }
@@ -104,7 +102,7 @@ static void read_row(struct row *row) {
         if (c < num_whole) low = vmin(low, chunk_low);
     }
     row->smallest = -max_of_lanes(broadcast(0.0f) - low);
-    if (nans) row->largest = NAN;
+    if (has_nan) row->largest = NAN;
 }
 
 /* The first of the largest. */

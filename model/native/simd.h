@@ -100,9 +100,8 @@ INLINE vec dot_pairs(vec acc, vec w, vec x) { return _mm512_dpbf16_ps(acc, (__m5
 
 INLINE ivec add_ints(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
 INLINE int32_t sum_of_ints(ivec a) { return _mm512_reduce_add_epi32(a); }
-INLINE __m256 fold_add(vec a) { return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
 INLINE float max_of_lanes(vec a) { return _mm512_reduce_max_ps(a); }
-INLINE int any_nan(vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
+INLINE int any_nan(vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); } /* a bit for each */
 INLINE void add_to_doubles(double *y, vec a) {
     _mm512_storeu_pd(y, _mm512_loadu_pd(y) + _mm512_cvtps_pd(_mm512_castps512_ps256(a)));
     _mm512_storeu_pd(y + 8, _mm512_loadu_pd(y + 8) + _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));
@@ -224,7 +223,6 @@ INLINE int32_t sum_of_ints(ivec a) {
     __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 }
-INLINE __m256 fold_add(vec a) { return a; }
 INLINE int any_nan(vec a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 INLINE float max_of_lanes(vec a) {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -268,7 +266,7 @@ INLINE void transpose(vec rows[LANES]) {
 /* The sum of 16 numbers held in 16 / LANES vectors, in the same order at both widths. */
 INLINE float sum_of_16(const vec a[16 / LANES]) {
 #if LANES == 16
-    __m256 eight = fold_add(a[0]);
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a[0]), _mm512_extractf32x8_ps(a[0], 1));
 #else
     __m256 eight = _mm256_add_ps(a[0], a[1]);
 #endif
