@@ -261,6 +261,9 @@ class Loader:
         if gptq is None:
             raise ValueError(f"tensor '{name}.qweight' is GPTQ's, but config.json has no quantization_config; add it")
 
+        if num_inputs % 8:
+            raise ValueError(f"tensor '{name}.qweight' packs inputs in eights, and {num_inputs} is no multiple of 8")
+
         def read(part: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Tensor:
             self.checkpoint.check(f"{name}.{part}", shape, dtypes)
             return self.checkpoint.tensor(f"{name}.{part}").to(self.device)
