@@ -15,8 +15,8 @@ from typer.core import TyperGroup
 
 from deploy import cli_bench, cli_chat, cli_check, cli_down, cli_mesh, cli_plan, cli_status
 from deploy.cli_options import fail
-from deploy.http_client import CallError
-from deploy.launch import LOOPBACK, StartError, running, wait_for_interrupt
+from deploy.http_client import LOOPBACK, CallError
+from deploy.launch import StartError, running, wait_for_interrupt
 from deploy.listener import shown
 
 

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from deploy.launch import LOOPBACK, port_problem
+from deploy.http_client import LOOPBACK
+from deploy.launch import port_problem
 from deploy.listener import shown
 
 GB = 1e9

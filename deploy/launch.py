@@ -27,7 +27,6 @@ from deploy.tracing import exporter_to
 log = logging.getLogger("expertmesh.launch")
 
 START_S = 600.0
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class StartError(RuntimeError):

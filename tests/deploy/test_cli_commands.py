@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,12 @@ def test_a_service_that_is_not_there_is_one_line() -> None:
     for name in (["chat"], ["complete", "x"], ["status", "--once"], ["bench", "--num-prompts", "1"]):
         code, text = run(*name, "--url", "http://127.0.0.1:9")
         assert code == 1 and text.count("\n") == 1 and "is it up?" in text
+
+
+def test_a_service_on_this_machine_is_asked_without_a_proxy(api: RunningApi) -> None:
+    command = [sys.executable, "-m", "deploy.cli", "complete", "x", "--max-tokens", "1", "--url", api.url]
+    environment = {**os.environ, "http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    subprocess.run(command, env=environment, check=True, timeout=60)
 
 
 def test_bench_measures_writes_json_and_draws(api: RunningApi, tmp_path: Path) -> None:
