@@ -54,11 +54,14 @@ async def label_log_likelihoods(
             priority=body.priority,
             cache_salt=body.cache_salt,
         )
-        async with contextlib.aclosing(service.pool.generate(request)) as chunks:
-            async for chunk in chunks:
-                if chunk.prompt_logprobs is not None:
-                    chosen = chunk.prompt_logprobs[len(whole) - len(ending) :]
-                    return math.fsum(max(one[0][1], LOWEST) for one in chosen if one)
+        with service.pool.metrics.watch(len(whole), model.names[0], {}) as watch:
+            async with contextlib.aclosing(service.pool.generate(request)) as chunks:
+                async for chunk in chunks:
+                    watch.saw(chunk)
+                    if chunk.prompt_logprobs is not None:
+                        watch.ended = "stop"
+                        chosen = chunk.prompt_logprobs[len(whole) - len(ending) :]
+                        return math.fsum(max(one[0][1], LOWEST) for one in chosen if one)
         raise EngineError(500, "engine_error", "the router returned no log-probabilities")
 
     flat = await side_by_side(likelihood, itertools.product(prompts, endings))

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
@@ -154,13 +155,18 @@ def test_scores_compare_embeddings_or_come_from_a_judge(api: RunningApi, heads: 
 
 
 def test_a_causal_model_classifies_by_the_likelihood_of_labels(api: RunningApi, heads: TinyHeads) -> None:
-    labels = ["whale", "ship", "storm over the sea"]
+    def num_finished() -> int:
+        metrics = httpx.get(api.url + "/metrics").text
+        return int(float(metrics.split('request_success_total{finished_reason="stop"} ')[1].split()[0]))
+
+    labels, before = ["whale", "ship", "storm over the sea"], num_finished()
     answer = post(api, "/classify", model="tiny", input=TEXTS[:3], labels=labels)
     for item, text in zip(answer["data"], TEXTS, strict=False):
         scores = [likelihood(heads, ids_of(heads, text), " " + label) for label in labels]
         expected = torch.tensor(scores).softmax(-1)
         assert is_close(item["probs"], expected) and item["label"] == labels[int(expected.argmax())]
     assert post(api, "/classify", input="x", labels=["a"], label_template="no place")[0] == 400
+    assert num_finished() == before + 3 * len(labels)
     status, error = post(api, "/classify", model="topics", input="x", labels=["a", "b"])
     assert status == 400 and "classification by `labels`" in error["message"]
 
