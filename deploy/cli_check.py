@@ -60,7 +60,8 @@ def findings(settings: Any, address: str | None) -> Iterator[Finding]:
     from deploy import specs
 
     yield requirements()
-    yield listening(settings.server.host, settings.server.port)
+    server = settings.server
+    yield listening(server.host, server.port, has_keys=bool(server.api_keys or server.api_key_file))
     directories = []
     for one in settings.each_mesh():
         try:
@@ -109,10 +110,10 @@ def requirements() -> Finding:
     return Finding("ok", "packages", f"{len(needed)} as required; Ray {ray}, torch {torch}")
 
 
-def listening(host: str, port: int) -> Finding:
+def listening(host: str, port: int, *, has_keys: bool) -> Finding:
     if (problem := port_problem(host, port)) is not None:
         return Finding("fail", "port", problem)
-    if host not in LOOPBACK:
+    if host not in LOOPBACK and not has_keys:
         return Finding("warn", "port", f"{shown(host, port)} is free, and others can reach it: set API keys")
     return Finding("ok", "port", f"{shown(host, port)} is free")
 

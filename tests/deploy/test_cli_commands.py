@@ -203,7 +203,7 @@ def test_other_code_and_other_versions_on_a_node_are_found() -> None:
     other = {**here, "code": "x", "versions": {"ray": "2.9"}, "checkpoint_errors": ["gone"]}
     assert [f.level for f in of_node("n", other, here)] == ["ok", "fail", "fail", "fail"]
     assert requirements().level == "ok"
-    assert listening("0.0.0.0", 0).level == "warn"
+    assert [listening("0.0.0.0", 0, has_keys=has_keys).level for has_keys in (False, True)] == ["warn", "ok"]
 
 
 def test_down_finds_only_services_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
