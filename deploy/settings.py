@@ -99,11 +99,11 @@ class EngineSettings(Section):
     # Tokens in a KV block. The native attention kernel needs a multiple of 16 (and such a head_dim, up to 256); others
     # run in plain torch, slower and without the promise of the same bits for any chunking of a prompt.
     block_size: int = Field(default=16, ge=1)
-    num_kv_blocks: int | None = Field(default=None, ge=1)  # None: as many as kv_cache_bytes holds
+    num_kv_blocks: int | None = Field(default=None, ge=2)  # one stays empty; None: as many as kv_cache_bytes holds
     kv_cache_bytes: int = Field(default=1 << 30, ge=1)
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int = Field(default=2048, ge=1)
-    max_waiting: int = Field(default=512, ge=0)  # requests in a router's queue; more are answered with queue_full
+    max_waiting: int = Field(default=512, ge=1)  # requests in a router's queue; more are answered with queue_full
     prefix_cache: bool = True
     threads: int | None = Field(default=None, ge=1)  # of a router; None: 1, or its part of the node with local
     seed: int | None = Field(default=None, ge=0, lt=2**63)  # of requests without one; None: another for each

@@ -53,6 +53,8 @@ def test_texts_of_the_environment_become_lists_maps_and_nothing() -> None:
         ("mesh: {transport: pigeon}", "mesh.transport = 'pigeon'"),
         ("mesh: {local: true, shards: 3}", "mesh.shards .*mesh.local leaves no shards"),
         ("mesh: {local: true, two_batch_overlap: always}", "mesh.two_batch_overlap .*mesh.local leaves no shards"),
+        ("engine: {max_waiting: 0}", "engine.max_waiting = 0"),
+        ("engine: {num_kv_blocks: 1}", "engine.num_kv_blocks = 1"),
         ("server: [", "settings file"),
         ("server: {api_keys: ['a b ']}", "server.api_keys"),
     ],
