@@ -82,11 +82,6 @@ class RouterReplica:
         if not self._router.is_alive:
             raise RuntimeError("the engine's thread has ended")
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """For Serve's autoscaling: what runs and waits here."""
-        scheduler = self._router.engine.scheduler
-        return {"ongoing": float(len(scheduler.running) + len(scheduler.waiting))}
-
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self._router.stop()
