@@ -20,7 +20,7 @@ from deploy.errors import invalid
 from deploy.generation import Delta, TextPlan, Token, gather_all, stream_all
 from deploy.generation_plan import Asked, check_prompt, plan_requests, structured_spec
 from deploy.huggingface import HuggingFaceBody, read_parameters
-from deploy.logprobs import LOWEST, most_likely
+from deploy.logprobs import LOWEST, finite, most_likely
 from deploy.openai_requests import INT64_MAX, CompletionRequest, RequestBody, StreamingBody, StructuredOutputs, parse
 from deploy.pooling import check_length
 from deploy.service import Service
@@ -202,7 +202,7 @@ def _sequence(plan: TextGenerationPlan, delta: Delta) -> dict[str, Any]:
         {
             "id": token_id,
             "text": tokenizer.token_text(token_id),
-            "logprob": max(LOWEST, alternatives[0][1]) if alternatives else None,
+            "logprob": finite(alternatives[0][1]) if alternatives else None,
         }
         for token_id, alternatives in zip(request.prompt_ids, delta.prompt_logprobs or (), strict=False)
     ]
@@ -234,7 +234,7 @@ def _whole(plan: TextGenerationPlan, text: str) -> str:
 
 def _token(plan: TextGenerationPlan, token_id: int, text: str, logprob: float) -> dict[str, Any]:
     is_special = token_id in plan.model.tokenizer.special_ids
-    return {"id": token_id, "text": text, "logprob": max(LOWEST, logprob), "special": is_special}
+    return {"id": token_id, "text": text, "logprob": finite(logprob), "special": is_special}
 
 
 def _logprob(token: Token) -> float:

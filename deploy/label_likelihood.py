@@ -13,13 +13,12 @@ import math
 from collections.abc import Sequence
 
 from deploy.errors import EngineError, InvalidRequest, invalid
+from deploy.logprobs import finite
 from deploy.pooling import PoolingBody, check_ids, side_by_side
 from deploy.router_pool import GenerateRequest
 from deploy.served_model import ServedModel
 from deploy.service import Service
 from model.sampling_params import SamplingParams
-
-LOWEST = -1e4  # in place of minus infinity
 
 
 async def label_log_likelihoods(
@@ -61,7 +60,7 @@ async def label_log_likelihoods(
                     if chunk.prompt_logprobs is not None:
                         watch.ended = "stop"
                         chosen = chunk.prompt_logprobs[len(whole) - len(ending) :]
-                        return math.fsum(max(one[0][1], LOWEST) for one in chosen if one)
+                        return math.fsum(finite(one[0][1]) for one in chosen if one)
         raise EngineError(500, "engine_error", "the router returned no log-probabilities")
 
     flat = await side_by_side(likelihood, itertools.product(prompts, endings))

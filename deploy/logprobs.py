@@ -24,12 +24,12 @@ def completion_logprobs(
             top.append(None)
         else:
             shown = [*most_likely(token.alternatives, num_top), token.alternatives[0]]
-            by_name = {_name(tokenizer, one[0], as_ids): _finite(one[1]) for one in reversed(shown)}
+            by_name = {_name(tokenizer, one[0], as_ids): finite(one[1]) for one in reversed(shown)}
             top.append(dict(sorted(by_name.items(), key=lambda item: -item[1])))
     return {
         "text_offset": [token.text_offset for token in tokens],
         "token_logprobs": [
-            None if token.alternatives is None else _finite(token.alternatives[0][1]) for token in tokens
+            None if token.alternatives is None else finite(token.alternatives[0][1]) for token in tokens
         ],
         "tokens": [_name(tokenizer, token.token_id, as_ids) for token in tokens],
         "top_logprobs": top,
@@ -42,7 +42,7 @@ def chat_logprobs(
     def entry(one: tuple[int, float, int]) -> dict[str, Any]:
         data = tokenizer.token_bytes(one[0])
         text = f"token_id:{one[0]}" if as_ids else data.decode("utf-8", "replace")
-        return {"token": text, "logprob": _finite(one[1]), "bytes": list(data)}
+        return {"token": text, "logprob": finite(one[1]), "bytes": list(data)}
 
     content = [
         {**entry(chosen[0]), "top_logprobs": [entry(one) for one in most_likely(chosen, num_top)]}
@@ -58,7 +58,7 @@ def prompt_logprobs(per_token: Sequence[Alternatives | None], tokenizer: Tokeniz
         None
         if alternatives is None
         else {
-            str(token_id): {"logprob": _finite(logprob), "rank": rank, "decoded_token": tokenizer.token_text(token_id)}
+            str(token_id): {"logprob": finite(logprob), "rank": rank, "decoded_token": tokenizer.token_text(token_id)}
             for token_id, logprob, rank in alternatives
         }
         for alternatives in per_token
@@ -95,5 +95,5 @@ def _name(tokenizer: Tokenizer, token_id: int, as_ids: bool) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
     return max(LOWEST, logprob)  # NaN too
