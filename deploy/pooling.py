@@ -10,8 +10,10 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 from pydantic import Field
 
+from deploy.aggregation import softmax
 from deploy.errors import ContextTooLong, invalid
 from deploy.generation_plan import check_prompt
 from deploy.openai_requests import INT64_MAX, RequestBody
@@ -252,10 +254,8 @@ def activate(row: Sequence[float], function: str) -> list[float]:
         return list(row)
     if function == "sigmoid":
         return [1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x)) for x in row]
-    largest = max(row)
-    powers = [math.exp(x - largest) for x in row]
-    total = math.fsum(powers)
-    return [power / total for power in powers]
+    scores: list[float] = softmax(np.asarray(row, dtype=np.float64), axis=0).tolist()
+    return scores
 
 
 def normalized(row: Sequence[float]) -> list[float]:
