@@ -40,8 +40,8 @@ async def label_log_likelihoods(
     endings = [model.tokenizer.encode(template.replace("{}", label), add_special_tokens=False) for label in labels]
     deadline, body = service.deadline(), body or PoolingBody()
 
-    async def likelihood(pair: tuple[list[int], list[int]]) -> float:
-        prompt_ids, ending = pair
+    async def likelihood(numbered: tuple[int, tuple[list[int], list[int]]]) -> float:
+        number, (prompt_ids, ending) = numbered
         whole = prompt_ids + ending
         # One token is drawn to end the request, so the context must have room for it.
         check_ids(model, [*whole, whole[0]], "input")
@@ -52,6 +52,7 @@ async def label_log_likelihoods(
             deadline=deadline,
             priority=body.priority,
             cache_salt=body.cache_salt,
+            is_further=number > 0,
         )
         with service.pool.metrics.watch(len(whole), model.names[0], {}) as watch:
             async with contextlib.aclosing(service.pool.generate(request)) as chunks:
@@ -63,5 +64,5 @@ async def label_log_likelihoods(
                         return math.fsum(finite(one[0][1]) for one in chosen if one)
         raise EngineError(500, "engine_error", "the router returned no log-probabilities")
 
-    flat = await side_by_side(likelihood, itertools.product(prompts, endings))
+    flat = await side_by_side(likelihood, enumerate(itertools.product(prompts, endings)))
     return [flat[i : i + len(labels)] for i in range(0, len(flat), len(labels))]
