@@ -66,10 +66,11 @@ class Watch:
         """It came just now."""
         if chunk.recovery_s:
             self._note.recovered(chunk.recovery_s)
-        if chunk.timing is not None and self._first is None:  # a replay tells of its own start
+        if chunk.timing is not None:
             self._note.started(*chunk.timing)
-            self._metrics.queue.observe(chunk.timing[0])
-            self._metrics.prefill.observe(chunk.timing[1])
+            if self._first is None:  # a replay waits and prefills once more
+                self._metrics.queue.observe(chunk.timing[0])
+                self._metrics.prefill.observe(chunk.timing[1])
         self._num_cached_tokens = max(self._num_cached_tokens, chunk.num_cached_tokens)
         if num_tokens := len(chunk.token_ids):
             self._count(num_tokens)

@@ -81,7 +81,7 @@ class LimitSettings(Section):
     max_prompts: int = Field(default=1024, ge=1)  # prompts per completion request, each counted n times
     max_logprobs: int = Field(default=20, ge=0)
     max_stop_strings: int = Field(default=64, ge=0)
-    request_timeout_s: float = Field(default=600.0, gt=0)  # from admission to the last token
+    request_timeout_s: float = Field(default=600.0, gt=0)  # for the body to come, and then to the last token
     router_wait_s: float = Field(default=60.0, ge=0)  # how long a request waits for a router when there is none
     template_timeout_s: float = Field(default=5.0, gt=0)
     max_template_chars: int = Field(default=16 << 20, ge=1)  # size of a rendered chat

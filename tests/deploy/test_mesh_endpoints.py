@@ -21,6 +21,7 @@ from cluster.balance import balancedness
 from cluster.placement import spread_evenly
 from deploy import mesh_endpoints
 from deploy.errors import ApiError
+from deploy.settings import LimitSettings
 from deploy.sse import error_answer
 from deploy.supervisors import Supervisors
 
@@ -97,7 +98,7 @@ async def no_figures(name: str, *, timeout_s: float) -> dict[str, Any]:
 def api_with(**supervisors: Supervisor) -> FastAPI:
     """By model; each mesh is named after its model."""
     api = FastAPI()
-    settings = SimpleNamespace(limits=SimpleNamespace(max_body_bytes=10_000))
+    settings = SimpleNamespace(limits=LimitSettings())
     meshes = Supervisors({name: [name, name + "-alias"] for name in supervisors}, supervisors.__getitem__)
     service: Any = SimpleNamespace(settings=settings, pool=SimpleNamespace(command=no_figures))
     mesh_endpoints.add_to(api, service, meshes if supervisors else None)
