@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from actors.specs import RouterSpec
@@ -37,11 +38,13 @@ def kv_budget(spec: RouterSpec, config: ModelConfig) -> KVBudget:
     def counts(full_blocks: int) -> tuple[int, ...]:
         return tuple(sliding_blocks(full_blocks) if name == "sliding" else full_blocks for name in config.kv_groups)
 
+    def num_bytes(full_blocks: int) -> int:
+        return sum(n * b for n, b in zip(counts(full_blocks), block_bytes, strict=True))
+
     full = spec.num_kv_blocks
     if full is None:
-        full = limits.max_num_seqs * -(-max_model_len // spec.block_size) + 1
-        while full > 2 and sum(n * b for n, b in zip(counts(full), block_bytes, strict=True)) > spec.kv_cache_bytes:
-            full = int(full * 0.95)
+        most = limits.max_num_seqs * -(-max_model_len // spec.block_size) + 1
+        full = max(2, bisect_right(range(most + 1), spec.kv_cache_bytes, key=num_bytes) - 1)
     capacity = (full - 1) * spec.block_size
     if "full" in config.kv_groups and capacity < max_model_len:
         if spec.max_model_len is not None:

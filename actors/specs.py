@@ -64,7 +64,7 @@ class RouterSpec:
     kv_dtype: str = "float32"
     block_size: int = 16
     num_kv_blocks: int | None = None
-    kv_cache_bytes: int = 1 << 30
+    kv_cache_bytes: int = 4 << 30
     max_model_len: int | None = None
     prefix_caching: bool = True
     limits: SchedulerLimits = SchedulerLimits()

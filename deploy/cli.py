@@ -86,6 +86,7 @@ def serve(
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one step.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None,
+    kv_cache_bytes: Annotated[str | None, typer.Option(help="KV cache of a router at most: 16GiB, say.")] = None,
     num_kv_blocks: Annotated[int | None, typer.Option(help="KV blocks of a router.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of requests that bring none.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="File with another chat template.")] = None,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from actors.logs import LogFormat
 from actors.specs import TwoBatchOverlap
@@ -100,7 +100,7 @@ class EngineSettings(Section):
     # run in plain torch, slower and without the promise of the same bits for any chunking of a prompt.
     block_size: int = Field(default=16, ge=1)
     num_kv_blocks: int | None = Field(default=None, ge=2)  # one stays empty; None: as many as kv_cache_bytes holds
-    kv_cache_bytes: int = Field(default=1 << 30, ge=1)
+    kv_cache_bytes: ByteSize = Field(default=ByteSize(4 << 30), ge=1)  # of a router: at most; a number, or "16GiB"
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int = Field(default=2048, ge=1)
     max_waiting: int = Field(default=512, ge=1)  # requests in a router's queue; more are answered with queue_full

@@ -74,9 +74,7 @@ class EventStream(Response):
         writing = asyncio.create_task(self._write(send))
         leaving = asyncio.create_task(_until_disconnect(receive))
         try:
-            await asyncio.wait(
-                (writing, leaving), timeout=self._time_s + GRACE_S, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait((writing, leaving), timeout=self._time_s + GRACE_S, return_when=asyncio.FIRST_COMPLETED)
         finally:
             leaving.cancel()
             writing.cancel()

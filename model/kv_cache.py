@@ -38,7 +38,8 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> KVCache:
-        """Zeroed blocks, `num_blocks[i]` for group i of `config.kv_groups`. Raises ValueError."""
+        """Zeroed blocks, `num_blocks[i]` for group i of `config.kv_groups`; on CPU they take memory when they are first
+        written to. Raises ValueError."""
         if len(num_blocks) != len(config.kv_groups):
             raise ValueError(f"num_blocks {list(num_blocks)} must have one entry for each KV group {config.kv_groups}")
         if dtype not in KV_DTYPES.values():
@@ -47,8 +48,9 @@ class KVCache:
             (num_blocks[config.layer_kv_group(i)], config.num_key_value_heads, block_size, config.head_dim)
             for i in range(config.num_hidden_layers)
         ]
+        key_shapes = [lay_out_keys(torch.empty(shape, dtype=dtype, device="meta")).shape for shape in shapes]
         return cls(
-            keys=tuple(lay_out_keys(torch.zeros(shape, dtype=dtype, device=device)) for shape in shapes),
+            keys=tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in key_shapes),
             values=tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes),
             block_size=block_size,
         )

@@ -111,6 +111,15 @@ def test_a_router_computes_on_one_core_beside_shards_and_on_its_part_of_all_with
     assert threads(**{"mesh.local": True, "engine.threads": 3}) == threads(**{"engine.threads": 3}) == 3
 
 
+def test_the_kv_cache_is_given_as_a_number_or_with_a_unit() -> None:
+    def kv_cache_bytes(value: object) -> int:
+        return specs.router_spec(load(flags={"engine.kv_cache_bytes": value}).settings).kv_cache_bytes
+
+    assert kv_cache_bytes("16GiB") == kv_cache_bytes(16 << 30) == kv_cache_bytes(str(16 << 30)) == 16 << 30
+    with pytest.raises(ValueError, match=r"engine\.kv_cache_bytes = '16 apples'"):
+        kv_cache_bytes("16 apples")
+
+
 def test_bfloat16_is_also_that_of_keys_and_values() -> None:
     def kv_dtype(**flags: object) -> str:
         return specs.router_spec(load(flags=flags).settings).kv_dtype

@@ -99,6 +99,8 @@ def test_each_layer_has_the_blocks_of_its_group() -> None:
     )
     cache = KVCache.allocate(config, num_blocks=[5, 3], block_size=4, dtype=torch.bfloat16)
     assert [tuple(values.shape) for values in cache.values] == [(3, 2, 4, 8), (5, 2, 4, 8), (5, 2, 4, 8)]
+    for keys, values in zip(cache.keys, cache.values, strict=True):
+        assert keys.shape == lay_out_keys(values).shape and not keys.any() and keys.dtype == torch.bfloat16
 
 
 def test_the_cache_refuses_what_it_cannot_be() -> None:
