@@ -38,7 +38,8 @@ class StepExchange(Exchange, Protocol):
     """An exchange that knows about steps.
 
     while_waiting: called now and then when a step has to wait for a new epoch, so that aborts and deadlines go on.
-    recovery_s: how long steps have waited so, all together. num_lanes: dispatches that may be under way at once.
+    recovery_s: how long recoveries have held steps up, all together. num_lanes: dispatches that may be under way at
+    once.
     """
 
     num_lanes: int

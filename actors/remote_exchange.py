@@ -147,7 +147,8 @@ class RemoteExchange:
         return self._connection.view.epoch if self._connection else 0
 
     def begin_step(self) -> None:
-        """Move to the newest epoch between steps. Raises MeshUnavailable when there has never been one."""
+        """Move to the newest epoch between steps. Raises MeshUnavailable where there is none within
+        recovery_s: at the start, or after a loss."""
         self._step += 1
         if not all(self._free_lanes):  # nobody will ask for those sums, and later ones must not be taken for them
             self._free_lanes = [True] * LANES

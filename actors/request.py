@@ -1,7 +1,7 @@
 """What travels between ingress and router: one JSON object a line, over TCP.
 
     ingress -> router   hello, generate, pool, abort, command
-    router -> ingress   hello, load, chunks: one line per step with all that is new for that ingress
+    router -> ingress   hello or refused, load, chunks: one line per step with all that is new for that ingress
 
 The first line each way is `hello`; the ingress' must carry the mesh token. A chunk with a finish_reason is the last
 one of its request. When the connection is lost the router is taken for dead: the ingress sends what is unfinished
@@ -70,7 +70,7 @@ class Chunk:
 
     logprobs: for each new token. prompt_logprobs: for each prompt token, None for the first, which nothing predicts.
     values: rows of a pool result. timing: with a sequence's first output, its seconds in the queue and from there to
-    now. recovery_s: how long the step waited for a new epoch. result: what a command answers. error: {"status",
+    now. recovery_s: how long a recovery held the step up. result: what a command answers. error: {"status",
     "code", "message"}.
     """
 

@@ -16,7 +16,7 @@ class Pressure:
 
 
 def decide(policy: AutoscalePolicy, pressure: Pressure, num_shards: int, since_change_s: float) -> int:
-    """The number of shards there should be; changes by one at most.
+    """The number of shards there should be; changes by one at most, but at once into the policy's limits.
 
     A shard less must leave the others below busy_high still, so that no two decisions follow each other for ever.
     """

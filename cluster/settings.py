@@ -1,4 +1,4 @@
-"""Deadlines of the mesh, and when it changes by itself. Every wait in the system takes one of these."""
+"""Deadlines of the mesh, and when it changes by itself. Waits that depend on the machines take one of these."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class BalancePolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoscalePolicy:
-    """When shards come and go by themselves: one at a time, with cooldown_s between changes.
+    """When shards come and go by themselves: one at a time, with cooldown_s between changes; into the limits at once.
 
     busy: the share of time that the busiest shard computes. wait: the share of their time that routers wait for
     shards. Both above *_high: one more; busy below busy_low, also with one shard less: one less.

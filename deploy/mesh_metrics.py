@@ -27,7 +27,7 @@ ROUTER_COUNTERS = (
     ("prefix_cache_queries", "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
     ("prefix_cache_hits", "prefix_cache_hits", "Prompt tokens found in the prefix cache."),
     ("num_preemptions", "num_preemptions", "Sequences that lost their blocks and wait again."),
-    ("recoveries", "num_recoveries", "Exchanges repeated on a newer epoch."),
+    ("recoveries", "num_recoveries", "Exchanges repeated after a loss, on a newer epoch or with replicas."),
     ("recovery_seconds", "recovery_s", "Time steps were held up by recoveries."),
 )
 SHARD_GAUGES = (

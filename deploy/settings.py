@@ -45,7 +45,7 @@ class ModelSettings(Section):
     tokenizer: str | None = None  # directory of another tokenizer
     chat_template: str | None = None  # file with another chat template
     generation_config: Literal["auto", "none"] = "auto"  # sampling defaults from generation_config.json
-    max_model_len: int | None = Field(default=None, ge=1)  # tokens of prompt and output; None: what the checkpoint says
+    max_model_len: int | None = Field(default=None, ge=1)  # tokens of prompt and output; None: all that fit
 
 
 class ServerSettings(Section):

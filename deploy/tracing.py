@@ -4,7 +4,7 @@
     ├── queue            until a router first scheduled it
     ├── prefill          from there to its first token (or its last row, for a pooling head)
     ├── decode           from its first token to its last
-    └── recovery         a step that waited for a new epoch; a router that was lost is an event of the request
+    └── recovery         a step that a recovery held up; a router that was lost is an event of the request
 
 Each sequence of a request has its own children. Routers tell how long, and this process' clock when, so clocks need
 not agree. No span holds text of a prompt or an answer. The standard `OTEL_*` variables (headers, sampler, batching)
