@@ -6,12 +6,14 @@ reach it counts for itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 Totals = dict[str, list[tuple[str, dict[str, str], float]]]  # family -> (sample, labels, value)
 GAUGES = frozenset({"expertmesh_ingress_requests"})  # not kept of an ingress that is gone
 SILENT_S = 30.0
+MAX_APART = 16  # ingresses that are gone and might come back: one was only quiet; of older ones there is a sum
 
 
 @dataclass(slots=True)
@@ -35,21 +37,22 @@ class Ledger:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._ingresses: dict[str, _Ingress] = {}
-        self._departed: Totals = {}
+        self._departed: dict[str, Totals] = {}  # the oldest first
+        self._long_gone: Totals = {}
         self._keys: dict[str, _Key] = {}
 
     def share(self, ingress_id: str, totals: Totals) -> Totals:
         """Note one ingress' totals; returns the sum of all others', those that are gone included."""
         now = self._clock()
+        self._departed.pop(ingress_id, None)
         self._ingresses[ingress_id] = _Ingress(totals, now)
         for gone in [i for i, ingress in self._ingresses.items() if ingress.seen < now - SILENT_S]:
             left = self._ingresses.pop(gone).totals
-            self._departed = add(self._departed, {name: s for name, s in left.items() if name not in GAUGES})
-        others = self._departed
-        for other, ingress in self._ingresses.items():
-            if other != ingress_id:
-                others = add(others, ingress.totals)
-        return others
+            self._departed[gone] = {name: samples for name, samples in left.items() if name not in GAUGES}
+        while len(self._departed) > MAX_APART:
+            self._long_gone = add(self._long_gone, self._departed.pop(next(iter(self._departed))))
+        there = [ingress.totals for other, ingress in self._ingresses.items() if other != ingress_id]
+        return functools.reduce(add, [*self._departed.values(), *there], self._long_gone)
 
     def admit(
         self, key: str, request_id: str, *, per_minute: int | None, at_once: int | None, lease_s: float

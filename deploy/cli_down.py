@@ -16,7 +16,9 @@ from deploy.cli_options import fail
 def down(
     port: Annotated[int | None, typer.Option(help="Only the service on this port.")] = None,
     address: Annotated[str | None, typer.Option(help="End the service on this Ray cluster instead.")] = None,
-    name: Annotated[str | None, typer.Option(help="Only this mesh's shards on that cluster.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Only this mesh's supervisor and shards on that cluster; the application stays.")
+    ] = None,
     wait: Annotated[float, typer.Option(help="Seconds to wait for the end.")] = 30.0,
 ) -> None:
     """End the services that this user runs here, or with --address the one on a Ray cluster (Ray itself stays)."""
@@ -47,5 +49,5 @@ def _down_on_cluster(address: str, name: str | None) -> None:
     connect(address)
     ended = end_service(APP_NAME, name)
     if not ended:
-        fail(f"no service on {address}")
+        fail(f"no service on {address}" + (f" with a mesh {name!r}" if name is not None else ""))
     typer.echo(f"ended {', '.join(ended)}")

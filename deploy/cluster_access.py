@@ -70,7 +70,8 @@ def _inspect(models: Sequence[str], others: Sequence[tuple[str, int]]) -> dict[s
 
 
 def end_service(app: str, mesh: str | None) -> list[str]:
-    """Delete the Serve application and end shards and supervisors, of one mesh or of all; what was there, in words."""
+    """End shards and supervisor of one mesh; without a name the Serve application, and those of all meshes. What was
+    there, in words."""
     import ray
     from ray import serve
 
@@ -79,7 +80,7 @@ def end_service(app: str, mesh: str | None) -> list[str]:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it tells of each step
     ended = []
     with contextlib.suppress(Exception):
-        if app in serve.status().applications:
+        if mesh is None and app in serve.status().applications:
             serve.delete(app)
             ended.append(f"application {app}")
     there = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if one["namespace"] == NAMESPACE]

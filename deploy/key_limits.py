@@ -70,6 +70,9 @@ class KeyLimits:
             try:
                 async with asyncio.timeout(1.0):
                     return await self._shared.admit(key, request_id, **limits)
+            except asyncio.CancelledError:  # the client has left, and may have been counted
+                self._release_later(key, request_id)
+                raise
             except Exception as error:
                 logger.warning("the shared limits can't be reached, own ones hold: %s", str(error)[:200])
                 self._release_later(key, request_id)  # a late answer: it may have been counted all the same

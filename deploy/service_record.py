@@ -22,14 +22,15 @@ class Record:
 @contextlib.contextmanager
 def recorded(url: str, port: int) -> Iterator[None]:
     """The file is there while the body runs."""
-    path = _directory() / f"{port}.json"
-    me = process(os.getpid())
+    me, path = process(os.getpid()), None
     with contextlib.suppress(OSError):
+        path = _directory() / f"{port}.json"
         path.write_text(json.dumps({"url": url, "pid": me.pid, "started": me.started}), encoding="utf-8")
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if path is not None:
+            path.unlink(missing_ok=True)
 
 
 def services() -> list[Record]:
@@ -50,7 +51,8 @@ def services() -> list[Record]:
 
 def _directory() -> Path:
     """Ours alone: nobody else may put a pid there for us to signal. Raises ValueError where it isn't."""
-    path = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir(), f"expertmesh-{os.getuid()}")
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")  # gone after a logout, where the variable is still set
+    path = Path(runtime if os.access(runtime, os.W_OK) else tempfile.gettempdir(), f"expertmesh-{os.getuid()}")
     path.mkdir(mode=0o700, exist_ok=True)
     if path.is_symlink() or path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o077:
         raise ValueError(f"{path} belongs to somebody else or is open to others; remove it")

@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,11 @@ def test_down_finds_only_services_that_run(tmp_path: Path, monkeypatch: pytest.M
     directory.chmod(0o777)
     with pytest.raises(ValueError, match="open to others"):
         services()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "gone"))  # as after a logout
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    with recorded("http://127.0.0.1:3", 3):
+        assert [s.url for s in services()] == ["http://127.0.0.1:3"]
 
 
 def test_options_that_are_not_given_leave_the_settings_file_alone(tmp_path: Path) -> None:

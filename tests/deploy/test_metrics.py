@@ -9,7 +9,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors.ledger import SILENT_S, Ledger, Totals, add
+from actors.ledger import MAX_APART, SILENT_S, Ledger, Totals, add
 from actors.metrics import Buckets
 from actors.request import Chunk
 from deploy.errors import TooManyRequests
@@ -83,6 +83,17 @@ def test_any_ingress_tells_the_sum_of_all_those_gone_included() -> None:
     now = samples(render(ingresses[0], ledger.share("a", ingresses[0].totals()), {}))
     assert now["generation_tokens_total",] == 12, "a counter never falls when an ingress goes"
     assert now["ingress_requests",] == 1, "what runs there is gone"
+    for _ in range(2):
+        ingresses[1].generation_tokens.inc(1)
+        ledger.share("b", ingresses[1].totals())
+        clock.now += SILENT_S + 1
+    now = samples(render(ingresses[0], ledger.share("a", ingresses[0].totals()), {}))
+    assert now["generation_tokens_total",] == 14, "one that was only quiet is counted once"
+    for i in range(2 * MAX_APART):
+        ledger.share(str(i), ingresses[1].totals())
+        clock.now += SILENT_S + 1
+        now = samples(render(ingresses[0], ledger.share("a", ingresses[0].totals()), {}))
+    assert now["generation_tokens_total",] == 14 + 9 * 2 * MAX_APART, "however many have gone"
 
 
 def test_sums_add_sample_by_sample() -> None:
@@ -192,6 +203,32 @@ class Shared:
 
     async def release(self, key: str, request_id: str) -> None:
         self.ledger.release(key, request_id)
+
+
+def test_a_client_that_leaves_while_it_is_let_in_leaves_nothing_behind() -> None:
+    class Slow(Shared):
+        async def admit(self, key: str, request_id: str, **limits: Any) -> tuple[str, float]:
+            answer = await super().admit(key, request_id, **limits)
+            counted.set()
+            await asyncio.sleep(0.5)
+            return answer
+
+    async def enter(limits: KeyLimits) -> None:
+        async with limits.admitted("k"):
+            pass
+
+    async def scenario() -> None:
+        limits = KeyLimits(LimitSettings(max_requests_per_key=1), Slow())
+        leaving = asyncio.create_task(enter(limits))
+        await counted.wait()
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        await asyncio.sleep(0)
+        await enter(limits)
+
+    counted = asyncio.Event()
+    asyncio.run(scenario())
 
 
 def test_limits_hold_across_ingresses_and_fall_back_to_each_alone() -> None:
