@@ -28,15 +28,12 @@ def kv_budget(spec: RouterSpec, config: ModelConfig) -> KVBudget:
     max_model_len = min(spec.max_model_len or config.max_context_len, config.max_context_len)
     block_bytes = kv_block_bytes(config, spec.block_size, NUMBER_BYTES[spec.kv_dtype])
     limits = spec.limits
-
-    def sliding_blocks(full_blocks: int) -> int:
-        window = config.sliding_window or 0
-        per_sequence = -(-window // spec.block_size) + 2
-        step = -(-limits.max_num_batched_tokens // spec.block_size)
-        return min(full_blocks, limits.max_num_seqs * per_sequence + step + 1)
+    of_a_window = -(-(config.sliding_window or 0) // spec.block_size) + 2
+    of_a_step = -(-limits.max_num_batched_tokens // spec.block_size)
 
     def counts(full_blocks: int) -> tuple[int, ...]:
-        return tuple(sliding_blocks(full_blocks) if name == "sliding" else full_blocks for name in config.kv_groups)
+        sliding = min(full_blocks, limits.max_num_seqs * of_a_window + of_a_step + 1)
+        return tuple(sliding if name == "sliding" else full_blocks for name in config.kv_groups)
 
     def num_bytes(full_blocks: int) -> int:
         return sum(n * b for n, b in zip(counts(full_blocks), block_bytes, strict=True))
@@ -46,7 +43,9 @@ def kv_budget(spec: RouterSpec, config: ModelConfig) -> KVBudget:
         most = limits.max_num_seqs * -(-max_model_len // spec.block_size) + 1
         full = max(2, bisect_right(range(most + 1), spec.kv_cache_bytes, key=num_bytes) - 1)
     capacity = (full - 1) * spec.block_size
-    if "full" in config.kv_groups and capacity < max_model_len:
+    if "full" not in config.kv_groups and full > of_a_window + of_a_step:
+        capacity = max_model_len  # what is out of the window gives its blocks back
+    if capacity < max_model_len:
         if spec.max_model_len is not None:
             raise ValueError(
                 f"max_model_len={max_model_len} needs {-(-max_model_len // spec.block_size) + 1} KV blocks, but there "

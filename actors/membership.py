@@ -21,7 +21,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from actors.remote_exchange import Connection
 from cluster.errors import FormationError, MeshUnavailable
-from cluster.process_group import connect_store, forget_groups, form_group, host_store
+from cluster.process_group import connect_store, first_line, forget_groups, form_group, host_store
 from cluster.settings import Timeouts
 from cluster.transport import choose_transport, router_transport
 from cluster.view import MeshView
@@ -152,7 +152,7 @@ class RouterMembership:
             connection = self._form(view)
         except (RuntimeError, ValueError) as error:  # also torch's own, of the store
             suspects = error.suspects if isinstance(error, FormationError) else ()
-            if isinstance(error, ValueError):  # configured so that it can't be: no hurry to fail again
+            if not isinstance(error, FormationError):  # nothing that another try would mend: no hurry to fail again
                 log.error("epoch %d can't be formed: %s", view.epoch, error)
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, 2.0)
@@ -212,6 +212,9 @@ class RouterMembership:
             )
         except FormationError as error:
             raise FormationError(str(error), failures()) from None  # waits no longer than forming did
-        forget_groups(self._store, self._router_id, before=view.epoch)
+        try:
+            forget_groups(self._store, self._router_id, before=view.epoch)
+        except RuntimeError as error:
+            log.warning("keys of older groups stay in the store: %s", first_line(error))
         exchange = router_transport(transport, group, view.shard_ids)
         return Connection.over(view, exchange, view.epoch)

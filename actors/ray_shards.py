@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("expertmesh.ray")
 
 NAMESPACE = "expertmesh"
-ALWAYS = "always"  # threads of a shard for what must be answered however many routers wait for others to join
+JOINS = "joins"  # threads of a shard's own: routers that wait there for a member hold up nothing else
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,11 +131,9 @@ class ShardActor:
         with ThreadPoolExecutor(1) as background:
             self._shard = background.submit(_new_shard, shard_id, spec).result()
 
-    @ray.method(concurrency_group=ALWAYS)
     def info(self) -> dict[str, Any]:
         return {**self._shard.info(), "actor_name": self._name, "process_started": _started(os.getpid())}
 
-    @ray.method(concurrency_group=ALWAYS)
     def ping(self) -> int:
         return self._shard.ping()
 
@@ -151,6 +149,7 @@ class ShardActor:
     def held(self) -> list[ExpertKey]:
         return self._shard.held()
 
+    @ray.method(concurrency_group=JOINS)
     def join(self, **arguments: Any) -> None:
         self._shard.join(**arguments)
 
@@ -213,7 +212,7 @@ class RayShardStarter:
             "namespace": NAMESPACE,
             "lifetime": "detached",
             "max_concurrency": 32,
-            "concurrency_groups": {ALWAYS: 4},
+            "concurrency_groups": {JOINS: 32},
             "max_restarts": 0,
             "num_cpus": wanted.num_cpus,
             "num_gpus": wanted.num_gpus,

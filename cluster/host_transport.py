@@ -87,6 +87,7 @@ class Channels:
     def __init__(self, sockets: dict[int, socket.socket], arenas: Sequence[SharedArena] = ()) -> None:
         self.sockets = sockets
         self.arenas = arenas
+        self.may_write = False  # whether somebody was dropped who owed an answer and had not hung up
         self._owed: dict[int, list[Header]] = {shard_idx: [] for shard_idx in sockets}  # answers, in their order
         self._num_owed = [0] * LANES
         self._failures: list[list[Failure]] = [[] for _ in range(LANES)]
@@ -139,19 +140,16 @@ class Channels:
         failures, self._failures[lane] = self._failures[lane], []
         return failures
 
-    def drop(self, shard_idx: int) -> bool:
-        """Close the socket to a shard, if it is open; whoever waits for its answers fails.
-
-        Returns whether it may yet write into an arena: it owes an answer and has not hung up."""
+    def drop(self, shard_idx: int) -> None:
+        """Close the socket to a shard, if it is open; whoever waits for its answers fails."""
         peer, owed = self.sockets.pop(shard_idx, None), self._owed.pop(shard_idx, [])
-        may_write = bool(owed) and peer is not None and not _has_hung_up(peer)
         if peer is not None:
+            self.may_write |= bool(owed) and not _has_hung_up(peer)
             self._poll.unregister(peer.fileno())
             peer.close()
         for header in owed:
             self._num_owed[header.lane] -= 1
             self._failures[header.lane].append((shard_idx, LOST))
-        return may_write
 
 
 class HostShard:

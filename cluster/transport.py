@@ -233,7 +233,8 @@ class PairRouter(_Router):
         into the arena; on NCCL any failure ends the group."""
         self._left_out.update(suspects)
         for suspect in suspects:
-            self._is_ended |= self._near.drop(self.shard_ids.index(suspect))
+            self._near.drop(self.shard_ids.index(suspect))
+        self._is_ended |= self._near.may_write
         return not self._is_ended and self.group.device.type == "cpu" and bool(self._present())
 
     def can_serve(self, shard_ids: Collection[str]) -> bool:

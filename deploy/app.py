@@ -200,7 +200,7 @@ def _models_of_mesh(settings: Settings) -> list[ServedModel]:
     if room < models[0].max_model_len:
         log.warning(
             "%s: contexts of %d tokens and not the checkpoint's %d: that is what the KV cache holds; "
-            "--kv-cache-bytes (engine.kv_cache_bytes) gives it more",
+            "--kv-cache-bytes (or --num-kv-blocks, where that is set) gives it more",
             *(models[0].names[0], room, models[0].max_model_len),
         )
     return [replace(model, max_model_len=min(model.max_model_len, room)) for model in models]

@@ -156,7 +156,7 @@ def _greet(service: Any, say: Callable[[str], None], api_key: str | None, at_len
     if writes_text:
         began = time.monotonic()
         first = {"model": service.model, "prompt": "The", "max_tokens": 1}
-        Client(url=service.url, api_key=api_key).post("/v1/completions", first)
+        Client(url=service.url, api_key=api_key, direct=True).post("/v1/completions", first)
         speed = f"start to first token: {service.start_s + time.monotonic() - began:.1f} s"
     facts = f"serving {service.model} at {service.url}  ({speed})"
     if not at_length:
@@ -187,7 +187,7 @@ def _wait(service: Any, api_key: str | None, in_text: bool) -> None:
     if not (in_text and screen.is_terminal):
         wait_for_interrupt()
         return
-    client = Client(url=service.url, api_key=api_key, timeout_s=5.0)
+    client = Client(url=service.url, api_key=api_key, timeout_s=5.0, direct=True)
     with Live(console=screen, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False) as live:
         before = None
 

@@ -186,7 +186,7 @@ def _wait_until_ready(url: str, app: str) -> None:
     """The ingress is up and has found its routers."""
     from ray import serve
 
-    client, end = Client(url=url, timeout_s=2.0), time.monotonic() + START_S
+    client, end = Client(url=url, timeout_s=2.0, direct=True), time.monotonic() + START_S
     while time.monotonic() < end:
         status = serve.status().applications[app]
         errors = [one.message for one in status.deployments.values() if "Error" in one.message]

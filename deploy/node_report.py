@@ -104,10 +104,10 @@ def _expected(num_layers: int) -> list[str]:
 
 
 def _kernels() -> str:
-    from model.native.build import shared_object_path
+    from model.native.shared_object import load_shared_object
 
     try:
-        return "native" if shared_object_path().is_file() else "torch"
+        return "native" if load_shared_object() is not None else "torch"
     except Exception as error:
         return f"torch ({type(error).__name__})"
 

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 Discover = Callable[[], Awaitable[Sequence[Mapping[str, Any]]]]
 MAX_LOSSES_WITHOUT_PROGRESS = 4
 RETRY_S = 0.25
+MAX_RETRY_S = 2.0
 _NOT_SENT = ("model", "deadline", "is_further")
 
 
@@ -43,7 +44,7 @@ class RouterRequest:
 
     `model` is the name by which routers know the model; None where all routers are alike. `first_id` is the request_id
     of the first of several sequences for the same prompt: they go to its router, which computes the prompt once.
-    `is_further`: others of its client's request are under way, so it waits where all routers are full."""
+    `is_further`: others of its client's request are under way, so it waits while all routers' queues are full."""
 
     op: str
     prompt_ids: list[int]
@@ -156,11 +157,12 @@ class RouterPool:
         request_id, deadline, message = request.request_id, request.deadline, request.message()
         output_ids: list[int] = []
         full: set[RouterLink] = set()  # routers that had no room
-        num_losses = 0
+        num_losses = num_refusals = 0
         has_first = False
         refused_at: float | None = None  # since when there have been only refusals
         while True:
-            link = await self._pick(request, full, may_give_up=not has_first)
+            pause_s = min(RETRY_S * num_refusals, MAX_RETRY_S)
+            link = await self._pick(request, full, pause_s, may_give_up=not has_first)
             left_s = max(0.0, deadline - loop.time())
             queue = link.submit({**message, "deadline_s": left_s, "output_ids": output_ids})
             finished = False
@@ -171,8 +173,9 @@ class RouterPool:
                         full.add(link)
                         refused_at = refused_at or loop.time()
                         others = any(one not in full for one in self._usable(request.model))
-                        may_wait = has_first or request.is_further
-                        may_wait = may_wait and loop.time() - refused_at < self._router_wait_s
+                        may_wait = has_first and loop.time() - refused_at < self._router_wait_s
+                        may_wait = may_wait or (request.is_further and chunk.error.get("code") == "queue_full")
+                        num_refusals += 1
                         if chunk.error.get("status") == 503 and (others or may_wait):
                             break
                         raise EngineError(
@@ -182,7 +185,7 @@ class RouterPool:
                         )
                     finished = chunk.finish_reason is not None
                     output_ids += chunk.token_ids
-                    num_losses, refused_at = 0, None
+                    num_losses, num_refusals, refused_at = 0, 0, None
                     if has_first and chunk.prompt_logprobs is not None:
                         chunk = replace(chunk, prompt_logprobs=None)  # a replay repeats it
                     has_first = True
@@ -215,8 +218,11 @@ class RouterPool:
         links = [link for link in links if link.is_listed] or links
         return [link for link in links if link.load.ready] or links
 
-    async def _pick(self, request: RouterRequest, full: set[RouterLink], *, may_give_up: bool) -> RouterLink:
-        """The router that has first_id, or the least loaded; waits while there is none, a begun stream till its end."""
+    async def _pick(
+        self, request: RouterRequest, full: set[RouterLink], pause_s: float, *, may_give_up: bool
+    ) -> RouterLink:
+        """The router that has first_id, or the least loaded; waits while there is none, a begun stream till its end.
+        Full ones are asked again after pause_s."""
         loop = asyncio.get_running_loop()
         give_up = min(request.deadline, loop.time() + self._router_wait_s) if may_give_up else request.deadline
         while True:
@@ -233,15 +239,16 @@ class RouterPool:
                     ),
                 )[1]
             self._wake.set()
+            if full:
+                await asyncio.sleep(min(pause_s, max(0.0, request.deadline - loop.time())))
+                full.clear()
+                continue
             self._changed.clear()
             try:
-                async with asyncio.timeout_at(min(give_up, loop.time() + RETRY_S) if full else give_up):
+                async with asyncio.timeout_at(give_up):
                     await self._changed.wait()
             except TimeoutError:
-                if loop.time() >= give_up:
-                    raise Unavailable("no router is up; the mesh is starting or recovering", code="no_router") from None
-            if loop.time() < give_up:
-                full.clear()
+                raise Unavailable("no router is up; the mesh is starting or recovering", code="no_router") from None
 
     async def _maintain(self) -> None:
         loop = asyncio.get_running_loop()

@@ -49,8 +49,8 @@ def error_answer(error: ApiError, path: str) -> JsonAnswer:
 class EventStream(Response):
     """Sends events as they come. An error after the start becomes an event, and the stream ends as it should.
 
-    Events end within the request's time_s. One that is still written long after has a client that reads nothing, and
-    counts as one whose client has left. Build with `start_stream`, which waits for the first event, so that early
+    Events end within the request's time_s. A stream that is still written after that has a client that reads nothing,
+    and gives its place up. Build with `start_stream`, which waits for the first event, so that early
     errors keep their HTTP status."""
 
     def __init__(

@@ -70,11 +70,13 @@ class RequestNote:
                 "gen_ai.response.finish_reasons": self.finish_reasons,
             }
         )
-        if error is not None or status >= 500 or "error" in self.finish_reasons:
+        failed = status >= 500 or "error" in self.finish_reasons
+        if failed or error is not None:
+            span.set_attribute("error.type", error or str(status))
+        if failed:  # what a client got wrong is no error of the server, say the conventions
             from opentelemetry.trace import StatusCode
 
             span.set_status(StatusCode.ERROR)
-            span.set_attribute("error.type", error or str(status))
         span.end()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,8 +52,8 @@ class KVCache:
         ]
         key_shapes = [lay_out_keys(torch.empty(shape, dtype=dtype, device="meta")).shape for shape in shapes]
         return cls(
-            keys=tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in key_shapes),
-            values=tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes),
+            keys=tuple(_zeros(shape, dtype, device) for shape in key_shapes),
+            values=tuple(_zeros(shape, dtype, device) for shape in shapes),
             block_size=block_size,
         )
 
@@ -61,6 +63,14 @@ class KVCache:
         blocks_T, offsets_T = slots_T // self.block_size, slots_T % self.block_size
         heads_TG = blocks_T[:, None] * num_kv_heads + torch.arange(num_kv_heads, device=slots_T.device)
         return heads_TG * self.block_size + offsets_T[:, None]
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """On CPU of pages that the system makes when they are written to; torch.zeros writes all of them."""
+    if torch.device(device).type != "cpu" or 0 in shape:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
 
 
 def keys_together(block_size: int) -> int:

@@ -50,3 +50,10 @@ def test_a_sliding_group_takes_only_its_windows() -> None:
     full, sliding = kv_budget(spec(), MIXED).num_blocks
     assert full == 4 * 256 + 1
     assert sliding == 4 * (64 // 16 + 2) + 32 // 16 + 1
+
+
+def test_where_all_layers_slide_a_context_is_bounded_only_by_a_pool_smaller_than_a_window() -> None:
+    sliding = ModelConfig.from_dict({**VALUES, "use_sliding_window": True, "num_hidden_layers": 1})
+    assert sliding.kv_groups == ("sliding",)
+    assert kv_budget(spec(num_kv_blocks=9), sliding).max_model_len == 4096  # 4 + 2 of a window, 2 of a step, 1 empty
+    assert kv_budget(spec(num_kv_blocks=8), sliding).max_model_len == 7 * 16

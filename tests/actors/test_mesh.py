@@ -151,7 +151,7 @@ def test_an_epoch_whose_store_fails_is_reported_and_the_next_one_serves(
 ):
     mesh = ThreadMesh(tiny_model)
     placement = placed(mesh, 2)
-    real, calls = membership.forget_groups, []
+    real, calls = membership.connect_store, []
 
     def fail_once(*arguments, **options):
         calls.append(1)
@@ -159,7 +159,7 @@ def test_an_epoch_whose_store_fails_is_reported_and_the_next_one_serves(
             raise RuntimeError("Broken pipe")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(membership, "forget_groups", fail_once)
+    monkeypatch.setattr(membership, "connect_store", fail_once)
     mesh.on_report = lambda epoch, suspects: mesh.publish(placement)
     router, outputs = start_router(mesh)
     mesh.publish(placement)

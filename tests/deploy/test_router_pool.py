@@ -133,12 +133,12 @@ def test_a_full_router_is_passed_over_and_only_full_ones_refuse() -> None:
 def test_a_batch_that_has_begun_waits_where_all_routers_are_full() -> None:
     async def run() -> None:
         small = FakeRouter("small", max_running=2, token_s=0.005)
-        async with pool_of(small, router_wait_s=5.0) as pool:
+        async with pool_of(small, router_wait_s=0.1) as pool:  # the first one's alone
             await linked(pool, 1)
             first = asyncio.ensure_future(tokens_of(pool, request()))
             while not small.num_tokens:
                 await asyncio.sleep(0.001)
-            others = (tokens_of(pool, replace(request(), is_further=True)) for _ in range(11))
+            others = (tokens_of(pool, replace(request(timeout_s=60.0), is_further=True)) for _ in range(11))
             assert await asyncio.gather(first, *others) == [expected(20)] * 12
             with pytest.raises(EngineError, match="full"):
                 await asyncio.gather(*(tokens_of(pool, request()) for _ in range(12)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +103,20 @@ def test_each_layer_has_the_blocks_of_its_group() -> None:
     assert [tuple(values.shape) for values in cache.values] == [(3, 2, 4, 8), (5, 2, 4, 8), (5, 2, 4, 8)]
     for keys, values in zip(cache.keys, cache.values, strict=True):
         assert keys.shape == lay_out_keys(values).shape and not keys.any() and keys.dtype == torch.bfloat16
+
+
+def test_a_cache_takes_memory_where_it_is_written_to() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    config = ModelConfig.from_dict({"model_type": "qwen2_moe", "num_hidden_layers": 1, "hidden_size": 1024})
+    before = resident_bytes()
+    cache = KVCache.allocate(config, num_blocks=[4096], block_size=16)
+    size = cache.keys[0].nbytes + cache.values[0].nbytes
+    assert size == 512 << 20 and resident_bytes() - before < size / 8
+    cache.values[0][:1024] = 1.0
+    assert resident_bytes() - before > size / 8
+    assert cache.values[0][:1024].all() and not cache.values[0][1024:1100].any()
 
 
 def test_the_cache_refuses_what_it_cannot_be() -> None:
