@@ -86,6 +86,8 @@ def test_a_request_goes_to_the_routers_of_its_model() -> None:
         settings = Settings(mesh=MeshSettings(discover_interval_s=0.05), limits=LimitSettings(router_wait_s=0.3))
         pool = RouterPool(discover, settings)
         await pool.start()
+        while len(pool.links) < 2:
+            await asyncio.sleep(0.01)
         for model, times in (("one", 3), ("two", 2)):
             for _ in range(times):
                 await ask(pool, model)

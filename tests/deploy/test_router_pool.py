@@ -161,6 +161,7 @@ def test_a_stream_that_has_begun_waits_for_a_router_until_its_deadline() -> None
     async def run() -> None:
         router = FakeRouter(dies_after=5)
         async with pool_of(router, router_wait_s=0.1) as pool:
+            await linked(pool, 1)
             work = asyncio.ensure_future(tokens_of(pool, request()))
             await asyncio.sleep(0.6)
             reborn = await FakeRouter("reborn").start()
