@@ -11,6 +11,7 @@ from deploy.errors import InvalidRequest, invalid
 from deploy.openai_requests import ChatCompletionRequest, TokenizeRequest
 from deploy.served_model import ServedModel
 from deploy.service import Service
+from deploy.tool_parser import read_arguments
 from deploy.tools import ToolUse
 
 _FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "refusal", "reasoning_content", "audio"})
@@ -134,17 +135,15 @@ def _text(content: Any, where: str) -> str:
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    """An earlier call, with its arguments parsed: templates print them as JSON again."""
+    """An earlier call, with its arguments parsed: templates print them as JSON again. A broken text, which a model may
+    have written, is passed on as it is."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise InvalidRequest(f"{where}.function: an object with a name is required", param=where)
-    arguments = function.get("arguments") or "{}"
+    arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            arguments = None
-    if not isinstance(arguments, dict):
+        arguments = read_arguments(arguments)
+    elif not isinstance(arguments, dict):
         raise InvalidRequest(f"{where}.function.arguments: expected a JSON object as a string", param=where)
     return {
         "id": str(call.get("id") or ""),

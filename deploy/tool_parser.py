@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from deploy.tools import ToolUse
+
+_ARGUMENTS = ("arguments", "parameters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,17 @@ def read_whole(use: ToolUse, text: str) -> tuple[str, list[tuple[str, str]]]:
     return content, calls
 
 
+def read_arguments(text: str) -> dict[str, Any] | str:
+    """The object that a call's arguments are, also where a model wrote null or an object in a string. What is none, as
+    of a call that was cut off, stays text."""
+    if text.strip() == "null":
+        return {}
+    value = _parse(text)
+    if isinstance(value, str):
+        value = _parse(value)
+    return value if isinstance(value, dict) else text
+
+
 class NamedCall(Parser):
     """The output is the arguments of one known function."""
 
@@ -88,7 +102,8 @@ class NamedCall(Parser):
 class CallScanner:
     """Reads one call, {"name": ..., "arguments": {...}}, char by char; "parameters" is another word for arguments.
 
-    `arguments` grows as they come. A text that can't be a call makes it broken."""
+    `arguments` grows as an object comes; another value waits for its end, as it may be an object in a string. A text
+    that can't be a call makes it broken."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -132,7 +147,7 @@ class CallScanner:
             self._take(char)
 
     def _take(self, char: str) -> None:
-        if self._key in ("arguments", "parameters"):
+        if self._key in _ARGUMENTS and not self._raw and (self.arguments or char == "{"):
             self.arguments += char
         else:
             self._raw += char
@@ -142,6 +157,9 @@ class CallScanner:
             name = _parse(self._raw)
             self.name = name if isinstance(name, str) else None
             self.is_broken = self.name is None
+        elif self._key in _ARGUMENTS and self._raw:
+            arguments = read_arguments(self._raw)
+            self.arguments += arguments if isinstance(arguments, str) else json.dumps(arguments)
         elif self._key is None and (self._raw or not is_last):
             self.is_broken = True
         self._key, self._raw = None, ""
@@ -270,5 +288,5 @@ class _Call:
 def _parse(raw: str) -> object:
     try:
         return json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

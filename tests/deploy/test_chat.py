@@ -102,6 +102,24 @@ def test_text_parts_and_all_roles_are_rendered(api: RunningApi, served: ServedMo
     assert '{"name": "add", "arguments": {"a": 1}}' in prompt and "<|im_start|>tool\n2" in prompt
 
 
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [
+        ("null", "{}"),
+        ('"{\\"a\\": 1}"', '{"a": 1}'),
+        ('{"a": 1', r'"{\"a\": 1"'),  # cut off by max_tokens: this template prints the text as JSON
+    ],
+)
+def test_a_call_that_the_server_wrote_is_taken_back(
+    api: RunningApi, served: ServedModel, sent: str, shown: str
+) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": sent}}
+    messages = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    response = post(api, {"messages": messages, "max_tokens": 1}, CHAT)
+    assert response.status_code == 200, response.text
+    assert f'{{"name": "add", "arguments": {shown}}}' in prompt_of(api, served)
+
+
 def test_the_final_message_can_be_continued(api: RunningApi, served: ServedModel) -> None:
     messages = [*HELLO, {"role": "assistant", "content": "Once upon "}]
     scripts(api, served, "a time")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,28 +35,44 @@ def test_the_first_stop_string_is_found_however_the_text_is_cut(text: str, stops
         assert not any(stop in text[: found.start] for stop in stops)
 
 
-CALL = '<tool_call>\n{"name": "f", "arguments": {"s": "}<\\"", "l": [1, {}]}}\n</tool_call>'
+WRITTEN = '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>'
+CALL = WRITTEN % '{"s": "}<\\"", "l": [1, {}]}'
+ODD_ARGUMENTS = {  # as a model writes them -> as they are given out
+    "null": "{}",
+    r'"{\"a\": \"}\"}"': '{"a": "}"}',
+    '"x, y"': '"x, y"',
+    "[1, {}]": "[1, {}]",
+    "7": "7",
+}
+
+
+def read_in_steps(text: str, step: int) -> tuple[str, list[list[str]]]:
+    """Content and calls of a text that comes `step` characters at a time."""
+    parser = HermesCalls(is_parallel=True)
+    content, calls = "", []
+    pieces = [piece for i in range(0, len(text), step) for piece in parser.feed(text[i : i + step])]
+    for piece in [*pieces, *parser.finish()]:
+        match piece:
+            case Content(added):
+                content += added
+            case CallStart(index, name):
+                assert index == len(calls)
+                calls.append([name, ""])
+            case CallArguments(index, added):
+                calls[index][1] += added
+    return content, calls
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(["text ", "<tool", "\n", CALL, "<tool_call> no", "{"]), max_size=6), st.integers(1, 9))
 def test_tool_calls_are_the_same_however_the_text_is_cut(parts: list[str], size: int) -> None:
     text = "".join(parts)
+    found = read_in_steps(text, size)
+    assert found == read_in_steps(text, 10**6)
+    assert all(call == ["f", '{"s": "}<\\"", "l": [1, {}]}'] for call in found[1])
 
-    def read(step: int) -> tuple[str, list[list[str]]]:
-        parser = HermesCalls(is_parallel=True)
-        content, calls = "", []
-        pieces = [piece for i in range(0, len(text), step) for piece in parser.feed(text[i : i + step])]
-        for piece in [*pieces, *parser.finish()]:
-            match piece:
-                case Content(added):
-                    content += added
-                case CallStart(index, name):
-                    assert index == len(calls)
-                    calls.append([name, ""])
-                case CallArguments(index, added):
-                    calls[index][1] += added
-        return content, calls
 
-    assert read(size) == read(10**6)
-    assert all(call == ["f", '{"s": "}<\\"", "l": [1, {}]}'] for call in read(size)[1])
+@pytest.mark.parametrize(("written", "given_out"), ODD_ARGUMENTS.items())
+def test_arguments_are_an_object_where_the_model_meant_one(written: str, given_out: str) -> None:
+    for step in (1, 2, 3, 7, 10**6):
+        assert read_in_steps(WRITTEN % written, step) == ("", [["f", given_out]])
