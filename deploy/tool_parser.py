@@ -217,7 +217,8 @@ class HermesCalls(Parser):
 
     def finish(self) -> list[Piece]:
         """Whatever is held back becomes content."""
-        held = "" if self._awaits_close else self._held
+        is_tag = self._awaits_close and self.CLOSE.startswith(self._held.lstrip())  # cut off
+        held = "" if is_tag else self._held
         if self._call is not None:
             held = "" if self._call.has_begun else self._space + self.OPEN + self._call.raw
         self._held = ""
@@ -251,12 +252,15 @@ class HermesCalls(Parser):
         return text[num_read:]
 
     def _read_close(self, text: str) -> str:
-        _, tag, rest = (self._held + text).partition(self.CLOSE)
-        if not tag:
-            self._held = (self._held + text)[1 - len(self.CLOSE) :]
+        """What comes after CLOSE. Where the next OPEN shows that a model left it out: all that comes after the call."""
+        held = (self._held + text).lstrip("}")  # models write a brace too many
+        before, tag, rest = held.partition(self.CLOSE)
+        is_left_out = self.OPEN in before
+        if not tag and not is_left_out:
+            self._held = held
             return ""
         self._awaits_close, self._held = False, ""
-        return rest
+        return held if is_left_out else rest
 
 
 class _Call:

@@ -37,6 +37,7 @@ def test_the_first_stop_string_is_found_however_the_text_is_cut(text: str, stops
 
 WRITTEN = '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>'
 CALL = WRITTEN % '{"s": "}<\\"", "l": [1, {}]}'
+UNCLOSED = CALL.removesuffix("</tool_call>")
 ODD_ARGUMENTS = {  # as a model writes them -> as they are given out
     "null": "{}",
     r'"{\"a\": \"}\"}"': '{"a": "}"}',
@@ -64,7 +65,10 @@ def read_in_steps(text: str, step: int) -> tuple[str, list[list[str]]]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from(["text ", "<tool", "\n", CALL, "<tool_call> no", "{"]), max_size=6), st.integers(1, 9))
+@given(
+    st.lists(st.sampled_from(["text ", "<tool", "\n", CALL, "<tool_call> no", "{", UNCLOSED]), max_size=6),
+    st.integers(1, 9),
+)
 def test_tool_calls_are_the_same_however_the_text_is_cut(parts: list[str], size: int) -> None:
     text = "".join(parts)
     found = read_in_steps(text, size)
@@ -76,3 +80,22 @@ def test_tool_calls_are_the_same_however_the_text_is_cut(parts: list[str], size:
 def test_arguments_are_an_object_where_the_model_meant_one(written: str, given_out: str) -> None:
     for step in (1, 2, 3, 7, 10**6):
         assert read_in_steps(WRITTEN % written, step) == ("", [["f", given_out]])
+
+
+ONE, TWO = (f'<tool_call>{{"name": "f", "arguments": {{"a": {a}}}}}' for a in (1, 2))
+CALLED = [["f", '{"a": 1}'], ["f", '{"a": 2}']]
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        (f"{ONE}\n{TWO}</tool_call>", "", CALLED),
+        (f"{ONE}\nand {TWO}</tool_call>!", "\nand!", CALLED),
+        (f"{ONE}}}\n</tool_call>\n{TWO}}}", "", CALLED),
+        (f"{ONE}\nDone.", "\nDone.", CALLED[:1]),
+        (f"{ONE}\n</tool_", "", CALLED[:1]),
+    ],
+)
+def test_a_call_may_lack_its_closing_tag(text: str, content: str, calls: list[list[str]]) -> None:
+    for step in (1, 2, 3, 7, 10**6):
+        assert read_in_steps(text, step) == (content, calls)
