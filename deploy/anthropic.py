@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from deploy.chat import ChatPlan, plan_chat
+from deploy.chat_messages import read_messages, render
 from deploy.endpoints import Endpoints, TextEndpoint
 from deploy.errors import InvalidRequest, invalid
 from deploy.generation import Delta, gather_all, stream_all
@@ -20,6 +21,7 @@ from deploy.openai_requests import INT64_MAX, ChatCompletionRequest, RequestBody
 from deploy.service import Service
 from deploy.sse import JsonAnswer, event
 from deploy.tool_parser import CallArguments, CallStart, Piece, parser_for, read_whole
+from deploy.tools import read_tool_use
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -47,8 +49,7 @@ class MessagesRequest(CountTokensRequest, StreamingBody):
 
 def add_to(endpoints: Endpoints) -> None:
     async def count_tokens(_: Request, body: CountTokensRequest) -> Response:
-        plan = await plan_chat(endpoints.service, to_chat(body), "")
-        return JsonAnswer({"input_tokens": len(plan.requests[0].prompt_ids)})
+        return JsonAnswer({"input_tokens": await _count_tokens(endpoints.service, body)})
 
     endpoints.add_text("/v1/messages", MESSAGES)
     endpoints.add("/v1/messages/count_tokens", CountTokensRequest, count_tokens)
@@ -184,6 +185,15 @@ async def _stream(service: Service, plan: ChatPlan) -> AsyncGenerator[bytes]:
     usage = _usage(plan, delta.num_tokens, num_cached)
     yield _event("message_delta", delta=end, usage=usage)
     yield _event("message_stop")
+
+
+async def _count_tokens(service: Service, body: CountTokensRequest) -> int:
+    """Also of what doesn't fit the context: clients ask to learn just that."""
+    chat = to_chat(body)
+    model = service.models.find_generator(chat.model)
+    use = read_tool_use(chat.tools, chat.tool_choice, is_parallel=chat.parallel_tool_calls is not False)
+    prompt = await render(service, model, chat, read_messages(chat.messages), use)
+    return len(await service.encode(model, prompt, add_special_tokens=chat.add_special_tokens))
 
 
 async def _plan(service: Service, body: MessagesRequest, answer_id: str) -> ChatPlan:

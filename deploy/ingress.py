@@ -43,7 +43,12 @@ from deploy.tracing import CURRENT, RequestNote, Tracing, exporter_to
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("expertmesh.access")
-_FREE_PATHS = frozenset({"/ping", "/tokenize", "/detokenize", "/reset_prefix_cache", "/mesh/scale", "/load_model"})
+_FREE_PATHS = frozenset(
+    {
+        *("/ping", "/tokenize", "/detokenize", "/v1/messages/count_tokens"),
+        *("/reset_prefix_cache", "/mesh/scale", "/load_model"),
+    }
+)
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 

@@ -57,6 +57,17 @@ def test_a_message_has_anthropics_shape(api: RunningApi, served: ServedModel) ->
     assert counted == {"input_tokens": total}
 
 
+def test_tokens_are_counted_beyond_the_context_and_free_of_limits(served: ServedModel) -> None:
+    limits = {"requests_per_minute_per_key": 1}
+    settings = Settings.model_validate({"server": {"api_keys": ["k"]}, "limits": limits})
+    long = [{"role": "user", "content": "many words " * served.max_model_len}]
+    with running_api(served, settings) as keyed:
+        for _ in range(3):
+            url = keyed.url + MESSAGES + "/count_tokens"
+            counted = httpx.post(url, json={"messages": long}, headers={"x-api-key": "k"}, timeout=30)
+            assert counted.status_code == 200 and counted.json()["input_tokens"] > served.max_model_len
+
+
 def test_the_reasons_to_stop_are_told(api: RunningApi, served: ServedModel) -> None:
     scripts(api, served, "one two END three")
     cut = ask(api, stop_sequences=["END"]).json()
