@@ -144,7 +144,10 @@ def bind(settings: Settings, *, port_path: str | None = None) -> serve.Applicati
         max_ongoing_requests=4 * settings.limits.max_queue,  # our own limits answer first, with a reason
         health_check_period_s=5,
         graceful_shutdown_timeout_s=5,
-        ray_actor_options={"num_cpus": settings.server.ingress_cpus},
+        ray_actor_options={
+            "num_cpus": settings.server.ingress_cpus,
+            "resources": settings.server.ingress_resources,
+        },
     )(serve.ingress()(IngressReplica))
     meshes = settings.each_mesh()
     routers = [_bind_router(mesh, "router" if mesh is meshes[0] else f"router-{mesh.mesh.name}") for mesh in meshes]

@@ -147,6 +147,9 @@ def _cpus_wanted(settings: Settings) -> int:
 
 def _custom_resources(meshes: Sequence[Settings]) -> dict[str, float]:
     wanted: dict[str, float] = defaultdict(float)
+    server = meshes[0].server  # that of all
+    for name, amount in server.ingress_resources.items():
+        wanted[name] += amount * 2 * server.num_ingresses
     for mesh in (settings.mesh for settings in meshes):
         for name, amount in mesh.router_resources.items():
             wanted[name] += amount * 2 * mesh.routers

@@ -58,6 +58,7 @@ class ServerSettings(Section):
     allowed_origins: tuple[str, ...] = ()  # browsers' origins that may call (CORS)
     num_ingresses: int = Field(default=1, ge=1)
     ingress_cpus: float = Field(default=0.0, ge=0)
+    ingress_resources: dict[str, float] = {}  # custom Ray resources that each ingress asks for
     allow_open_ray: bool = False  # start also where Ray asks nobody for a token
     log_format: LogFormat = "text"  # json: one object a line, from every part
     otlp_traces_endpoint: str | None = Field(default=None, pattern=r"^https?://")  # whole URL; None: no traces

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy import app, specs
+from deploy import app, launch, specs
 from deploy.settings import load
 from tests.deploy.fakes import RunningApi
 from tests.deploy.kubernetes_files import Document, problems, render, with_defaults
@@ -118,9 +118,11 @@ def test_the_manifests_agree_with_the_code(overlay: str, api: RunningApi) -> Non
     workers = groups(service)
     asked = {"router": (settings.mesh.router_resources, settings.mesh.router_cpus, settings.mesh.router_gpus),
              "expert": (settings.mesh.shard_resources, settings.mesh.shard_cpus, settings.mesh.shard_gpus)}  # fmt: skip
+    ingress, offers = settings.server.ingress_resources, {}
     for group, count in (("router", settings.mesh.routers), ("expert", settings.mesh.shards)):
         worker, (resources, cpus, gpus) = workers[group], asked[group]
         offered = json.loads(json.loads(worker["rayStartParams"]["resources"]))
+        offers[group] = {name: offered.pop(name) for name in ingress if name in offered}
         assert resources and resources == offered, "one part to a pod"
         requests = worker["template"]["spec"]["containers"][0]["resources"]["requests"]
         assert float(requests["cpu"]) >= cpus and float(requests.get("nvidia.com/gpu", 0)) == gpus
@@ -128,6 +130,9 @@ def test_the_manifests_agree_with_the_code(overlay: str, api: RunningApi) -> Non
         assert bool(gpus) == ("tolerations" in worker["template"]["spec"])
         spread = worker["template"]["spec"]["topologySpreadConstraints"][0]
         assert spread["labelSelector"]["matchLabels"] == {"ray.io/group": group}
+    assert ingress and not offers["expert"], "an ingress with experts would take the CPUs of a shard"
+    # A new one is up before an old one goes.
+    assert all(2 * settings.server.num_ingresses * n <= offers["router"][name] for name, n in ingress.items())
 
     router = workers["router"]["template"]["spec"]
     ports = {p["name"]: p["containerPort"] for p in router["containers"][0]["ports"]}
@@ -175,8 +180,8 @@ from ray import serve
 from ray.serve.schema import ServeDeploySchema
 from ray.serve.context import _get_global_client
 config = yaml.safe_load(sys.stdin.read())
-ray.init(address="local", num_cpus=8, resources={"router_slot": 2, "expert_slot": 4}, include_dashboard=False,
-         log_to_driver=False, logging_level=50, _node_ip_address="127.0.0.1")
+ray.init(address="local", num_cpus=8, resources={"router_slot": 2, "expert_slot": 4, "ingress_slot": 4},
+         include_dashboard=False, log_to_driver=False, logging_level=50, _node_ip_address="127.0.0.1")
 serve.start(http_options=config["http_options"], proxy_location=config["proxy_location"])
 _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
 for _ in range(600):
@@ -227,6 +232,13 @@ def test_the_serve_config_answers_on_a_real_serve(tmp_path: Path) -> None:
     answer = json.loads(done.stdout.split("ANSWER ")[1].splitlines()[0])
     assert answer["usage"]["completion_tokens"] == 4
     assert "SHARDS 2" in done.stdout and "DEPLOYMENTS ['ingress', 'router']" in done.stdout
+
+
+def test_an_ingress_asks_for_its_resources_and_one_machine_offers_them() -> None:
+    flags = {"server": {"ingress_resources": {"ingress_slot": 1}, "num_ingresses": 3}}
+    ingress: Any = app.build_app(flags)
+    assert ingress._bound_deployment.ray_actor_options["resources"] == {"ingress_slot": 1}
+    assert launch._custom_resources(load(flags=flags).settings.each_mesh()) == {"ingress_slot": 6}
 
 
 def test_the_image_is_on_the_same_ray_and_not_root() -> None:
