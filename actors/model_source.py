@@ -43,6 +43,20 @@ def locate_model(model: str, revision: str | None = None, download_dir: str | No
         ) from None
 
 
+def cached_model(model: str, revision: str | None = None, download_dir: str | None = None) -> Path | None:
+    """As `locate_model`, without the network: None for a hub id of which this node has nothing yet."""
+    path = Path(model).expanduser()
+    if path.is_absolute() or path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, cache_dir=download_dir, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
 def load_config(directory: Path, dtype: str | None) -> ModelConfig:
     """The model's config, with another dtype where one is asked for: bfloat16 is that of the activations too."""
     config = ModelConfig.from_directory(directory)

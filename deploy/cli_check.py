@@ -17,6 +17,7 @@ import typer
 from deploy.http_client import LOOPBACK
 from deploy.launch import port_problem
 from deploy.listener import shown
+from deploy.node_report import Source
 
 GB = 1e9
 
@@ -62,10 +63,11 @@ def findings(settings: Any, address: str | None) -> Iterator[Finding]:
     yield requirements()
     server = settings.server
     yield listening(server.host, server.port, has_keys=bool(server.api_keys or server.api_key_file))
-    directories = []
+    directories, models = [], []
     for one in settings.each_mesh():
         try:
             directories.append(str(specs.model_directory(one)))
+            models.append(specs.model_everywhere(one))
             specs.router_spec(one)
             shards = "no shards" if one.mesh.local else f"shards: {one.mesh.shards}"
             text = f"model {one.model.path}, routers: {one.mesh.routers}, {shards}"
@@ -86,7 +88,7 @@ def findings(settings: Any, address: str | None) -> Iterator[Finding]:
     here = json.loads(local.stdout.splitlines()[-1])
     yield from of_node("this node", here, here)
     if address is not None:
-        yield from of_cluster(address, directories, here)
+        yield from of_cluster(address, models, here)
 
 
 def requirements() -> Finding:
@@ -132,6 +134,8 @@ def of_node(name: str, report: Mapping[str, Any], expected: Mapping[str, Any]) -
         yield Finding("fail", name, f"other code: {report['code']}, here {expected['code']}; install the same wheel")
     for error in report["checkpoint_errors"]:
         yield Finding("fail", name, error)
+    for model in report["not_fetched"]:
+        yield Finding("warn", name, f"{model} is not fetched yet; this node fetches it when it starts")
     for found in report["checkpoints"]:
         size = found["bytes"] / GB
         text = f"{found['tensors']} tensors, {size:.3f} GB, {found['layers']} layers of {found['experts']} experts"
@@ -139,7 +143,7 @@ def of_node(name: str, report: Mapping[str, Any], expected: Mapping[str, Any]) -
         yield Finding("ok" if room else "warn", name, text + ("" if room else "; more than this node's free memory"))
 
 
-def of_cluster(address: str, models: Sequence[str], here: Mapping[str, Any]) -> Iterator[Finding]:
+def of_cluster(address: str, models: Sequence[Source], here: Mapping[str, Any]) -> Iterator[Finding]:
     """A report from each node of a running Ray cluster, and whether each can be reached from here."""
     import ray
 

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from deploy.node_report import Source
+
 PROBE_S = 3.0
 
 
@@ -32,7 +34,7 @@ def connect(address: str) -> None:
 
 
 def run_on_each_node(
-    nodes: Sequence[Mapping[str, Any]], models: Sequence[str]
+    nodes: Sequence[Mapping[str, Any]], models: Sequence[Source]
 ) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """(node, {"report", "unreachable"}) or (node, what went wrong)."""
     import ray
@@ -56,7 +58,7 @@ def run_on_each_node(
                 yield name, f"no report: {last[:300]}; is expertmesh installed there?"
 
 
-def _inspect(models: Sequence[str], others: Sequence[tuple[str, int]]) -> dict[str, Any]:
+def _inspect(models: Sequence[Source], others: Sequence[tuple[str, int]]) -> dict[str, Any]:
     """Runs on a node."""
     from deploy.node_report import node_report
 

@@ -20,6 +20,7 @@ from typing import Any
 
 PACKAGES = ("model", "cluster", "actors", "deploy")
 VERSIONS = ("ray", "torch", "numpy", "safetensors", "tokenizers", "fastapi", "pydantic", "llguidance")
+Source = tuple[str, str | None, str | None]  # directory or hub id, the id's revision, the cache if it isn't the Hub's
 
 
 def code_hash() -> str:
@@ -43,9 +44,11 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def node_report(models: Sequence[str]) -> dict[str, Any]:
-    """JSON-able. models: directories on this node."""
+def node_report(models: Sequence[Source]) -> dict[str, Any]:
+    """JSON-able. Fetches nothing."""
     import torch
+
+    from actors.model_source import cached_model
 
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
@@ -60,10 +63,14 @@ def node_report(models: Sequence[str]) -> dict[str, Any]:
         "kernels": _kernels(),
         "checkpoints": [],
         "checkpoint_errors": [],
+        "not_fetched": [],  # hub ids
     }
     for model in models:
+        if (directory := cached_model(*model)) is None:
+            report["not_fetched"].append(model[0])
+            continue
         try:
-            report["checkpoints"].append(check_checkpoint(Path(model)))
+            report["checkpoints"].append(check_checkpoint(directory))
         except ValueError as error:
             report["checkpoint_errors"].append(str(error))
     return report
@@ -113,4 +120,4 @@ def _kernels() -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(node_report(sys.argv[1:])))
+    print(json.dumps(node_report([(model, None, None) for model in sys.argv[1:]])))

@@ -26,6 +26,13 @@ def model_directory(settings: Settings) -> Path:
     return locate_model(model_path(settings), settings.model.revision, settings.model.download_dir)
 
 
+def model_everywhere(settings: Settings) -> tuple[str, str | None, str | None]:
+    """What any node finds the model by: a directory, or a hub id with revision and cache, which is each node's own."""
+    path = model_path(settings)
+    path = str(model_directory(settings)) if Path(path).expanduser().is_dir() else path
+    return path, settings.model.revision, settings.model.download_dir
+
+
 def served_names(settings: Settings) -> tuple[str, ...]:
     """Names in the API; the first one is in answers."""
     if settings.model.served_names:

@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from deploy import specs
 from deploy.bench import Outcome, percentile, summarize
 from deploy.bench_load import Workload, arrivals, jobs
 from deploy.cli import cli
@@ -24,8 +25,9 @@ from deploy.cli_chat import Conversation, converse
 from deploy.cli_check import listening, of_node, requirements
 from deploy.cli_status import Snapshot, heat_row, one_line, quantile, view
 from deploy.http_client import CallError, Client
-from deploy.node_report import check_checkpoint, code_hash
+from deploy.node_report import check_checkpoint, code_hash, node_report
 from deploy.service_record import recorded, services
+from deploy.settings import Settings
 from tests.deploy.fakes import RunningApi
 from tests.tiny import write_tiny_model
 
@@ -195,10 +197,30 @@ def test_a_checkpoint_is_whole_or_named_what_it_lacks(tmp_path: Path) -> None:
         check_checkpoint(model)
 
 
+def test_each_node_looks_for_a_hub_id_in_its_own_cache(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    snapshot = there / "models--owner--tiny" / "snapshots" / ("a" * 40)
+    snapshot.parent.mkdir(parents=True)
+    write_tiny_model(snapshot)
+    (there / "models--owner--tiny" / "refs").mkdir()
+    (there / "models--owner--tiny" / "refs" / "main").write_text("a" * 40)
+    settings = Settings.model_validate({"model": {"path": "owner/tiny", "download_dir": str(there)}})
+    model = specs.model_everywhere(settings)
+    assert model == ("owner/tiny", None, str(there))
+    found = node_report([model])
+    assert found["checkpoints"] and not found["checkpoint_errors"] and not found["not_fetched"]
+    missing = node_report([("owner/tiny", None, str(here))])
+    assert missing["not_fetched"] == ["owner/tiny"] and not missing["checkpoint_errors"]
+    assert ("warn", "owner/tiny") in [(f.level, f.detail.split()[0]) for f in of_node("n", missing, missing)]
+    directory = specs.model_everywhere(Settings.model_validate({"model": {"path": str(snapshot)}}))
+    assert directory[0] == str(snapshot.resolve())
+
+
 def test_other_code_and_other_versions_on_a_node_are_found() -> None:
     here = {
         "versions": {"ray": "2.60.0"}, "code": code_hash(), "cpus": 2, "vectors": "avx2", "gpus": [],
         "memory_bytes": 10**9, "kernels": "native", "checkpoints": [], "checkpoint_errors": [],
+        "not_fetched": [],
     }  # fmt: skip
     assert {f.level for f in of_node("n", here, here)} == {"ok"}
     other = {**here, "code": "x", "versions": {"ray": "2.9"}, "checkpoint_errors": ["gone"]}
