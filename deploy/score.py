@@ -43,7 +43,8 @@ async def score(service: Service, body: ScoreRequest, answer_id: str) -> dict[st
         )
     check_number(service, len(second), "text_2")
     if model.head_kind in EMBEDDING_KINDS:
-        prompts = await read_inputs(service, model, body, [*first, *second], "text_1")
+        prompts = await read_inputs(service, model, body, first, "text_1")
+        prompts += await read_inputs(service, model, body, second, "text_2")
         vectors = [normalized(rows[0]) for rows in await run_head(service, model, prompts, body, head="")]
         ones, others = vectors[: len(first)], vectors[len(first) :]
         ones = ones * len(others) if len(ones) == 1 else ones

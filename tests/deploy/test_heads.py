@@ -150,6 +150,7 @@ def test_scores_compare_embeddings_or_come_from_a_judge(api: RunningApi, heads: 
         ids = heads.tokenizer(first, second)["input_ids"]
         assert is_close([item["score"]], heads.outputs("judge", ids).sigmoid())
     assert post(api, "/score", text_1=TEXTS[:2], text_2=TEXTS[:3])[0] == 400
+    assert len(post(api, "/score", text_1="a", text_2=["b"] * 200)["data"]) == 200  # all that max_prompts allows
     status, error = post(api, "/score", model="topics", text_1="a", text_2="b")
     assert status == 400 and "/classify" in error["message"]
 
