@@ -45,8 +45,13 @@ logger = logging.getLogger(__name__)
 access = logging.getLogger("expertmesh.access")
 _FREE_PATHS = frozenset(
     {
-        *("/ping", "/tokenize", "/detokenize", "/v1/messages/count_tokens"),
-        *("/reset_prefix_cache", "/mesh/scale", "/load_model"),
+        "/ping",
+        "/tokenize",
+        "/detokenize",
+        "/v1/messages/count_tokens",
+        "/reset_prefix_cache",
+        "/mesh/scale",
+        "/load_model",
     }
 )
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
