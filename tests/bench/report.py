@@ -21,6 +21,14 @@ BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
+    (folder / "report.md").write_text(render(results), encoding="utf-8")
+    from tests.bench import plots
+
+    plots.draw(results, folder)
+
+
+def render(results: dict[str, Any]) -> str:
+    """The report, with the sections whose figures are there."""
     sections = {
         ("limits",): _limits,
         ("http", "limits"): _http,
@@ -34,10 +42,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
     for parts, section in sections.items():
         if all(part in results for part in parts):
             lines += [*section(results), ""]
-    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
-    from tests.bench import plots
-
-    plots.draw(results, folder)
+    return "\n".join(lines)
 
 
 def write_readme(results: dict[str, Any]) -> None:
@@ -46,11 +51,11 @@ def write_readme(results: dict[str, Any]) -> None:
     _, end, after = rest.partition(END)
     if not end:
         raise SystemExit(f"{README} needs {BEGIN} and {END}")
-    text = "\n".join(_short(results))
+    text = "\n".join(short(results))
     README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
-def _short(results: dict[str, Any]) -> Iterator[str]:
+def short(results: dict[str, Any]) -> Iterator[str]:
     """Every precision as served in one process and over two shards, beside the other servers."""
     yield (
         f"Tokens a second over HTTP on 2 cores with kernels for {results['kernels']}, 1, 8 and 32 streams, greedy. "

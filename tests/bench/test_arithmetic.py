@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from cluster.planner import Layout, Targets, step_times
 from deploy.bench import Outcome
-from tests.bench import calibration
+from tests.bench import calibration, report
 from tests.bench.growth import slope
 from tests.bench.limits import decode_limit, prefill_limit
+from tests.bench.run import RESULTS
 from tests.bench.service import decode_rate
 
 SIZE = calibration.NUM_OUTPUTS * calibration.NUM_INPUTS
@@ -32,6 +34,12 @@ def test_limits_of_mid_are_those_computed_by_hand() -> None:
     numbers = 4 * (layer + 4 * 3 * 2048 * 1408) + 32000 * 2048
     assert decode_limit(mid, 1, 28e9) == pytest.approx(28e9 / (2 * numbers))
     assert prefill_limit(mid, 276e9) == pytest.approx(276e9 / (2 * (numbers - 32000 * 2048)))
+
+
+def test_report_and_readme_say_what_was_measured() -> None:
+    results = json.loads((RESULTS / "bench.json").read_text())
+    assert (RESULTS / "report.md").read_text() == report.render(results)
+    assert "\n".join(report.short(results)) in report.README.read_text()
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 1.0])
