@@ -45,7 +45,7 @@ ENGINES: dict[str, list[Arrangement]] = {
         Arrangement(shards=2),
         Arrangement(quantization="int8"),
         Arrangement(quantization="int8", threads=2),
-        *(Arrangement(quantization="int8", shards=shards) for shards in (1, 2, 3, 4, 5, 6)),
+        *(Arrangement(quantization="int8", shards=shards) for shards in (1, 2, 3, 4, 6)),
         Arrangement(quantization="int8", shards=2, threads=2),
         Arrangement(quantization="int8", shards=2, routers=2),
         Arrangement(quantization="int4", shards=2),
