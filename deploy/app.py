@@ -177,7 +177,7 @@ def _bind_router(settings: Settings, name: str) -> serve.Application:
 
 
 def served_models(settings: Settings) -> list[ServedModel]:
-    """The models of all meshes as the API sees them. Raises ValueError for one that can't be served so."""
+    """The models of all meshes as the API sees them. Raises ValueError for one that can't be served."""
     return [model for mesh in settings.each_mesh() for model in _models_of_mesh(mesh)]
 
 

@@ -9,6 +9,7 @@ from actors.model_source import locate_model
 from actors.ray_shards import ShardResources
 from actors.specs import RouterSpec, SchedulerLimits, ShardSpec
 from cluster.settings import AutoscalePolicy, BalancePolicy, Timeouts
+from deploy.node_report import Source
 from deploy.settings import Settings
 from model.config import ModelConfig
 
@@ -26,7 +27,7 @@ def model_directory(settings: Settings) -> Path:
     return locate_model(model_path(settings), settings.model.revision, settings.model.download_dir)
 
 
-def model_everywhere(settings: Settings) -> tuple[str, str | None, str | None]:
+def model_everywhere(settings: Settings) -> Source:
     """What any node finds the model by: a directory, or a hub id with revision and cache, which is each node's own."""
     path = model_path(settings)
     path = str(model_directory(settings)) if Path(path).expanduser().is_dir() else path

@@ -50,8 +50,8 @@ class EventStream(Response):
     """Sends events as they come. An error after the start becomes an event, and the stream ends as it should.
 
     Events end within the request's time_s. A stream that is still written after that has a client that reads nothing,
-    and gives its place up. Build with `start_stream`, which waits for the first event, so that early
-    errors keep their HTTP status."""
+    and gives its place up. Build with `start_stream`, which waits for the first event, so that early errors keep their
+    HTTP status."""
 
     def __init__(
         self,
