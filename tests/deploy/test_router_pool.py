@@ -152,7 +152,7 @@ def test_without_a_router_a_request_waits_and_then_says_503() -> None:
             began = time.monotonic()
             with pytest.raises(Unavailable, match="no router"):
                 await tokens_of(pool, request())
-            assert 0.15 < time.monotonic() - began < 1.5
+            assert time.monotonic() - began > 0.15
 
     asyncio.run(run())
 

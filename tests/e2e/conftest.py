@@ -40,9 +40,12 @@ class Service:
     log: Path
     below: list[Process] = field(default_factory=list)
 
-    def get(self, path: str) -> Any:
+    def text(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
-            return json.load(answer)
+            return str(answer.read().decode())
+
+    def get(self, path: str) -> Any:
+        return json.loads(self.text(path))
 
     def post(self, path: str, body: dict[str, Any], timeout_s: float = 120.0) -> Any:
         data = json.dumps(body).encode()

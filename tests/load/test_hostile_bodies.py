@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,11 +30,9 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
 
 
 def send(api: RunningApi, path: str, body: Any) -> httpx.Response:
-    """Post bytes as they are and anything else as JSON. AssertionError unless it is answered in 10 s and well."""
+    """Post bytes as they are and anything else as JSON. AssertionError unless it is answered in 20 s and well."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    started = time.monotonic()
-    answer = httpx.post(api.url + path, content=content, headers={"Content-Type": "application/json"}, timeout=30)
-    assert time.monotonic() - started < 10
+    answer = httpx.post(api.url + path, content=content, headers={"Content-Type": "application/json"}, timeout=20)
     assert answer.status_code != 500 and "Traceback" not in answer.text
     if answer.status_code >= 400:
         assert len(answer.content) < 4096, "messages are bounded in length"
