@@ -29,6 +29,7 @@ Discover = Callable[[], Awaitable[Sequence[Mapping[str, Any]]]]
 MAX_LOSSES_WITHOUT_PROGRESS = 4
 RETRY_S = 0.25
 MAX_RETRY_S = 2.0
+_TIME_IS_UP = Chunk(request_id="")
 _NOT_SENT = ("model", "deadline", "is_further")
 
 
@@ -165,9 +166,14 @@ class RouterPool:
             link = await self._pick(request, full, pause_s, may_give_up=not has_first)
             left_s = max(0.0, deadline - loop.time())
             queue = link.submit({**message, "deadline_s": left_s, "output_ids": output_ids})
+            end = loop.call_at(deadline, queue.put_nowait, _TIME_IS_UP)  # a timer per chunk costs as much as its text
             finished = False
             try:
-                while (chunk := await _next(queue, deadline)) is not None:
+                while (chunk := await queue.get()) is not None:
+                    if chunk is _TIME_IS_UP:
+                        raise DeadlineExceeded(
+                            "the request's time is up; ask for fewer tokens or raise limits.request_timeout_s"
+                        )
                     if chunk.error is not None:
                         finished = True
                         full.add(link)
@@ -206,6 +212,7 @@ class RouterPool:
                             f"{num_losses} routers in a row were lost while they had this request", code="router_lost"
                         )
             finally:
+                end.cancel()
                 link.release(request_id, abort=not finished)
 
     def serves(self, model: str) -> bool:
@@ -304,15 +311,3 @@ class RouterPool:
         self._changed.set()
         if any(not link.is_open for link in self._links.values()):
             self._wake.set()
-
-
-async def _next(queue: asyncio.Queue[Chunk | None], deadline: float) -> Chunk | None:
-    if not queue.empty():
-        return queue.get_nowait()
-    try:
-        async with asyncio.timeout_at(deadline):
-            return await queue.get()
-    except TimeoutError:
-        raise DeadlineExceeded(
-            "the request's time is up; ask for fewer tokens or raise limits.request_timeout_s"
-        ) from None
