@@ -71,7 +71,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.finish(sequence)
 
     @rule(prefill_budget=st.none() | st.integers(1, 8), token=st.integers(0, 1))
-    def step(self, prefill_budget: int | None, token: int) -> bool:
+    def step(self, prefill_budget: int | None, token: int) -> None:
+        self.run_step(prefill_budget, token)
+
+    def run_step(self, prefill_budget: int | None, token: int) -> bool:
+        """Whether anybody had work."""
         scheduler = self.scheduler
         running = list(scheduler.running)
         work = scheduler.schedule(prefill_budget)
@@ -119,7 +123,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(1000):
             if not self.num_expected:
                 break
-            assert self.step(None, 1), "nobody can go on"
+            assert self.run_step(None, 1), "nobody can go on"
             self.scheduler.check_integrity()
         assert not self.num_expected
         assert self.blocks.usage() == 0
