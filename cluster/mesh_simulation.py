@@ -1,42 +1,29 @@
-"""A mesh in the mind: routers run steps side by side, experts are more and less popular, shards fail and come back.
+"""A mesh in the mind: routers run steps side by side, and experts are more and less popular.
 
-What a layer costs is the planner's arithmetic; here is what the arithmetic leaves out: queues at the shards, the draw
-of experts, and the pauses after a loss.
+What a layer costs is the planner's arithmetic; here is what the arithmetic leaves out: queues at the shards and the
+draw of experts. What the loss of a shard costs is arithmetic again.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from cluster.planner import Device, Layout, ModelShape, Targets, step_times
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trouble:
-    """skew: exponent of the experts' Zipf popularity, 0 is even. mtbf_s: mean time between failures of one shard.
-    A lost shard's step waits detect_s; without another copy also for the read of its experts at read_bytes_s by the
-    survivors together; a new shard takes its place after restart_s."""
-
-    skew: float = 0.0
-    mtbf_s: float = math.inf
-    detect_s: float = 0.3
-    read_bytes_s: float = 2e9
-    restart_s: float = 30.0
+DETECT_S = 0.3  # that a lost shard's step waits
+READ_BYTES_S = 2e9  # of the survivors together, when they read the experts of a shard that had the only copy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
-    """step_s: percentile -> seconds. imbalance: fullest shard over mean, averaged. stalled: share of the time."""
+    """step_s: percentile -> seconds. imbalance: fullest shard over mean, averaged."""
 
     tokens_per_s: float
     step_s: dict[int, float]
     imbalance: float
-    num_failures: int
-    stalled: float
 
 
 def simulate(
@@ -44,22 +31,22 @@ def simulate(
     device: Device,
     layout: Layout,
     targets: Targets,
-    trouble: Trouble,
     *,
+    skew: float = 0.0,
     num_steps: int = 50,
     num_layers: int | None = None,
     seed: int = 0,
 ) -> Simulated:
     """Routers run steps side by side, each layer's rows queue at the shards, and the slowest shard ends the layer.
 
-    num_layers: simulate only so many MoE layers of each step and scale the time; all where shards fail. Good for 1 to
-    1,000 shards; about 20 us of computing for each router, layer and step. The same for the same seed.
+    skew: exponent of the experts' Zipf popularity, 0 is even. num_layers: simulate only so many MoE layers of each step
+    and scale the time. Good for 1 to 1,000 shards; about 20 us of computing for each router, layer and step. The same
+    for the same seed.
     """
     draw = np.random.default_rng(seed)
-    rate = layout.shards / trouble.mtbf_s if math.isfinite(trouble.mtbf_s) else 0.0
-    layers = min(num_layers or model.num_moe_layers, model.num_moe_layers) if not rate else model.num_moe_layers
+    layers = min(num_layers or model.num_moe_layers, model.num_moe_layers)
     chunks, lanes = layout.micro_batches, layout.routers * layout.micro_batches
-    share_SE = _shares(model, layout, trouble.skew, draw)
+    share_SE = _shares(model, layout, skew, draw)
     times = step_times(model, device, layout, targets)
     batch = targets.users / lanes
     attention_layer_s = (times.router_s - times.shared_s) / model.num_layers / chunks
@@ -71,37 +58,18 @@ def simulate(
     scale = model.num_moe_layers / layers
 
     free_at = np.zeros(layout.shards)
-    alive = np.ones(layout.shards, dtype=bool)
-    next_failure = float(draw.exponential(1 / rate)) if rate else math.inf
-    back: list[tuple[float, int]] = []
     router_free = [0.0] * layout.routers
     queue = [(0.0, lane, 0, 0) for lane in range(lanes)]  # time, lane (a router's micro-batch), layer, step
     heapq.heapify(queue)
     began = [0.0] * lanes
     durations: list[float] = []
     imbalances: list[float] = []
-    stalled, num_failures, end = 0.0, 0, 0.0
+    end = 0.0
     while queue:
         now, lane, layer, step = heapq.heappop(queue)
-        while back and back[0][0] <= now:
-            alive[heapq.heappop(back)[1]] = True
-        if now >= next_failure and alive.sum() > 1:
-            victim = int(draw.choice(np.flatnonzero(alive)))
-            alive[victim] = False
-            num_failures += 1
-            pause_s = recovery_s(model, layout, trouble)
-            free_at = np.maximum(free_at, now) + pause_s  # every router waits for the new epoch
-            stalled += pause_s
-            heapq.heappush(back, (now + pause_s + trouble.restart_s, victim))
-            next_failure = now + float(draw.exponential(1 / rate))
         pairs_E = draw.poisson(share_SE.sum(axis=0) * batch * model.top_k)
         rows_S = share_SE @ (pairs_E / np.maximum(share_SE.sum(axis=0), 1e-12))
         hit_S = ((share_SE > 0) & (pairs_E > 0)).sum(axis=1).astype(float)
-        if not alive.all():  # the survivors share what the dead would have done
-            for values in (rows_S, hit_S):
-                moved = values[~alive].sum() / alive.sum()
-                values[~alive] = 0.0
-                values[alive] += moved
         reading_S = hit_S * model.expert_params * model.weight_bytes / bandwidth
         computing_S = rows_S * 2 * model.expert_params / flops
         work_S = device.overhead_s + np.maximum(reading_S, computing_S)
@@ -110,8 +78,8 @@ def simulate(
         sent = max(now, router_free[router]) + attention_layer_s
         router_free[router] = sent + shared_layer_s
         arrive = sent + network_layer_s / 2
-        free_at = np.where(alive, np.maximum(free_at, arrive) + work_S, free_at)
-        done = max(float(free_at[alive].max()) + network_layer_s / 2, router_free[router])
+        free_at = np.maximum(free_at, arrive) + work_S
+        done = max(float(free_at.max()) + network_layer_s / 2, router_free[router])
         imbalances.append(float(rows_S.max() / max(rows_S.mean(), 1e-12)))
         if layer + 1 < layers:
             heapq.heappush(queue, (done, lane, layer + 1, step))
@@ -126,16 +94,14 @@ def simulate(
         tokens_per_s=batch * len(durations) / (end * scale),
         step_s={q: float(np.percentile(durations, q)) for q in (50, 90, 99)},
         imbalance=float(np.mean(imbalances)),
-        num_failures=num_failures,
-        stalled=min(1.0, stalled / end),
     )
 
 
-def recovery_s(model: ModelShape, layout: Layout, trouble: Trouble) -> float:
+def recovery_s(model: ModelShape, layout: Layout) -> float:
     """How long the loss of one shard holds everybody up."""
     if layout.replicas > 1:
-        return trouble.detect_s
-    return trouble.detect_s + model.experts_bytes / layout.shards / trouble.read_bytes_s
+        return DETECT_S
+    return DETECT_S + model.experts_bytes / layout.shards / READ_BYTES_S
 
 
 def _shares(model: ModelShape, layout: Layout, skew: float, draw: np.random.Generator) -> np.ndarray:

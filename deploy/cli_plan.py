@@ -31,7 +31,7 @@ def plan(
     from rich.console import Console
     from rich.table import Table
 
-    from cluster.mesh_simulation import Trouble, recovery_s, simulate
+    from cluster.mesh_simulation import recovery_s, simulate
     from cluster.planner import DEVICES, Targets, most_users, plans
 
     if device not in DEVICES:
@@ -78,8 +78,7 @@ def plan(
     screen.print(
         f"the first layout holds up to {most} users at this TPOT" if most else "[red]no layout meets the TPOT[/red]"
     )
-    trouble = Trouble(skew=skew)
-    seen = simulate(shape, hardware, best.layout, targets, trouble, num_steps=30, num_layers=4)
+    seen = simulate(shape, hardware, best.layout, targets, skew=skew, num_steps=30, num_layers=4)
     screen.print(
         f"simulated with skewed experts (Zipf {skew:g}): {seen.tokens_per_s:.0f} tokens/s, step p50 "
         f"{1e3 * seen.step_s[50]:.1f} ms, p99 {1e3 * seen.step_s[99]:.1f} ms, "
@@ -87,7 +86,7 @@ def plan(
         soft_wrap=True,
     )
     if mtbf is not None:
-        pause_s, every_s = recovery_s(shape, best.layout, trouble), mtbf * 3600 / best.layout.shards
+        pause_s, every_s = recovery_s(shape, best.layout), mtbf * 3600 / best.layout.shards
         screen.print(
             f"a shard fails every {every_s / 3600:.1f} h and holds all up for {pause_s:.1f} s: "
             f"{100 * pause_s / every_s:.3f} % of the time"

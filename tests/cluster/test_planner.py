@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cluster.mesh_simulation import Trouble, simulate
+from cluster.mesh_simulation import recovery_s, simulate
 from cluster.planner import DEVICES, Layout, ModelShape, Targets, evaluate, most_users, plans, step_times
 from deploy.cli import cli
 
@@ -74,15 +73,15 @@ def test_plans_fit_in_memory_and_the_best_comes_first() -> None:
 def test_the_simulation_agrees_with_the_arithmetic_where_loads_are_even(routers: int, shards: int, users: int) -> None:
     layout, targets = Layout(routers=routers, shards=shards), Targets(users=users, context=2048, tpot_s=1.0)
     expected = step_times(QWEN2_57B, A100, layout, targets).step_s
-    seen = simulate(QWEN2_57B, A100, layout, targets, Trouble(), num_steps=12, num_layers=3)
+    seen = simulate(QWEN2_57B, A100, layout, targets, num_steps=12, num_layers=3)
     # Whole experts don't divide evenly over 12, 24 or 48 shards, nor draws over experts: the fullest shard decides.
     assert 0.8 * expected < seen.step_s[50] < 1.2 * expected * max(1.0, -(-64 // shards) * shards / 64)
 
 
 def test_the_simulation_repeats_with_its_seed_and_reaches_1000_shards() -> None:
     layout, targets = Layout(routers=20, shards=1000, replicas=16), Targets(users=4000, context=1024, tpot_s=1.0)
-    one = simulate(QWEN2_57B, A100, layout, targets, Trouble(skew=0.6), num_steps=3, num_layers=2, seed=4)
-    assert one == simulate(QWEN2_57B, A100, layout, targets, Trouble(skew=0.6), num_steps=3, num_layers=2, seed=4)
+    one = simulate(QWEN2_57B, A100, layout, targets, skew=0.6, num_steps=3, num_layers=2, seed=4)
+    assert one == simulate(QWEN2_57B, A100, layout, targets, skew=0.6, num_steps=3, num_layers=2, seed=4)
     assert one.tokens_per_s > 0
 
 
@@ -94,7 +93,7 @@ def test_copies_of_popular_experts_level_a_skewed_load() -> None:
             A100,
             Layout(routers=1, shards=32, replicas=r),
             targets,
-            Trouble(skew=1.0),
+            skew=1.0,
             num_steps=5,
             num_layers=2,
         )
@@ -103,16 +102,10 @@ def test_copies_of_popular_experts_level_a_skewed_load() -> None:
     assert spread[1].imbalance < 0.7 * spread[0].imbalance
 
 
-def test_failures_stall_the_mesh_and_copies_make_it_shorter() -> None:
-    targets = Targets(users=64, context=512, tpot_s=1.0)
-    stalls = []
-    for mtbf_s, replicas in itertools.product((float("inf"), 6.0), (1, 2)):
-        layout = Layout(routers=1, shards=6, replicas=replicas)
-        trouble = Trouble(mtbf_s=mtbf_s, restart_s=0.5)
-        seen = simulate(QWEN2_57B, A100, layout, targets, trouble, num_steps=200, seed=1)
-        stalls.append(seen.stalled)
-        assert (seen.num_failures > 0) == (mtbf_s == 6.0)
-    assert stalls[:2] == [0.0, 0.0] and stalls[2] > 3 * stalls[3] > 0
+def test_without_a_copy_the_loss_of_a_shard_also_takes_the_read_of_its_experts() -> None:
+    once, twice = (Layout(routers=1, shards=6, replicas=replicas) for replicas in (1, 2))
+    assert recovery_s(SMALL, twice) == 0.3
+    assert recovery_s(SMALL, once) == pytest.approx(0.3 + 2 * 4 * 3 * 100 * 10 * 2 / 6 / 2e9, rel=1e-12)
 
 
 def test_plan_reads_a_config_alone_and_says_that_it_computed(tmp_path: Path) -> None:
@@ -158,7 +151,7 @@ def test_the_worked_examples_in_the_docs_are_what_plan_says() -> None:
         assert (best.layout.routers, best.layout.shards, best.times.bound_by) == (routers, shards, bound_by)
         assert best.times.step_s == pytest.approx(step_ms / 1e3, rel=0.03)
         assert best.tokens_per_s == pytest.approx(rate, rel=0.03)
-        seen = simulate(QWEN2_57B, A100, best.layout, targets, Trouble(skew=0.5), num_steps=30, num_layers=4)
+        seen = simulate(QWEN2_57B, A100, best.layout, targets, skew=0.5, num_steps=30, num_layers=4)
         assert seen.tokens_per_s == pytest.approx(uneven_rate, rel=0.03)
 
 
