@@ -22,11 +22,9 @@ NULL_BLOCK = 0
 
 
 class BlockPool:
-    """The blocks of one KV group. Never grows."""
+    """The blocks of one KV group, two at the least. Never grows."""
 
     def __init__(self, num_blocks: int) -> None:
-        if num_blocks < 2:
-            raise ValueError(f"num_blocks={num_blocks} must be at least 2 (block 0 is kept empty)")
         self.num_blocks = num_blocks
         self._num_users = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict((b, None) for b in range(1, num_blocks))

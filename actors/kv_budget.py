@@ -23,8 +23,6 @@ def kv_budget(spec: RouterSpec, config: ModelConfig) -> KVBudget:
     """A context length that was asked for must fit, else ValueError; without one, it is as long as fits.
 
     A sliding group needs only its window for each running sequence, plus one step's tokens."""
-    if spec.kv_dtype not in NUMBER_BYTES:
-        raise ValueError(f"kv_dtype={spec.kv_dtype!r} is unknown; choose one of {', '.join(NUMBER_BYTES)}")
     max_model_len = min(spec.max_model_len or config.max_context_len, config.max_context_len)
     block_bytes = kv_block_bytes(config, spec.block_size, NUMBER_BYTES[spec.kv_dtype])
     limits = spec.limits

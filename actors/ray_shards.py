@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -43,11 +43,7 @@ class ShardResources:
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     resources: Mapping[str, float] = field(default_factory=dict)
-    spread: str = "pack"
-
-    def __post_init__(self) -> None:
-        if self.spread not in ("pack", "strict"):
-            raise ValueError(f"spread={self.spread!r} must be 'pack' or 'strict'")
+    spread: Literal["pack", "strict"] = "pack"
 
 
 def worker_environment(num_threads: int) -> dict[str, str]:

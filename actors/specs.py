@@ -9,6 +9,7 @@ from typing import Literal
 from actors.logs import LogFormat
 from cluster.settings import Timeouts
 
+Quantization = Literal["int8", "int4"]
 TwoBatchOverlap = Literal["auto", "always", "never"]
 
 
@@ -21,9 +22,6 @@ class SchedulerLimits:
     max_queue: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
@@ -39,7 +37,7 @@ class ShardSpec:
     revision: str | None = None
     download_dir: str | None = None
     dtype: str | None = None
-    quantization: str | None = None
+    quantization: Quantization | None = None
     timeouts: Timeouts = Timeouts()
     num_threads: int = 1
     log_format: LogFormat = "text"
@@ -60,7 +58,7 @@ class RouterSpec:
     download_dir: str | None = None
     dtype: str | None = None
     heads: Mapping[str, str] = field(default_factory=dict)
-    quantization: str | None = None
+    quantization: Quantization | None = None
     kv_dtype: str = "float32"
     block_size: int = 16
     num_kv_blocks: int | None = None

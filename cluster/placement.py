@@ -87,8 +87,6 @@ def spread_evenly(
     there are any left. Raises ValueError when there are fewer shards than replicas.
     """
     shard_ids = sorted(nodes, key=shard_order)
-    if not shard_ids:
-        raise ValueError("a placement needs at least one shard; got none")
     if not 1 <= replicas <= len(shard_ids):
         raise ValueError(
             f"replicas={replicas} must lie between 1 and the number of shards ({len(shard_ids)}); "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +32,6 @@ class Timeouts:
     start_s: float = 300.0
 
     def __post_init__(self) -> None:
-        if self.heartbeat_s * 3 > self.idle_s:
-            raise ValueError(
-                f"idle_s={self.idle_s} must be at least three times heartbeat_s={self.heartbeat_s}; raise idle_s"
-            )
         if not 0 < self.exchange_min_s <= self.exchange_max_s:
             raise ValueError(
                 f"exchange_min_s={self.exchange_min_s} must be above 0 and at most exchange_max_s={self.exchange_max_s}"
@@ -52,17 +49,13 @@ class BalancePolicy:
     """
 
     enabled: bool = True
-    objective: str = "tokens"
+    objective: Literal["tokens", "activated"] = "tokens"
     interval_s: float = 30.0
     window_s: float = 120.0
     max_moves: int = 8
     min_gain: float = 0.05
     min_tokens: int = 2000
     redundant_slots: int = 0
-
-    def __post_init__(self) -> None:
-        if self.objective not in ("tokens", "activated"):
-            raise ValueError(f"objective={self.objective!r} is unknown; choose 'tokens' or 'activated'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,5 +78,3 @@ class AutoscalePolicy:
     def __post_init__(self) -> None:
         if not 1 <= self.min_shards <= self.max_shards:
             raise ValueError(f"min_shards={self.min_shards} must lie between 1 and max_shards={self.max_shards}")
-        if self.busy_low >= self.busy_high:
-            raise ValueError(f"busy_low={self.busy_low} must be below busy_high={self.busy_high}")

@@ -41,11 +41,7 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> KVCache:
         """Zeroed blocks, `num_blocks[i]` for group i of `config.kv_groups`; on CPU they take memory when they are first
-        written to. Raises ValueError."""
-        if len(num_blocks) != len(config.kv_groups):
-            raise ValueError(f"num_blocks {list(num_blocks)} must have one entry for each KV group {config.kv_groups}")
-        if dtype not in KV_DTYPES.values():
-            raise ValueError(f"KV cache dtype {dtype} is not implemented: expected one of {', '.join(KV_DTYPES)}")
+        written to. dtype: of KV_DTYPES."""
         shapes = [
             (num_blocks[config.layer_kv_group(i)], config.num_key_value_heads, block_size, config.head_dim)
             for i in range(config.num_hidden_layers)

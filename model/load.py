@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from model.linear import DenseWeight, Embedding, Incompressible, Int4Weight, Wei
 from model.moe import Gate, MoeBlock
 from model.quantize import check_same_groups, from_gptq
 
-QUANTIZATIONS = ("int8", "int4")
 # A matrix is read and packed in 16 blocks, but not in such small ones that Python takes longer than the work, nor in
 # such large ones that they leave the cache.
 _BLOCK_ELEMENTS = 1 << 16, 1 << 19
@@ -45,22 +44,16 @@ class _Matrix:
 class Loader:
     """Reads from one checkpoint what a process owns. All that is malformed raises ValueError, as `Checkpoint` does.
 
-    `quantization` (int8 | int4 | None) applies to attention, MLPs, experts and an LM head of its own; either makes the
+    `quantization` applies to attention, MLPs, experts and an LM head of its own; either makes the
     embedding int8. Gates, small heads and norms keep the checkpoint's storage, rounded to `config.dtype` where that is
     narrower, and their inputs are float32 whatever `config.bfloat16_activations` says.
     """
 
     checkpoint: Checkpoint
     config: ModelConfig
-    quantization: str | None = None
+    quantization: Literal["int8", "int4"] | None = None
     device: torch.device | str = "cpu"
     kernels: Kernels = REFERENCE_KERNELS
-
-    def __post_init__(self) -> None:
-        if self.quantization not in (None, *QUANTIZATIONS):
-            raise ValueError(
-                f"quantization {self.quantization!r} is not known: expected one of {', '.join(QUANTIZATIONS)}"
-            )
 
     def decoder(self) -> Decoder:
         """Everything but the routed experts and the head."""

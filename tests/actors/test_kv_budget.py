@@ -42,8 +42,6 @@ def test_a_context_is_as_long_as_fits_unless_a_length_is_asked_for() -> None:
     assert halved.num_blocks == (200,)
     with pytest.raises(ValueError, match="raise kv_cache_bytes"):
         kv_budget(spec(kv_cache_bytes=100 * block_bytes, max_model_len=4096), FULL)
-    with pytest.raises(ValueError, match="kv_dtype='int3' is unknown"):
-        kv_budget(spec(kv_dtype="int3"), FULL)
 
 
 def test_a_sliding_group_takes_only_its_windows() -> None:

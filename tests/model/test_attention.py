@@ -117,11 +117,3 @@ def test_a_cache_takes_memory_where_it_is_written_to() -> None:
     cache.values[0][:1024] = 1.0
     assert resident_bytes() - before > size / 16  # an eighth, but for what else comes and goes
     assert cache.values[0][:1024].all() and not cache.values[0][1024:1100].any()
-
-
-def test_the_cache_refuses_what_it_cannot_be() -> None:
-    config = ModelConfig.from_dict({"model_type": "qwen2_moe"})
-    with pytest.raises(ValueError, match="num_blocks"):
-        KVCache.allocate(config, num_blocks=[1, 1], block_size=4)
-    with pytest.raises(ValueError, match="float16"):
-        KVCache.allocate(config, num_blocks=[1], block_size=4, dtype=torch.float16)

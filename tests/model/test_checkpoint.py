@@ -282,9 +282,3 @@ def test_threads_load_the_same_experts_and_stop_at_the_first_defect(tiny: Any, t
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"tensor {name!r} is missing"):
         Loader(Checkpoint(tmp_path), config).experts(num_threads=3)
-
-
-def test_an_unknown_quantization_is_refused(tiny: Any, tmp_path: Path) -> None:
-    tiny.write_checkpoint(tmp_path, tiny.values, tiny.build_oracle(tiny.values))
-    with pytest.raises(ValueError, match="quantization 'int3' is not known: expected one of int8, int4"):
-        Loader(Checkpoint(tmp_path), ModelConfig.from_directory(tmp_path), "int3")
