@@ -35,22 +35,25 @@ log = logging.getLogger("expertmesh.engine")
 
 
 class StepExchange(Exchange, Protocol):
-    """An exchange that knows about steps.
+    """An exchange that knows about steps. One that overrides nothing has no use for them.
 
     while_waiting: called now and then when a step has to wait for a new epoch, so that aborts and deadlines go on.
     recovery_s: how long recoveries have held steps up, all together. num_lanes: dispatches that may be under way at
     once.
     """
 
-    num_lanes: int
-    while_waiting: Callable[[], None]
-    recovery_s: float
+    num_lanes: int = 1
+    while_waiting: Callable[[], None] = staticmethod(lambda: None)
+    recovery_s: float = 0.0
 
-    def begin_step(self) -> None: ...
+    def begin_step(self) -> None:
+        return None
 
-    def idle(self) -> None: ...
+    def idle(self) -> None:
+        return None
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        return None
 
 
 @dataclass(slots=True)

@@ -21,7 +21,6 @@ from actors.engine import Engine, StepExchange
 from actors.engine_model import EngineModel
 from actors.kv_budget import kv_budget
 from actors.link_server import LinkServer
-from actors.local_exchange import LocalSteps
 from actors.membership import MeshClient, RouterMembership
 from actors.mesh_watch import RouterFigures
 from actors.model_source import load_config, locate_model
@@ -34,6 +33,7 @@ from model.heads import Head
 from model.kernels import REFERENCE_KERNELS, Kernels, select_kernels
 from model.kv_cache import KV_DTYPES, KVCache
 from model.load import Loader
+from model.moe import LocalExchange
 from model.structured import GrammarCompiler
 
 log = logging.getLogger("expertmesh.router")
@@ -65,11 +65,12 @@ class Router:
             num_routers=spec.num_routers,
             live_epoch=lambda: self.exchange.epoch if isinstance(self.exchange, RemoteExchange) else 0,
         )
-        exchange: StepExchange
+        self.exchange: StepExchange
         if spec.local:
-            exchange = _local_exchange(spec, directory, config, kernels, device)
+            loader = Loader(Checkpoint(directory), config, spec.quantization, device, kernels)
+            self.exchange = _LocalSteps(loader.experts(spec.num_threads), kernels)
         else:
-            exchange = RemoteExchange(
+            self.exchange = RemoteExchange(
                 self.membership,
                 num_experts=config.num_experts,
                 hidden_size=config.hidden_size,
@@ -77,7 +78,6 @@ class Router:
                 device=device,
                 clock=time.monotonic,
             )
-        self.exchange = exchange
         self.server = LinkServer(
             router_id=router_id,
             token=spec.token,
@@ -89,7 +89,7 @@ class Router:
         self.engine = Engine(
             model,
             Scheduler(spec.limits, blocks),
-            exchange,
+            self.exchange,
             self.server.deliver,
             two_batch_overlap=spec.two_batch_overlap,
         )
@@ -171,6 +171,10 @@ class Router:
         return {"ok": True}
 
 
+class _LocalSteps(LocalExchange, StepExchange):
+    """`--local`: all experts in the router's own process. For one device, and the reference for the mesh."""
+
+
 def _load(
     spec: RouterSpec, directory: Path, config: ModelConfig, kernels: Kernels, device: torch.device
 ) -> tuple[EngineModel, BlockManager]:
@@ -218,13 +222,6 @@ def _load_further_head(path: str, backbone: Checkpoint, config: ModelConfig, dev
     if head_config.hidden_size != config.hidden_size:
         raise ValueError(f"{path}: hidden_size={head_config.hidden_size}, but the backbone's is {config.hidden_size}")
     return Loader(checkpoint, head_config, device=device).head()
-
-
-def _local_exchange(
-    spec: RouterSpec, directory: Path, config: ModelConfig, kernels: Kernels, device: torch.device
-) -> LocalSteps:
-    loader = Loader(Checkpoint(directory), config, spec.quantization, device, kernels)
-    return LocalSteps(loader.experts(spec.num_threads), kernels)
 
 
 def _grammar_compiler(directory: Path, config: ModelConfig, eos: tuple[int, ...]) -> GrammarCompiler | None:
