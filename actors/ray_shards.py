@@ -12,18 +12,17 @@ import contextlib
 import gc
 import logging
 import os
-import signal
 import threading
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.logs import start_logging
+from actors.processes import Process, process
 from cluster.placement import ExpertKey
 
 if TYPE_CHECKING:
@@ -91,29 +90,6 @@ def _this_node() -> dict[str, Any]:
     raise RuntimeError(f"Ray does not list this node ({node_id})")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Process:
-    """A shard's process. started: clock ticks since boot, since pids are used again."""
-
-    node_id: str
-    pid: int
-    started: int
-
-    @staticmethod
-    def of(info: Mapping[str, Any]) -> Process:
-        return Process(node_id=info["node_id"], pid=info["pid"], started=info["process_started"])
-
-    def kill(self) -> None:
-        """On its own node only."""
-        with contextlib.suppress(OSError):
-            if _started(self.pid) == self.started:
-                os.kill(self.pid, signal.SIGKILL)
-
-
-def _started(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19])
-
-
 class ShardActor:
     """ExpertShard as a Ray actor: finds out where it is, and imports torch only in its own process.
 
@@ -128,7 +104,7 @@ class ShardActor:
             self._shard = background.submit(_new_shard, shard_id, spec).result()
 
     def info(self) -> dict[str, Any]:
-        return {**self._shard.info(), "actor_name": self._name, "process_started": _started(os.getpid())}
+        return {**self._shard.info(), "actor_name": self._name, "process_started": process(os.getpid()).started}
 
     def ping(self) -> int:
         return self._shard.ping()
@@ -172,6 +148,11 @@ class RayShardHandle:
     async def info(self) -> dict[str, Any]:
         return dict(await self._actor.info.remote())
 
+    async def process(self) -> tuple[str, Process]:
+        """The node's id, and the process there."""
+        info = await self.info()
+        return info["node_id"], Process(info["pid"], info["process_started"])
+
     async def ping(self) -> int:
         return int(await self._actor.ping.remote())
 
@@ -198,7 +179,7 @@ class RayShardStarter:
         self._start_s = start_s
         self._claimed: dict[str, str] = {}  # shard id -> node id, where nodes are handed out one each
         self._actors: dict[str, Any] = {}
-        self._processes: dict[str, Process] = {}
+        self._processes: dict[str, tuple[str, Process]] = {}  # shard id -> node id and process
 
     async def start(self, shard_id: str, avoid_nodes: Collection[str]) -> RayShardHandle:
         name = actor_name(self._mesh, shard_id)
@@ -222,7 +203,7 @@ class RayShardStarter:
         handle = RayShardHandle(actor)
         try:
             async with asyncio.timeout(self._start_s):
-                self._processes[shard_id] = Process.of(await handle.info())
+                self._processes[shard_id] = await handle.process()
         except TimeoutError:
             raise ValueError(
                 f"{shard_id} did not start within {self._start_s:.0f} s; is there room for "
@@ -243,7 +224,7 @@ class RayShardStarter:
                 self._actors[shard_id] = actor = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
                 handle = RayShardHandle(actor)
                 async with asyncio.timeout(2.0):
-                    self._processes[shard_id] = Process.of(await handle.info())
+                    self._processes[shard_id] = await handle.process()
             except Exception as error:
                 log.warning("%s is there but doesn't answer: %s", name, str(error)[:100])
                 await self.kill(shard_id)
@@ -256,18 +237,19 @@ class RayShardStarter:
     async def kill(self, shard_id: str) -> None:
         """End the process. ray.kill alone asks the process itself, which a stopped one does not hear."""
         self._claimed.pop(shard_id, None)
-        actor, process = self._actors.pop(shard_id, None), self._processes.pop(shard_id, None)
+        actor, found = self._actors.pop(shard_id, None), self._processes.pop(shard_id, None)
         if actor is None:
             return
         with contextlib.suppress(Exception):  # it may be dead already, or Ray's head away
             async with asyncio.timeout(10.0):
                 await asyncio.to_thread(ray.kill, actor, no_restart=True)
-        if process is None:
+        if found is None:
             return
-        if process.node_id == ray.get_runtime_context().get_node_id():
+        node_id, process = found
+        if node_id == ray.get_runtime_context().get_node_id():
             process.kill()
         else:
-            on_its_node = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
+            on_its_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
             ray.remote(Process.kill).options(num_cpus=0, scheduling_strategy=on_its_node).remote(process)
 
     def _own_node(self, shard_id: str, avoid: set[str]) -> NodeAffinitySchedulingStrategy:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.processes import descendants, end
 from deploy.http_client import CallError, Client
 from deploy.listener import family_of, open_port, shown
 from deploy.log_tail import WithoutRay, followed, repeating
-from deploy.processes import descendants, end
 from deploy.settings import Settings
 from deploy.tracing import exporter_to
 

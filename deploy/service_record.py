@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.processes import Process, process
+from actors.processes import Process, process
 
 
 @dataclass(frozen=True, slots=True)

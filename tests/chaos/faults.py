@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy.processes import descendants
+from actors.processes import descendants
 from tests.chaos.configurations import Outcome
 from tests.chaos.load import Load
 from tests.e2e.conftest import Service

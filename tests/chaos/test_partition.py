@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy.processes import descendants, end
+from actors.processes import descendants, end
 from tests.chaos import table
 from tests.chaos.configurations import MODEL, NUM_FAULTS, SEED, Configuration, Outcome
 from tests.chaos.faults import send, summary

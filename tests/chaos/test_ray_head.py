@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.processes import descendants, end
+from actors.processes import descendants, end
 from tests.chaos import table
 from tests.chaos.configurations import MODEL, Outcome
 from tests.chaos.faults import send

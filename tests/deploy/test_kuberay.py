@@ -205,7 +205,7 @@ with urllib.request.urlopen(urllib.request.Request(url + "/mesh", headers=head),
 deployments = {n: d.replica_states for n, d in serve.status().applications["expertmesh"].deployments.items()}
 print("DEPLOYMENTS", sorted(deployments))
 sys.stdout.flush()
-from deploy.processes import descendants, end
+from actors.processes import descendants, end
 import os
 below = descendants(os.getpid())
 ray.shutdown()

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from deploy.processes import Process, descendants
+from actors.processes import Process, descendants
 from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parent.parent.parent

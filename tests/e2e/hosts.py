@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.processes import descendants, end
+from actors.processes import descendants, end
 
 ROOT = Path(__file__).parent.parent.parent
 NETWORK = "10.77.0"

@@ -21,8 +21,8 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from actors.processes import descendants
 from deploy.auth import OPEN_PATHS
-from deploy.processes import descendants
 from tests.deploy.otlp import Receiver, attributes, receiver
 from tests.e2e.conftest import ROOT, Service, start_service, wait_until
 from tests.tiny import write_tiny_model

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.processes import descendants
+from actors.processes import descendants
 from deploy.served_model import ServedModel
 from deploy.settings import Settings
 from tests.deploy.fakes import running_api

@@ -1,4 +1,4 @@
-"""The processes below this one, so that none of them outlives it."""
+"""Processes of this host, each known by more than its pid: whether one is alive, all below one, and their end."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ class Process:
     def is_alive(self) -> bool:
         stat = _stat(self.pid)
         return stat is not None and stat[1] == self.started and stat[2] != "Z"
+
+    def kill(self) -> None:
+        """At once, if it is still there."""
+        with contextlib.suppress(OSError):
+            if self.is_alive:
+                os.kill(self.pid, signal.SIGKILL)
 
 
 def process(pid: int) -> Process:
@@ -52,8 +58,7 @@ def end(processes: list[Process], grace_s: float) -> int:
         time.sleep(0.05)
     left = [p for p in processes if p.is_alive]
     for process in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
+        process.kill()
     return len(left)
 
 
