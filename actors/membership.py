@@ -20,8 +20,8 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from actors.remote_exchange import Connection
-from cluster.errors import FormationError, MeshUnavailable
-from cluster.process_group import connect_store, first_line, forget_groups, form_group, host_store
+from cluster.errors import FormationError, MeshUnavailable, first_line
+from cluster.process_group import connect_store, forget_groups, form_group, host_store
 from cluster.settings import Timeouts
 from cluster.transport import choose_transport, router_transport
 from cluster.view import MeshView

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from cluster.errors import first_line
 from model.config import ModelConfig
 
 HUB_FILES = [
@@ -36,9 +37,8 @@ def locate_model(model: str, revision: str | None = None, download_dir: str | No
             snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=HUB_FILES)
         ).resolve()
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
         raise ValueError(
-            f"model {model!r} is no directory here and could not be fetched from the hub: {reason}. "
+            f"model {model!r} is no directory here and could not be fetched from the hub: {first_line(error, 200)}. "
             "Give a local directory, or check the name, the network and HF_TOKEN"
         ) from None
 

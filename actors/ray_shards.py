@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.logs import start_logging
 from actors.processes import Process, process
+from cluster.errors import root_cause
 from cluster.placement import ExpertKey
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ class RayShardStarter:
                 f"num_cpus={wanted.num_cpus}, num_gpus={wanted.num_gpus}, {dict(wanted.resources)} (ray status)?"
             ) from None
         except ray.exceptions.RayActorError as error:
-            raise ValueError(f"{shard_id} did not start: {_root_cause(error)}") from None
+            raise ValueError(f"{shard_id} did not start: {root_cause(str(error))}") from None
         return handle
 
     async def find_all(self) -> dict[str, RayShardHandle | None]:
@@ -264,9 +265,3 @@ class RayShardStarter:
             f"no node is left for {shard_id}: spread=strict gives each shard a node of its own with {needs}; "
             "add nodes, lower the number of shards, or use spread=pack"
         )
-
-
-def _root_cause(error: BaseException) -> str:
-    """The last line of a remote traceback: the error itself."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__

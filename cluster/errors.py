@@ -12,18 +12,16 @@ from __future__ import annotations
 
 
 class MeshError(RuntimeError):
-    """Base of everything below."""
-
-
-class ExchangeError(MeshError):
-    """An exchange failed. Its group may be used further only as `RouterTransport.leave_out` says.
-
-    suspects: ids of the shards that closed or stayed silent; empty when nobody can tell.
-    """
+    """Base of everything below. suspects: ids of the shards that closed, stayed silent or did not come; empty when
+    nobody can tell."""
 
     def __init__(self, message: str, suspects: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.suspects = suspects
+
+
+class ExchangeError(MeshError):
+    """An exchange failed. Its group may be used further only as `RouterTransport.leave_out` says."""
 
 
 class PeerLost(ExchangeError):
@@ -37,10 +35,22 @@ class PeerSilent(ExchangeError):
 class FormationError(MeshError):
     """Not all members of an epoch joined its process group in time."""
 
-    def __init__(self, message: str, suspects: tuple[str, ...] = ()) -> None:
-        super().__init__(message)
-        self.suspects = suspects
-
 
 class MeshUnavailable(MeshError):
     """No complete set of experts is reachable; requests are refused until one is."""
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """torch's errors run over many lines, and so do others; the first says it."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:limit]
+
+
+def root_cause(text: str) -> str:
+    """The line of a remote traceback that says it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for line in reversed(lines):
+        name, _, message = line.partition(": ")
+        if name.rpartition(".")[2].endswith(("Error", "Exception")) and message:
+            return message[:500]
+    return (lines[-1] if lines else "unknown error")[:500]

@@ -32,8 +32,8 @@ from typing import TypeVar
 
 import torch
 
-from cluster.errors import ExchangeError, FormationError, PeerLost, PeerSilent
-from cluster.process_group import MeshGroup, first_line
+from cluster.errors import ExchangeError, FormationError, PeerLost, PeerSilent, first_line
+from cluster.process_group import MeshGroup
 from cluster.wire import HEADER_LENGTH, LANES, Arena, Header, Message, Opcode, roomy
 
 HEADER = struct.Struct(f"={HEADER_LENGTH}q")

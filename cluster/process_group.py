@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
-from cluster.errors import FormationError
+from cluster.errors import FormationError, first_line
 
 
 @dataclass(slots=True)
@@ -123,9 +123,3 @@ def forget_groups(store: TCPStore, owner: str, *, before: int) -> None:
         epoch = rest.partition("/")[0]
         if name == owner and epoch.isdigit() and int(epoch) < before:
             store.delete_key(key)
-
-
-def first_line(error: BaseException, limit: int = 300) -> str:
-    """torch's errors run over many lines; the first says it."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:limit]

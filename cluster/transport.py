@@ -28,9 +28,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.errors import ExchangeError, PeerLost, PeerSilent
+from cluster.errors import ExchangeError, PeerLost, PeerSilent, first_line
 from cluster.host_transport import Channels, Failure, is_supported, meet_router, meet_shards
-from cluster.process_group import MeshGroup, first_line
+from cluster.process_group import MeshGroup
 from cluster.wire import HEADER_LENGTH, LANES, Arena, Header, Message
 
 TRANSPORTS = ("star", "host", "mixed", "all_to_all")

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from cluster.errors import first_line, root_cause
 from deploy.node_report import Source
 
 PROBE_S = 3.0
@@ -26,10 +27,9 @@ def connect(address: str) -> None:
             configure_logging=False, ignore_reinit_error=True,
         )  # fmt: skip
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"no Ray cluster at {address!r}: {reason[0][:200]}; start one with `ray start`, and give every command "
-            "the same RAY_AUTH_MODE and RAY_AUTH_TOKEN"
+            f"no Ray cluster at {address!r}: {first_line(error, 200)}; start one with `ray start`, and give every "
+            "command the same RAY_AUTH_MODE and RAY_AUTH_TOKEN"
         ) from None
 
 
@@ -54,8 +54,7 @@ def run_on_each_node(
             try:
                 yield name, ray.get(call, timeout=120)
             except Exception as error:
-                last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-                yield name, f"no report: {last[:300]}; is expertmesh installed there?"
+                yield name, f"no report: {root_cause(str(error))}; is expertmesh installed there?"
 
 
 def _inspect(models: Sequence[Source], others: Sequence[tuple[str, int]]) -> dict[str, Any]:

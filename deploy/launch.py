@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.processes import descendants, end
+from cluster.errors import root_cause
 from deploy.http_client import CallError, Client
 from deploy.listener import family_of, open_port, shown
 from deploy.log_tail import WithoutRay, followed, repeating
@@ -210,13 +211,3 @@ def _end() -> None:
     with contextlib.suppress(Exception):
         ray.shutdown()
     end(below, grace_s=3.0)
-
-
-def root_cause(text: str) -> str:
-    """The line of a remote traceback that says it."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for line in reversed(lines):
-        name, _, message = line.partition(": ")
-        if name.rpartition(".")[2].endswith(("Error", "Exception")) and message:
-            return message[:500]
-    return (lines[-1] if lines else "unknown error")[:500]

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from cluster.errors import root_cause
 from deploy.endpoints import read_json
 from deploy.errors import InvalidRequest, Unavailable, invalid
 from deploy.service import Service
@@ -70,5 +71,4 @@ def add_to(api: FastAPI, service: Service, supervisors: Supervisors | None) -> N
         try:
             return JsonAnswer(await supervisors.scale(number, model), status_code=202)
         except ValueError as error:
-            message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")  # as Ray passes it on
-            raise InvalidRequest(message, param="shards") from None
+            raise InvalidRequest(root_cause(str(error)), param="shards") from None
