@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from deploy.bench_load import Job
 
 
@@ -133,14 +135,5 @@ def summarize(outcomes: Sequence[Outcome], duration_s: float, percentiles: Seque
     for name, values in series.items():
         result[f"mean_{name}_ms"] = 1e3 * sum(values) / len(values) if values else None
         for percent in percentiles:
-            result[f"p{percent:g}_{name}_ms"] = 1e3 * percentile(values, percent) if values else None
+            result[f"p{percent:g}_{name}_ms"] = 1e3 * float(np.percentile(values, percent)) if values else None
     return result
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Linear between neighbours, as numpy's default. values must not be empty."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,7 +24,7 @@ def bench(
     ] = LOCAL_URL,
     api_key: ApiKey = None,
     model: Model = None,
-    dataset_name: Annotated[str, typer.Option(help="sharegpt (lengths like it) or random.")] = "sharegpt",
+    dataset_name: Annotated[Literal["sharegpt", "random"], typer.Option(help="Lengths of requests.")] = "sharegpt",
     num_prompts: Annotated[int, typer.Option(help="Requests in all.")] = 100,
     request_rate: Annotated[float, typer.Option(help="Requests a second; inf sends all at once.")] = float("inf"),
     burstiness: Annotated[float, typer.Option(help="1: Poisson; above: more even; inf: fixed gaps.")] = 1.0,
@@ -48,14 +48,12 @@ def bench(
     from deploy.bench import Target, run, summarize
 
     client = Client(url=base_url, api_key=api_key)
-    if dataset_name not in ("sharegpt", "random"):
-        fail(f"dataset_name={dataset_name!r} must be sharegpt or random")
     percents = [float(part) for part in metric_percentiles.split(",")]
     workload = Workload(
         num_prompts=num_prompts,
         rate=None if request_rate == float("inf") else request_rate,
         burstiness=None if burstiness == float("inf") else burstiness,
-        dataset=dataset_name,  # type: ignore[arg-type]  # one of the two, or it failed above
+        dataset=dataset_name,
         input_len=random_input_len,
         output_len=random_output_len,
         range_ratio=random_range_ratio,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.bench import Outcome, Target, percentile, run
+from deploy.bench import Outcome, Target, run
 from deploy.bench_load import Job
 from deploy.link import RouterAddress, RouterLink
 
@@ -157,7 +157,7 @@ def front_overhead(service: Service, streams: int = 64, rounds: int = 3) -> dict
                 outcomes = asyncio.run(_over_link(address, jobs))
             ttfts = [outcome.ttft_s for outcome in outcomes]
             itls = [itl for outcome in outcomes for itl in outcome.itls_s]
-            medians.append((1e3 * percentile(ttfts, 50), 1e3 * percentile(itls, 50)))
+            medians.append((1e3 * statistics.median(ttfts), 1e3 * statistics.median(itls)))
     result: dict[str, Any] = {"streams": streams}
     for way, medians in seen.items():
         result[f"{way}_ttft_p50_ms"] = statistics.median(ttft for ttft, _ in medians)

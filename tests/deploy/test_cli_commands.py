@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from deploy import specs
-from deploy.bench import Outcome, percentile, summarize
+from deploy.bench import Outcome, summarize
 from deploy.bench_load import Workload, arrivals, jobs
 from deploy.cli import cli
 from deploy.cli_chat import Conversation, converse
@@ -127,7 +127,8 @@ def test_bench_measures_writes_json_and_draws(api: RunningApi, tmp_path: Path) -
 def test_bench_reports_failures_and_refuses_what_cannot_be(api: RunningApi, tmp_path: Path) -> None:
     base = ["bench", "--url", api.url, "--num-prompts", "1", "--no-plot", "--result-dir", str(tmp_path)]
     assert "not served" in run(*base, "--model", "other")[1]
-    assert "must be sharegpt or random" in run(*base, "--dataset-name", "x")[1]
+    code, text = run(*base, "--dataset-name", "x")
+    assert code == 2 and "sharegpt" in text and "random" in text
     assert "no room" in run(*base, "--random-prefix-len", "99999")[1]
     assert "above 0" in run(*base, "--request-rate", "0")[1]
 
@@ -157,11 +158,11 @@ def test_lengths_are_sharegpt_like_and_fit_the_context() -> None:
 
 def test_a_summary_counts_good_requests_only() -> None:
     good = Outcome(3, sent=1.0, token_times=[1.5, 1.6, 1.8], output_tokens=3)
-    summary = summarize([good, Outcome(3, error="HTTP 503")], 2.0, [50])
+    summary = summarize([good, Outcome(3, error="HTTP 503")], 2.0, [25, 50])
     assert (summary["completed"], summary["failed"], summary["output_throughput"]) == (1, 1, 1.5)
     assert summary["p50_ttft_ms"] == pytest.approx(500)
+    assert summary["p25_itl_ms"] == pytest.approx(125), "between two values it is linear"
     assert summary["mean_itl_ms"] == summary["mean_tpot_ms"] == pytest.approx(150)
-    assert percentile([1.0, 2.0, 3.0, 4.0], 50) == 2.5 and percentile([7.0], 99) == 7.0
 
 
 def test_quantiles_come_from_buckets_as_in_prometheus() -> None:
