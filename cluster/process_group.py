@@ -48,11 +48,11 @@ class MeshGroup:
         return timedelta(seconds=self.operation_s)
 
 
-def host_store(host: str, port: int = 0, *, timeout_s: float) -> TCPStore:
+def host_store(host: str, *, timeout_s: float) -> TCPStore:
     """Start the router's store on `host` and nowhere else (left to itself, TCPStore listens on every address);
     `.port` says where it listens."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family, backlog=1024) as listening:
+    with socket.create_server((host, 0), family=family, backlog=1024) as listening:
         port, fd = listening.getsockname()[1], listening.detach()  # the store closes it
     return TCPStore(host, port, None, True, timedelta(seconds=timeout_s), wait_for_workers=False, master_listen_fd=fd)
 

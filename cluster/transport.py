@@ -33,7 +33,6 @@ from cluster.host_transport import Channels, Failure, is_supported, meet_router,
 from cluster.process_group import MeshGroup
 from cluster.wire import HEADER_LENGTH, LANES, Arena, Header, Message
 
-TRANSPORTS = ("star", "host", "mixed", "all_to_all")
 HEADER_TAG, MESSAGE_TAG, REPLY_TAG = 1, 2, 3
 ROUTER_RANK = 0
 Work = tuple[int | None, dist.Work]

@@ -116,10 +116,6 @@ class RouterPool:
     def links(self) -> list[RouterLink]:
         return [link for link in self._links.values() if link.is_open]
 
-    @property
-    def num_in_flight(self) -> int:
-        return sum(link.num_open for link in self.links)
-
     async def pool(self, request: PoolRequest) -> list[list[float]]:
         """The rows. Raises as `generate` does."""
         with self.metrics.watch(len(request.prompt_ids), request.model, {}) as watch:

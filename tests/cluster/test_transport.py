@@ -25,12 +25,13 @@ from cluster.errors import ExchangeError, FormationError, PeerLost, PeerSilent
 from cluster.host_transport import Channels
 from cluster.placement import spread_evenly
 from cluster.process_group import host_store
-from cluster.transport import TRANSPORTS, choose_transport, router_transport
+from cluster.transport import choose_transport, router_transport
 from cluster.wire import Header, Opcode
 from tests.cluster.shard_process import form, serve
 
 CPU = torch.device("cpu")
 HIDDEN = 8
+TRANSPORTS = ("star", "host", "mixed", "all_to_all")
 
 
 def exchange(router, rows, deadline_s=5.0, hidden_size=HIDDEN):

@@ -210,6 +210,10 @@ class FakeRouter:
             writer.write(json.dumps(message).encode() + b"\n")
 
 
+def num_in_flight(pool: RouterPool) -> int:
+    return sum(link.num_open for link in pool.links)
+
+
 @dataclass
 class RunningApi:
     """The API on a loopback port, with its event loop in a thread of its own."""

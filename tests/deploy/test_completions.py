@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from deploy.served_model import ServedModel
-from tests.deploy.fakes import RunningApi, token_at
+from tests.deploy.fakes import RunningApi, num_in_flight, token_at
 
 
 @pytest.fixture
@@ -327,7 +327,7 @@ def test_a_client_that_leaves_aborts_its_requests(api: RunningApi, stream: bool)
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url, json=body, timeout=0.4)
     _left(api, before + 2)
-    assert api.pool.num_in_flight == 0
+    assert num_in_flight(api.pool) == 0
     assert httpx.get(api.url + "/load").json() == {"server_load": 0}
 
 

@@ -14,7 +14,7 @@ import pytest
 from actors.processes import descendants
 from deploy.served_model import ServedModel
 from deploy.settings import Settings
-from tests.deploy.fakes import running_api
+from tests.deploy.fakes import num_in_flight, running_api
 from tests.deploy.real_routers import RealRouters
 from tests.e2e.conftest import Service, start_service, wait_until
 from tests.load.traffic import plan, send_all
@@ -42,10 +42,10 @@ def test_two_hundred_mixed_requests_leave_nothing_over(directory):
 
         engine = api.router.routers["a"].engine
         drive(api.url, 20, 8, seed=1)
-        wait_until(lambda: api.pool.num_in_flight == 0)
+        wait_until(lambda: num_in_flight(api.pool) == 0)
         idle_tasks, idle_fds = tasks(), len(os.listdir("/proc/self/fd"))
         drive(api.url, 200, 32, seed=2)
-        wait_until(lambda: not engine.scheduler.has_work and api.pool.num_in_flight == 0)
+        wait_until(lambda: not engine.scheduler.has_work and num_in_flight(api.pool) == 0)
         assert [pool.num_used for pool in engine.scheduler.blocks.pools] == [0] * len(engine.scheduler.blocks.pools)
         engine.scheduler.check_integrity()
         wait_until(lambda: len(engine._by_id) == 0 and tasks() <= idle_tasks)
