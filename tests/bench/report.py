@@ -169,19 +169,22 @@ def _engine(results: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield "## The price of the mesh, `mid` int8, tokens a second of the engine"
     yield ""
-    some = [one for one in engines if one["shape"] == "mid" and one["precision"] == "int8"]
-    local = [one for one in some if not one["shards"]]
     rows = []
-    for one in some:
-        where = place(one["shards"], one["routers"], one["threads"])
-        cells = [where]
-        for batch, rate in one["tok_s"].items():
-            best = max(other["tok_s"][batch] for other in local)
-            cells.append(f"{rate:.0f} ({rate / best:.2f})")
-        rows.append([*cells, "-" if one["prefill"] is None else f"{one['prefill']:.0f}", *_machine(one)])
-    yield from table(("arrangement (against the best local)", *COLUMNS, *MACHINE), rows)
+    for one in engines:
+        if one["shape"] != "mid" or one["precision"] != "int8":
+            continue
+        alone = {**one.get("alone_tok_s", {}), "prefill": one.get("alone_prefill")}
+        cells = [place(one["shards"], one["routers"], one["threads"])]
+        for name, rate in {**one["tok_s"], "prefill": one["prefill"]}.items():
+            share = f" ({rate / alone[name]:.2f})" if rate and alone.get(name) else ""
+            cells.append("-" if rate is None else f"{rate:.0f}{share}")
+        rows.append([*cells, *_machine(one)])
+    yield from table(("arrangement", *COLUMNS, *MACHINE), rows)
     yield ""
-    yield "With 2 routers each has the batch, so there are twice the sequences."
+    yield (
+        "In brackets the share of what the same engine did with all experts in its process and two threads, in turns "
+        "with it: that process stays up meanwhile. With 2 routers each has the batch, so there are twice the sequences."
+    )
 
 
 def _served(results: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ nothing else: the report says what the memory read at in the same run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import time
@@ -51,6 +52,8 @@ ENGINES: dict[str, list[Arrangement]] = {
         Arrangement(quantization="int4", shards=2),
     ],
 }
+# What the mesh's price is of: on `mid` it stays up, and each int8 mesh is measured in turns with it.
+ALONE = Arrangement(quantization="int8", threads=2)
 ORDER = tuple(PRECISIONS)
 KEYS = {"engine": ("shape", "precision", "shards", "routers", "threads"), "http": ("shape", "precision", "way")}
 SERVED = {"local": (["--local"], {"EXPERTMESH_ENGINE__THREADS": "2"}), "2 shards": (["--shards", "2"], {})}
@@ -96,35 +99,40 @@ def measure_engines(bench: Bench) -> None:
     """For each shape and arrangement of ENGINES, per batch what Mesh.decode says, and the prefill rate."""
     for shape in bench.shapes:
         path = checkpoint(shape)
-        for arrangement in ENGINES[shape]:
-            began = time.monotonic()
-            with Mesh(path, arrangement) as mesh:
-                start_s = time.monotonic() - began
-                measured = limits.beside(partial(_engine_figures, mesh, arrangement))
-            rates = measured["tok_s"]
-            found = {
-                "shape": shape,
-                "precision": arrangement.quantization or "bf16",
-                "shards": arrangement.shards,
-                "routers": arrangement.routers,
-                "threads": arrangement.threads,
-                "start_s": start_s,
-                **measured,
-            }
-            bench.keep("engine", found)
-            bench.say(
-                f"{shape} {arrangement}: " + ", ".join(f"b{b} {rate:.1f}" for b, rate in rates.items()) + " tok/s"
-            )
+        with contextlib.ExitStack() as kept:
+            alone = kept.enter_context(Mesh(path, ALONE)) if shape == "mid" else None
+            for arrangement in ENGINES[shape]:
+                is_priced = alone is not None and arrangement.shards > 0 and arrangement.quantization == "int8"
+                with Mesh(path, arrangement) as mesh:
+                    measured = limits.beside(partial(_engine_figures, mesh, arrangement, alone if is_priced else None))
+                found = {
+                    "shape": shape,
+                    "precision": arrangement.quantization or "bf16",
+                    "shards": arrangement.shards,
+                    "routers": arrangement.routers,
+                    "threads": arrangement.threads,
+                    **measured,
+                }
+                bench.keep("engine", found)
+                rates = ", ".join(f"b{batch} {rate:.1f}" for batch, rate in measured["tok_s"].items())
+                bench.say(f"{shape} {arrangement}: {rates} tok/s")
 
 
-def _engine_figures(mesh: Mesh, arrangement: Arrangement) -> dict[str, Any]:
-    steps = {str(b): mesh.decode(batch=b, prompt=PROMPTS[b], num_steps=20) for b in BATCHES}
-    prefills = mesh.prefill() if arrangement.routers == 1 else []
-    return {
-        "tok_s": {b: sum(router["tok_s"] for router in routers) for b, routers in steps.items()},
-        "prefill": prefills[0]["tok_s"] if prefills else None,
-        "steps": {b: routers[0] for b, routers in steps.items()},
-    }
+def _engine_figures(mesh: Mesh, arrangement: Arrangement, alone: Mesh | None) -> dict[str, Any]:
+    """With `alone` also "alone_tok_s" and "alone_prefill": what that did right after each."""
+    steps, found = {}, {"alone_tok_s": {}} if alone else {}
+    for batch in BATCHES:
+        steps[str(batch)] = mesh.decode(batch=batch, prompt=PROMPTS[batch], num_steps=20)
+        if alone:
+            [step] = alone.decode(batch=batch, prompt=PROMPTS[batch], num_steps=20)
+            found["alone_tok_s"][str(batch)] = step["tok_s"]
+    found["prefill"] = None
+    if arrangement.routers == 1:
+        found["prefill"] = mesh.prefill()[0]["tok_s"]
+        if alone:
+            found["alone_prefill"] = alone.prefill()[0]["tok_s"]
+    found["tok_s"] = {batch: sum(router["tok_s"] for router in routers) for batch, routers in steps.items()}
+    return {**found, "steps": {batch: routers[0] for batch, routers in steps.items()}}
 
 
 def measure_http(bench: Bench) -> None:
