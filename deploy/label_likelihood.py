@@ -7,11 +7,12 @@ The text's tokens stay the same for all labels; a label is tokenized apart from 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Sequence
 
-from deploy.errors import InvalidRequest, invalid
+from deploy.errors import EngineError, InvalidRequest, invalid
 from deploy.logprobs import finite
 from deploy.pooling import PoolingBody, check_ids, side_by_side
 from deploy.router_pool import GenerateRequest
@@ -53,8 +54,15 @@ async def label_log_likelihoods(
             cache_salt=body.cache_salt,
             is_further=number > 0,
         )
-        logprobs = await service.pool.first(request, lambda chunk: chunk.prompt_logprobs)
-        return math.fsum(finite(one[0][1]) for one in logprobs[len(whole) - len(ending) :] if one)
+        with service.pool.metrics.watch(len(whole), model.names[0], {}) as watch:
+            async with contextlib.aclosing(service.pool.generate(request)) as chunks:
+                async for chunk in chunks:
+                    watch.saw(chunk)
+                    if chunk.prompt_logprobs is not None:
+                        watch.ended = "stop"
+                        chosen = chunk.prompt_logprobs[len(whole) - len(ending) :]
+                        return math.fsum(finite(one[0][1]) for one in chosen if one)
+        raise EngineError(500, "engine_error", "the router returned no log-probabilities")
 
     flat = await side_by_side(likelihood, enumerate(itertools.product(prompts, endings)))
     return [flat[i : i + len(labels)] for i in range(0, len(flat), len(labels))]

@@ -206,7 +206,7 @@ async def run_head(
 
     async def run_one(numbered: tuple[int, list[int]]) -> Rows:
         number, prompt_ids = numbered
-        return await service.pool.first(
+        return await service.pool.pool(
             PoolRequest(
                 model=model.names[0],
                 head=model.names[0] if head is None else head,
@@ -216,8 +216,7 @@ async def run_head(
                 priority=body.priority,
                 cache_salt=body.cache_salt,
                 is_further=number > 0,
-            ),
-            lambda chunk: chunk.values,
+            )
         )
 
     return await side_by_side(run_one, enumerate(prompts))

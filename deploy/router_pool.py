@@ -13,7 +13,7 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from actors.logs import REQUEST_ID
 from actors.request import Chunk
@@ -25,7 +25,6 @@ from deploy.tracing import CURRENT
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Discover = Callable[[], Awaitable[Sequence[Mapping[str, Any]]]]
 MAX_LOSSES_WITHOUT_PROGRESS = 4
 RETRY_S = 0.25
@@ -117,16 +116,16 @@ class RouterPool:
     def links(self) -> list[RouterLink]:
         return [link for link in self._links.values() if link.is_open]
 
-    async def first(self, request: RouterRequest, wanted: Callable[[Chunk], T | None]) -> T:
-        """What is wanted, of the first chunk that has it; the request ends with it. Raises as `generate` does."""
+    async def pool(self, request: PoolRequest) -> list[list[float]]:
+        """The rows. Raises as `generate` does."""
         with self.metrics.watch(len(request.prompt_ids), request.model, {}) as watch:
             async with contextlib.aclosing(self.generate(request)) as chunks:
                 async for chunk in chunks:
                     watch.saw(chunk)
-                    if (found := wanted(chunk)) is not None:
+                    if chunk.values is not None:
                         watch.ended = "stop"
-                        return found
-        raise EngineError(500, "engine_error", f"the router ended op {request.op!r} without what was asked for")
+                        return chunk.values
+        raise EngineError(500, "engine_error", f"head {request.head!r} returned no values")
 
     async def command(self, name: str, *, timeout_s: float = 10.0) -> dict[str, dict[str, Any]]:
         """Sends a command to every router; router_id -> its result. A router that is lost meanwhile is left out."""

@@ -73,8 +73,7 @@ def test_a_list_that_cannot_be_served_is_refused_in_one_line(tmp_path: Path, tex
 
 async def ask(pool: RouterPool, model: str) -> Any:
     deadline = asyncio.get_running_loop().time() + 5
-    request = PoolRequest(model=model, head="", prompt_ids=[1], deadline=deadline)
-    return await pool.first(request, lambda chunk: chunk.values)
+    return await pool.pool(PoolRequest(model=model, head="", prompt_ids=[1], deadline=deadline))
 
 
 def test_a_request_goes_to_the_routers_of_its_model() -> None:

@@ -242,8 +242,7 @@ def test_pool_requests_and_commands_are_answered() -> None:
         router = FakeRouter()
         async with pool_of(router) as pool:
             deadline = asyncio.get_running_loop().time() + 5
-            asked = PoolRequest(head="cls", prompt_ids=[1], deadline=deadline)
-            assert await pool.first(asked, lambda chunk: chunk.values) == [[1.0, 2.0]]
+            assert await pool.pool(PoolRequest(head="cls", prompt_ids=[1], deadline=deadline)) == [[1.0, 2.0]]
             assert await pool.command("reset_prefix_cache") == {"router-0": {"ok": True}}
             assert router.commands == ["reset_prefix_cache"]
 
