@@ -32,6 +32,7 @@ from model.moe import Exchange
 from model.structured import Matcher
 
 log = logging.getLogger("expertmesh.engine")
+ROW_CHARS_AT_ONCE = 256 * 1024  # of a pool result: writing or reading them holds others up for a millisecond
 
 
 class StepExchange(Exchange, Protocol):
@@ -225,18 +226,8 @@ class Engine:
                 continue
             if idx in draws:
                 self._append(sequence, draws[idx])
-            elif isinstance(sequence.request, PoolRequest) and item.samples:
-                self._finish(
-                    sequence,
-                    Chunk(
-                        request_id=sequence.request.request_id,
-                        values=sequence.pooled,
-                        finish_reason="stop",
-                        num_cached_tokens=sequence.num_cached_tokens or 0,
-                        timing=self._timing(sequence),
-                        recovery_s=self._recovery_s,
-                    ),
-                )
+            elif isinstance(sequence.request, PoolRequest):
+                self._send_rows(item, sequence.request)
 
     def _append(self, sequence: Sequence, draw: Draw) -> None:
         """Keep a drawn token and apply the stop rules."""
@@ -280,6 +271,23 @@ class Engine:
             self._finish(sequence, chunk)
         else:
             self._emit(sequence.owner, chunk)
+
+    def _send_rows(self, item: Scheduled, request: PoolRequest) -> None:
+        """What the step brought for a pool request, some rows at a time: each delivery is a line of its own."""
+        sequence = item.sequence
+        rows, sequence.pooled = sequence.pooled, []
+        first_row = item.begin if request.tokens == "all" else 0  # after a preemption they come once more
+        num_at_once = max(1, ROW_CHARS_AT_ONCE // len(rows[0])) if rows else 1
+        for i in range(0, len(rows), num_at_once):
+            chunk = Chunk(request_id=request.request_id, values=rows[i : i + num_at_once], first_row=first_row + i)
+            if i + num_at_once < len(rows) or not item.samples:
+                self._emit(sequence.owner, chunk)
+            else:
+                chunk.finish_reason = "stop"
+                chunk.num_cached_tokens = sequence.num_cached_tokens or 0
+                chunk.timing, chunk.recovery_s = self._timing(sequence), self._recovery_s
+                self._finish(sequence, chunk)
+            self._flush()
 
     def _timing(self, sequence: Sequence) -> tuple[float, float]:
         """Seconds in the queue, and from there to now."""

@@ -1,7 +1,8 @@
 """The router's end of the wire to the ingresses: an asyncio TCP server on a loop and a thread of its own.
 
 The engine's thread hands over what a step brought and goes on; turning it into JSON and writing it happens here.
-An ingress that stops reading is cut off before its backlog fills the memory: it will come back and replay.
+An ingress that stops reading is cut off before its backlog fills the memory: it will come back and replay. One that
+only reads slowly is not.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,7 +27,34 @@ log = logging.getLogger("expertmesh.link")
 
 HELLO_S = 5.0
 LOAD_EVERY_S = 0.5
-MAX_BACKLOG_BYTES = 64 * 1024 * 1024
+MAX_BACKLOG_BYTES = 64 << 20  # for an ingress that has taken nothing for UNREAD_S
+UNREAD_S = 5.0
+MAX_SLOW_BACKLOG_BYTES = 1 << 30  # for one that takes some of it
+
+
+class Outlet:
+    """Writes to one ingress, and cuts it off when it takes nothing any more."""
+
+    def __init__(self, writer: asyncio.StreamWriter, clock: Callable[[], float] = time.monotonic) -> None:
+        self._writer = writer
+        self._clock = clock
+        self._backlog = 0  # bytes, if nothing was taken since the last line
+        self._taken_at = clock()
+
+    def write(self, line: bytes) -> None:
+        backlog, now = self._writer.transport.get_write_buffer_size(), self._clock()
+        if backlog < self._backlog:
+            self._taken_at = now
+        is_unread = backlog > MAX_BACKLOG_BYTES and now - self._taken_at > UNREAD_S
+        if is_unread or backlog > MAX_SLOW_BACKLOG_BYTES:
+            log.warning("an ingress has %d MB to read and takes nothing, or little; its link is cut", backlog >> 20)
+            self._writer.transport.abort()
+            return
+        self._writer.write(line)
+        self._backlog = backlog + len(line)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class LinkServer:
@@ -51,7 +80,7 @@ class LinkServer:
         self._commands = commands
         self._load = load
         self._engine: Engine | None = None
-        self._writers: dict[str, asyncio.StreamWriter] = {}
+        self._writers: dict[str, Outlet] = {}
         self._compiling: dict[tuple[str, str], bool] = {}  # False: aborted meanwhile
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="grammar")
         self._numbers = itertools.count()
@@ -111,7 +140,7 @@ class LinkServer:
             writer.write(_line({"op": "refused", "message": "the mesh token is missing or wrong"}))
             return None
         owner = f"{hello.get('ingress_id')}#{next(self._numbers)}"
-        self._writers[owner] = writer
+        self._writers[owner] = Outlet(writer)
         writer.write(_line({"op": "hello", "router_id": self._router_id, "models": self._models}))
         writer.write(_line({"op": "load", **self._load()}))
         return owner
@@ -196,20 +225,13 @@ class LinkServer:
             await asyncio.sleep(LOAD_EVERY_S)
             line = _line({"op": "load", **self._load()})
             for writer in list(self._writers.values()):
-                self._write(writer, line)
+                writer.write(line)
 
     def _send_chunks(self, outbox: Mapping[str, list[Chunk]]) -> None:
         for owner, chunks in outbox.items():
             writer = self._writers.get(owner)
             if writer is not None:
-                self._write(writer, _line({"op": "chunks", "chunks": [chunk.to_wire() for chunk in chunks]}))
-
-    def _write(self, writer: asyncio.StreamWriter, line: bytes) -> None:
-        if writer.transport.get_write_buffer_size() > MAX_BACKLOG_BYTES:
-            log.warning("an ingress reads nothing; its link is cut")
-            writer.transport.abort()
-        else:
-            writer.write(line)
+                writer.write(_line({"op": "chunks", "chunks": [chunk.to_wire() for chunk in chunks]}))
 
 
 def _line(message: Mapping[str, Any]) -> bytes:

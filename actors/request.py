@@ -1,7 +1,8 @@
 """What travels between ingress and router: one JSON object a line, over TCP.
 
     ingress -> router   hello, generate, pool, abort, command
-    router -> ingress   hello or refused, load, chunks: one line per step with all that is new for that ingress
+    router -> ingress   hello or refused, load, chunks: one line per step with all that is new for that ingress,
+                        and further lines for rows of pool results
 
 The first line each way is `hello`; the ingress' must carry the mesh token. A chunk with a finish_reason is the last
 one of its request. When the connection is lost the router is taken for dead: the ingress sends what is unfinished
@@ -10,13 +11,18 @@ to another router, with the tokens it has in `output_ids` and the same seed, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from model.sampling_params import SamplingParams
 
 Alternatives = list[tuple[int, float, int]]  # (token_id, logprob, rank): the token itself, then the likeliest
+Rows = list[NDArray[np.float32]]  # of a pool result
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LINE_BYTES = 256 * 1024 * 1024
 
@@ -69,9 +75,10 @@ class Chunk:
     """What one step brought for one request.
 
     logprobs: for each new token. prompt_logprobs: for each prompt token, None for the first, which nothing predicts.
-    values: rows of a pool result. timing: with a sequence's first output, its seconds in the queue and from there to
-    now. recovery_s: how long a recovery held the step up. result: what a command answers. error: {"status",
-    "code", "message"}.
+    values: rows of a pool result from first_row on, as `rows_to_wire` has them, in place of all that were told
+    from there on before. timing: with a sequence's first output (the last one, of a pool result), its seconds in the
+    queue and from there to now. recovery_s: how long a recovery held the step up. result: what a command answers.
+    error: {"status", "code", "message"}.
     """
 
     request_id: str
@@ -82,7 +89,8 @@ class Chunk:
     num_cached_tokens: int = 0
     prompt_logprobs: list[Alternatives | None] | None = None
     routed_experts: list[list[list[int]]] | None = None
-    values: list[list[float]] | None = None
+    values: list[str] | None = None
+    first_row: int = 0
     timing: tuple[float, float] | None = None
     recovery_s: float = 0.0
     result: dict[str, Any] | None = None
@@ -94,6 +102,15 @@ class Chunk:
 
 
 _NOTHING_NEW = asdict(Chunk(request_id=""))
+
+
+def rows_to_wire(values_NL: NDArray[np.float32]) -> list[str]:
+    """Each row as base64 of its float32, little endian: a fourth of what numbers take in JSON, and quickly read."""
+    return [base64.b64encode(row.tobytes()).decode() for row in values_NL.astype("<f4", copy=False)]
+
+
+def rows_from_wire(values: Iterable[str]) -> Rows:
+    return [np.frombuffer(base64.b64decode(row), "<f4") for row in values]
 
 
 def error_chunk(request_id: str, status: int, code: str, message: str) -> Chunk:

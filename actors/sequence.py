@@ -15,9 +15,10 @@ class Sequence:
     """token_ids: prompt and output. num_computed: leading tokens whose keys and values are in the blocks.
 
     owner: the ingress that asked. deadline: on the engine's clock. scope: sequences with the same one share the blocks
-    of equal prefixes. sampler: None for a pool request. matcher: the grammar the output must follow. pooled and
-    prompt_logprobs grow with each chunk of the prompt. routed_experts are those not delivered yet; num_routed counts
-    the tokens that they have been noted for. scheduled_at: when it was first in a step, on the engine's clock.
+    of equal prefixes. sampler: None for a pool request. matcher: the grammar the output must follow. pooled:
+    rows of the last step, as they travel. prompt_logprobs grow with each chunk of the prompt. routed_experts are those
+    not delivered yet; num_routed counts the tokens that they have been noted for. scheduled_at: when it was first in a
+    step, on the engine's clock.
     """
 
     request: Request
@@ -31,7 +32,7 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached_tokens: int | None = None
-    pooled: list[list[float]] = field(default_factory=list)
+    pooled: list[str] = field(default_factory=list)
     prompt_logprobs: list[Alternatives | None] = field(default_factory=lambda: [None])
     routed_experts: list[list[list[int]]] = field(default_factory=list)
     num_routed: int = 0

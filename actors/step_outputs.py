@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actors.request import Alternatives, GenerateRequest, PoolRequest
+from actors.request import Alternatives, GenerateRequest, PoolRequest, rows_to_wire
 from actors.scheduler import Scheduled
 from actors.sequence import Sequence as Running
 from model.heads import Head
@@ -98,10 +98,9 @@ def _pool(item: Scheduled, request: PoolRequest, hidden_NH: Tensor, heads: Mappi
         if not item.samples:
             return
         hidden_NH = hidden_NH[-1:]
-    else:
-        del item.sequence.pooled[item.begin :]  # computed anew after a preemption
     head = heads.get(request.head)
-    item.sequence.pooled += (hidden_NH if head is None else head.forward(hidden_NH)).float().tolist()
+    values_NL = hidden_NH if head is None else head.forward(hidden_NH)
+    item.sequence.pooled = rows_to_wire(values_NL.float().cpu().numpy())
 
 
 def _score_prompt(item: Scheduled, num_top: int, hidden_NH: Tensor, lm_head: Head) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.request import Rows
 from deploy.placed_tokens import PlacedToken, trim
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ class Piece:
 def entities(
     text: str,
     tokens: Sequence[PlacedToken],
-    outputs_TL: Sequence[Sequence[float]],
+    outputs_TL: Rows,
     id2label: Mapping[int, str],
     strategy: Strategy,
     ignore_labels: Sequence[str],

@@ -26,7 +26,7 @@ async def classify(service: Service, body: ClassifyRequest, answer_id: str) -> d
     if body.labels is None and body.label_template is None:
         model = service.models.find_for(("sequence_classification",), body.model, "classification without `labels`")
         prompts = await read_inputs(service, model, body, body.input, "input")
-        rows = [rows[0] for rows in await run_head(service, model, prompts, body)]
+        rows = [rows[0].tolist() for rows in await run_head(service, model, prompts, body)]
         labels = [model.id2label[i] for i in sorted(model.id2label)]
         function = activation_of(model)
     else:

@@ -12,12 +12,13 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
+from actors.request import Rows
 from deploy import aggregation, spans
 from deploy.errors import ContextTooLong, invalid
 from deploy.label_likelihood import label_log_likelihoods
 from deploy.openai_requests import RequestBody, parse
 from deploy.placed_tokens import PlacedToken, place_tokens, split, window_starts
-from deploy.pooling import Rows, activate, activation_of, check_ids, check_length, check_number, run_head
+from deploy.pooling import activate, activation_of, check_ids, check_length, check_number, run_head
 from deploy.served_model import ServedModel
 from deploy.service import Service
 
@@ -68,7 +69,7 @@ async def text_classification(service: Service, body: HuggingFaceBody, name: str
     prompts = await _read(service, [_text_or_pair(one) for one in _inputs(body)], model)
     batch = await run_head(service, model, [_ids(tokens) for tokens in prompts])
     labels = [model.id2label[i] for i in sorted(model.id2label)]
-    return [_best_first(labels, activate(rows[0], function))[: parameters.top_k] for rows in batch]
+    return [_best_first(labels, activate(rows[0].tolist(), function))[: parameters.top_k] for rows in batch]
 
 
 async def token_classification(service: Service, body: HuggingFaceBody, name: str | None) -> Any:

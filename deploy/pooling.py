@@ -11,8 +11,11 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
+from pydantic_core import to_json
 
+from actors.request import Rows
 from deploy.aggregation import softmax
 from deploy.errors import ContextTooLong, invalid
 from deploy.generation_plan import check_prompt
@@ -24,7 +27,6 @@ from deploy.service import Service
 MAX_AT_ONCE = 64  # texts of one request that are with the routers at a time
 T = TypeVar("T")
 R = TypeVar("R")
-Rows = list[list[float]]
 EMBEDDING_KINDS = ("causal_lm", "base")
 Activation = Literal["softmax", "sigmoid", "none"]
 _REMEDY = "shorten it, or set truncate_prompt_tokens"
@@ -64,33 +66,28 @@ _KINDS = {  # of a model with several, the first is the default
 }
 
 
-async def embed(service: Service, body: EmbeddingRequest, answer_id: str) -> dict[str, Any]:
-    """The last token's hidden state, L2-normalized, as vLLM does it for causal models."""
+async def embed(service: Service, body: EmbeddingRequest, answer_id: str) -> bytes:
+    """The last token's hidden state, L2-normalized, as vLLM does it for causal models; as JSON."""
     model = service.models.find_for(EMBEDDING_KINDS, body.model, "embeddings")
-    prompts, values = await _pool(service, body, model, "embed")
-    data = [{"index": index, "object": "embedding", "embedding": rows[0]} for index, rows in enumerate(values)]
-    return list_answer(answer_id, body, model, data, prompts)
+    return await _pool(service, body, model, "embed", answer_id, ("embedding", "embedding"))
 
 
-async def pool(service: Service, body: PoolingRequest, answer_id: str) -> dict[str, Any]:
-    """One row of values for each text, or for each of its tokens."""
+async def pool(service: Service, body: PoolingRequest, answer_id: str) -> bytes:
+    """One row of values for each text, or for each of its tokens; as JSON."""
     if body.task is None:
         model = service.models.find_for([kind for kinds in _KINDS.values() for kind in kinds], body.model, "pooling")
     else:
         model = service.models.find_for(_KINDS[body.task], body.model, f"the pooling task {body.task}")
     task: str = body.task or next(name for name, kinds in _KINDS.items() if model.head_kind in kinds)
-    prompts, values = await _pool(service, body, model, task)
-    data = [
-        {"index": index, "object": "pooling", "data": rows if task.startswith("token_") else rows[0]}
-        for index, rows in enumerate(values)
-    ]
-    return list_answer(answer_id, body, model, data, prompts)
+    return await _pool(service, body, model, task, answer_id, ("pooling", "data"))
 
 
 async def _pool(
-    service: Service, body: EmbeddingRequest, model: ServedModel, task: str
-) -> tuple[list[list[int]], list[list[Any]]]:
-    """The prompts, and each one's rows as the body wants to see them."""
+    service: Service, body: EmbeddingRequest, model: ServedModel, task: str, answer_id: str, names: tuple[str, str]
+) -> bytes:
+    """The answer, with the rows as the body wants to see them. names: an entry's `object`, and what its rows are in.
+
+    There may be millions of values, so they are numbers only one row at a time, and in a thread."""
     if body.dimensions is not None:
         raise invalid(
             "dimensions",
@@ -101,20 +98,31 @@ async def _pool(
     head = model.names[0] if task.endswith("classify") else ""
     tokens: Literal["last", "all"] = "all" if task.startswith("token_") else "last"
     batch = await run_head(service, model, prompts, body, head=head, tokens=tokens)
-    if body.use_activation is not False:
-        function = "softmax" if task == "token_classify" else activation_of(model)
-        batch = [[activate(row, function) if head else normalized(row) for row in rows] for rows in batch]
-    if body.encoding_format == "float":
-        return prompts, batch
-    # Little-endian float32.
-    return prompts, [[base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode() for row in rows] for rows in batch]
+    function = "softmax" if task == "token_classify" else activation_of(model)
+
+    def show(row: NDArray[np.float32]) -> list[float] | str:
+        values: list[float] = row.tolist()
+        if body.use_activation is not False:
+            values = activate(values, function) if head else normalized(values)
+        if body.encoding_format == "float":
+            return values
+        return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+
+    def render() -> bytes:
+        data = (
+            {"index": index, "object": names[0], names[1]: map(show, rows) if tokens == "all" else show(rows[0])}
+            for index, rows in enumerate(batch)
+        )
+        return to_json(list_answer(answer_id, body, model, data, prompts))
+
+    return await service.run(render, sum(len(rows) * len(rows[0]) for rows in batch))
 
 
 def list_answer(
     answer_id: str,
     body: PoolingBody,
     model: ServedModel,
-    data: list[dict[str, Any]],
+    data: Iterable[dict[str, Any]],
     prompts: Sequence[Sequence[int]],
 ) -> dict[str, Any]:
     """The frame that vLLM puts around every kind of pooling result."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from actors.logs import REQUEST_ID
-from actors.request import Chunk
+from actors.request import Chunk, Rows, rows_from_wire
 from deploy.errors import DeadlineExceeded, EngineError, Unavailable
 from deploy.link import RouterAddress, RouterLink
 from deploy.metrics import ServingMetrics
@@ -116,15 +116,17 @@ class RouterPool:
     def links(self) -> list[RouterLink]:
         return [link for link in self._links.values() if link.is_open]
 
-    async def pool(self, request: PoolRequest) -> list[list[float]]:
+    async def pool(self, request: PoolRequest) -> Rows:
         """The rows. Raises as `generate` does."""
+        rows: Rows = []
         with self.metrics.watch(len(request.prompt_ids), request.model, {}) as watch:
             async with contextlib.aclosing(self.generate(request)) as chunks:
                 async for chunk in chunks:
                     watch.saw(chunk)
-                    if chunk.values is not None:
+                    rows[chunk.first_row :] = rows_from_wire(chunk.values or ())
+                    if chunk.finish_reason == "stop" and rows:
                         watch.ended = "stop"
-                        return chunk.values
+                        return rows
         raise EngineError(500, "engine_error", f"head {request.head!r} returned no values")
 
     async def command(self, name: str, *, timeout_s: float = 10.0) -> dict[str, dict[str, Any]]:
@@ -187,7 +189,9 @@ class RouterPool:
                         )
                     finished = chunk.finish_reason is not None
                     output_ids += chunk.token_ids
-                    num_losses, num_refusals, refused_at = 0, 0, None
+                    num_refusals, refused_at = 0, None
+                    if chunk.token_ids:  # rows are no progress: another router computes them anew
+                        num_losses = 0
                     if has_first and chunk.prompt_logprobs is not None:
                         chunk = replace(chunk, prompt_logprobs=None)  # a replay repeats it
                     has_first = True

@@ -45,7 +45,7 @@ async def score(service: Service, body: ScoreRequest, answer_id: str) -> dict[st
     if model.head_kind in EMBEDDING_KINDS:
         prompts = await read_inputs(service, model, body, first, "text_1")
         prompts += await read_inputs(service, model, body, second, "text_2")
-        vectors = [normalized(rows[0]) for rows in await run_head(service, model, prompts, body, head="")]
+        vectors = [normalized(rows[0].tolist()) for rows in await run_head(service, model, prompts, body, head="")]
         ones, others = vectors[: len(first)], vectors[len(first) :]
         ones = ones * len(others) if len(ones) == 1 else ones
         scores = [math.fsum(a * b for a, b in zip(*pair, strict=True)) for pair in zip(ones, others, strict=True)]
@@ -54,7 +54,7 @@ async def score(service: Service, body: ScoreRequest, answer_id: str) -> dict[st
         prompts = await _read_pairs(service, model, body, list(zip(firsts, second, strict=True)))
         function = "none" if body.use_activation is False else activation_of(model)
         batch = await run_head(service, model, prompts, body)
-        scores = [activate(rows[0], function)[0] for rows in batch]
+        scores = [activate(rows[0].tolist(), function)[0] for rows in batch]
     data = [{"index": index, "object": "score", "score": value} for index, value in enumerate(scores)]
     return list_answer(answer_id, body, model, data, prompts)
 

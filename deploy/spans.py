@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from actors.request import Rows
 from deploy.aggregation import softmax
 from deploy.openai_requests import RequestBody
 from deploy.placed_tokens import PlacedToken, split, trim
@@ -32,7 +33,7 @@ class SpanOptions(RequestBody):
 
 def answers(
     context: str,
-    windows: Sequence[tuple[Sequence[PlacedToken], Sequence[Sequence[float]]]],
+    windows: Sequence[tuple[Sequence[PlacedToken], Rows]],
     options: SpanOptions,
 ) -> list[dict[str, Any]]:
     """At most `top_k` answers, the best first. Each window is its tokens and the head's outputs for them, T x 2."""

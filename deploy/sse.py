@@ -31,10 +31,13 @@ def event(value: Any, name: str | None = None) -> bytes:
 
 
 class JsonAnswer(Response):
+    """Bytes are JSON already."""
+
     media_type = "application/json"
 
     def __init__(self, content: Any, status_code: int = 200, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(to_json(content), status_code=status_code, headers=dict(headers or {}))
+        data = content if isinstance(content, bytes) else to_json(content)
+        super().__init__(data, status_code=status_code, headers=dict(headers or {}))
 
 
 def error_answer(error: ApiError, path: str) -> JsonAnswer:

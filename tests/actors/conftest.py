@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from actors.engine import Engine
-from actors.request import Chunk, GenerateRequest
+from actors.request import Chunk, GenerateRequest, rows_from_wire
 from actors.router import Router
 from actors.shard import ExpertShard
 from actors.specs import RouterSpec, SchedulerLimits, ShardSpec
@@ -60,6 +60,14 @@ class Outputs:
 
     def tokens(self, request_id: str) -> list[int]:
         return [token for chunk in self.wait(request_id) for token in chunk.token_ids]
+
+    def rows(self, request_id: str, timeout_s: float = 60.0) -> torch.Tensor:
+        """What an ingress makes of the pieces of a pool result."""
+        rows: list[torch.Tensor] = []
+        for chunk in self.wait(request_id, timeout_s):
+            assert chunk.error is None and chunk.first_row <= len(rows)
+            rows[chunk.first_row :] = [torch.tensor(row) for row in rows_from_wire(chunk.values or ())]
+        return torch.stack(rows)
 
 
 @dataclass

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from actors.blocks import BlockManager, BlockPool
+from actors.engine import ROW_CHARS_AT_ONCE
 from actors.request import GenerateRequest, PoolRequest
 from actors.scheduler import Scheduler
 from actors.sequence import Sequence
 from actors.specs import SchedulerLimits
 from model.sampling_params import SamplingParams
 from tests.actors.conftest import ask, prompt_of, wait_until
-from tests.tiny import load_oracle, oracle_greedy
+from tests.tiny import load_oracle, oracle_greedy, write_tiny_model
 
 
 def test_greedy_tokens_equal_transformers_over_64_steps(start_router, tiny_model):
@@ -227,9 +228,23 @@ def test_pooling_gives_one_row_or_one_per_token_whatever_the_chunks(start_router
     router, outputs = start_router(limits=SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=16))
     prompt = tuple(prompt_of(0, 50))
     router.engine.submit("test", PoolRequest(request_id="p", prompt_ids=prompt, head="", tokens=tokens))
-    rows = outputs.wait("p")[-1].values
-    assert len(rows) == (1 if tokens == "last" else 50) and len(rows[0]) == 64
+    assert outputs.rows("p").shape == (1 if tokens == "last" else 50, 64)
     assert outputs.chunks["p"][-1].finish_reason == "stop"
+
+
+def test_rows_are_delivered_as_they_are_made_and_never_many_at_once(start_router, tmp_path):
+    limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=800)
+    model = write_tiny_model(tmp_path / "long", max_position_embeddings=2048)
+    router, outputs = start_router(model=model, limits=limits)
+    deliveries = []
+    deliver = router.engine._deliver
+    router.engine._deliver = lambda outbox: (deliveries.append(outbox), deliver(outbox))
+    pool = PoolRequest(request_id="p", prompt_ids=tuple(prompt_of(0, 1000)), head="", tokens="all")
+    router.engine.submit("test", pool)
+    assert outputs.rows("p").shape == (1000, 64)
+    sizes = [sum(len(row) for chunk in outbox["test"] for row in chunk.values) for outbox in deliveries]
+    assert len(sizes) == 3 and max(sizes) <= ROW_CHARS_AT_ONCE, "800 rows are more than that"
+    assert [chunk.first_row for chunk in outputs.chunks["p"]] == [0, ROW_CHARS_AT_ONCE // 344, 800]
 
 
 def test_pooled_rows_are_one_per_token_after_a_preemption_too(start_router):
@@ -248,16 +263,16 @@ def test_pooled_rows_are_one_per_token_after_a_preemption_too(start_router):
 
     router.engine.call(preempt_half_way)
     router.engine.submit("test", pool)
-    rows, right = outputs.wait("p")[-1].values, expected.wait("p")[-1].values
+    rows, right = outputs.rows("p"), expected.rows("p")
     assert scheduler.num_preemptions == 1
-    assert len(rows) == 80 and torch.allclose(torch.tensor(rows), torch.tensor(right), atol=1e-4)
+    assert len(rows) == 80 and torch.allclose(rows, right, atol=1e-4)
 
 
 def test_a_pool_request_may_fill_the_whole_cache(start_router):
     router, outputs = start_router(num_kv_blocks=9, max_model_len=128)
     router.engine.submit("test", PoolRequest(request_id="p", prompt_ids=tuple(prompt_of(0, 128)), head=""))
     ask(router.engine, "behind", prompt_of(1, 10), 3)
-    assert len(outputs.wait("p", timeout_s=20)[-1].values) == 1 and len(outputs.tokens("behind")) == 3
+    assert len(outputs.rows("p", timeout_s=20)) == 1 and len(outputs.tokens("behind")) == 3
 
 
 def test_what_an_owner_that_left_had_just_sent_is_not_computed(start_router):

@@ -33,9 +33,7 @@ def write_random_model(path: Path, architecture: str, seed: int) -> Any:
 def pool(router: Router, outputs: Outputs, prompt: list[int], tokens: Any) -> Tensor:
     name = f"pool-{len(prompt)}"
     router.engine.submit("test", PoolRequest(request_id=name, prompt_ids=tuple(prompt), head="tiny", tokens=tokens))
-    values = outputs.wait(name)[-1].values
-    assert values is not None
-    return torch.tensor(values)
+    return outputs.rows(name)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

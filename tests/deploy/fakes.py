@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import uvicorn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from actors.request import rows_to_wire
 from deploy.ingress import create_api
 from deploy.router_pool import RouterPool
 from deploy.served_model import ServedModel
@@ -141,7 +143,7 @@ class FakeRouter:
                     self.running[message["request_id"]] = asyncio.create_task(self._generate(writer, message))
                 elif message["op"] == "pool":
                     self.requests.append(message)
-                    self._chunk(writer, message["request_id"], [], finish_reason="stop", values=[[1.0, 2.0]])
+                    self._pool(writer, message["request_id"])
                 elif message["op"] == "command":
                     self.commands.append(message["name"])
                     self._chunk(writer, message["request_id"], [], finish_reason="stop", result={"ok": True})
@@ -159,6 +161,9 @@ class FakeRouter:
             if not self.is_silent:
                 self._send(writer, {"op": "load", "running": len(self.running), "waiting": 0, "kv_usage": 0.0})
             await asyncio.sleep(0.05)
+
+    def _pool(self, writer: asyncio.StreamWriter, request_id: str) -> None:
+        self._chunk(writer, request_id, [], finish_reason="stop", values=rows_to_wire(np.float32([[1.0, 2.0]])))
 
     async def _generate(self, writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
         request_id, sampling = message["request_id"], message["sampling"]

@@ -140,6 +140,15 @@ def test_pooling_does_each_task(api: RunningApi, heads: TinyHeads) -> None:
     assert status == 400 and "/v1/embeddings" in error["message"]
 
 
+def test_rows_that_several_steps_made_are_whole_and_exact(api: RunningApi, heads: TinyHeads) -> None:
+    ids = [(7 * i) % 250 + 3 for i in range(200)]  # three steps and a bit
+    raw = post(api, "/pooling", task="token_embed", input=ids, use_activation=False)["data"][0]["data"]
+    assert is_close(raw, heads.hidden(ids))
+    assert torch.tensor(raw, dtype=torch.float64).equal(torch.tensor(raw).double()), "each is a float32"
+    packed = post(api, "/pooling", task="token_embed", input=ids, use_activation=False, encoding_format="base64")
+    assert [[*struct.unpack("<64f", base64.b64decode(row))] for row in packed["data"][0]["data"]] == raw
+
+
 def test_scores_compare_embeddings_or_come_from_a_judge(api: RunningApi, heads: TinyHeads) -> None:
     hidden = [torch.nn.functional.normalize(heads.hidden(ids_of(heads, text))[-1], dim=-1) for text in TEXTS[:3]]
     for path in ("/score", "/v1/score"):

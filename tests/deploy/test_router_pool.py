@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from actors.request import rows_to_wire
 from deploy.errors import DeadlineExceeded, EngineError, Unavailable
 from deploy.router_pool import GenerateRequest, PoolRequest, RouterPool
 from deploy.settings import LimitSettings, MeshSettings, Settings
@@ -242,9 +244,57 @@ def test_pool_requests_and_commands_are_answered() -> None:
         router = FakeRouter()
         async with pool_of(router) as pool:
             deadline = asyncio.get_running_loop().time() + 5
-            assert await pool.pool(PoolRequest(head="cls", prompt_ids=[1], deadline=deadline)) == [[1.0, 2.0]]
+            (row,) = await pool.pool(PoolRequest(head="cls", prompt_ids=[1], deadline=deadline))
+            assert row.tolist() == [1.0, 2.0]
             assert await pool.command("reset_prefix_cache") == {"router-0": {"ok": True}}
             assert router.commands == ["reset_prefix_cache"]
+
+    asyncio.run(run())
+
+
+class Pooler(FakeRouter):
+    """Says the rows 0.1, 1.1, ... of a pool request, from_to by from_to; dies in their midst where they don't end."""
+
+    spans: tuple[tuple[int, int], ...] = ()
+    num_rows = 4
+
+    def _pool(self, writer: asyncio.StreamWriter, request_id: str) -> None:
+        for begin, end in self.spans:
+            values = rows_to_wire(np.arange(begin, end, dtype=np.float32)[:, None] + np.float32(0.1))
+            reason = "stop" if end == self.num_rows else None
+            self._chunk(writer, request_id, [], values=values, first_row=begin, finish_reason=reason)
+        if self.spans[-1][1] < self.num_rows:
+            asyncio.get_running_loop().call_later(0.05, self.kill)
+
+
+def test_rows_come_in_pieces_and_are_whole_after_a_preemption_and_the_loss_of_a_router() -> None:
+    async def run() -> None:
+        first, second = Pooler("a"), Pooler("b")
+        first.spans = ((0, 2), (2, 3))
+        second.spans = ((0, 1), (1, 3), (0, 2), (2, 4))  # preempted after three rows
+        async with pool_of(first) as pool:
+            await linked(pool, 1)
+            await second.start()
+            pool.listed.append(second.entry)  # type: ignore[attr-defined]
+            deadline = asyncio.get_running_loop().time() + 10
+            rows = await pool.pool(PoolRequest(head="", prompt_ids=[1] * 4, tokens="all", deadline=deadline))
+            assert len(first.requests) == len(second.requests) == 1
+            assert [row.tolist() for row in rows] == [[float(np.float32(i) + np.float32(0.1))] for i in range(4)]
+            second.kill()
+
+    asyncio.run(run())
+
+
+def test_a_pool_request_that_ends_router_after_router_is_given_up_though_rows_came() -> None:
+    async def run() -> None:
+        routers = [Pooler(f"r{i}") for i in range(5)]
+        for router in routers:
+            router.spans = ((0, 2),)
+        async with pool_of(*routers) as pool:
+            await linked(pool, 5)
+            deadline = asyncio.get_running_loop().time() + 20
+            with pytest.raises(Unavailable, match="in a row"):
+                await pool.pool(PoolRequest(head="", prompt_ids=[1] * 4, tokens="all", deadline=deadline))
 
     asyncio.run(run())
 
