@@ -16,6 +16,8 @@ from deploy.settings import LimitSettings
 from model.sampling_params import SamplingParams, StructuredSpec
 
 MAX_BAD_WORD_CHARS = 20_000
+MAX_TOKEN_RULES = 1_000_000  # of one request: a router is sent those of each sequence
+_TOKEN_RULES = ("stop_token_ids", "allowed_token_ids", "logit_bias")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,7 @@ def plan_requests(
         )
     if len(body.stops) > limits.max_stop_strings:
         raise invalid("stop", f"at most {limits.max_stop_strings} strings, got {len(body.stops)}")
+    _check_token_rules(body, n * len(prompts))
     for name, value in (("logprobs", asked.logprobs), ("prompt_logprobs", asked.prompt_logprobs)):
         if value is not None and value > limits.max_logprobs:
             raise invalid(name, f"at most {limits.max_logprobs} per token, got {value}")
@@ -228,6 +231,16 @@ def _sampling(body: GenerationBody, model: ServedModel, asked: Asked) -> Samplin
     except ValueError as error:
         raise _refusal(error) from None
     return params
+
+
+def _check_token_rules(body: GenerationBody, num_sequences: int) -> None:
+    counts = {name: len(getattr(body, name) or ()) for name in _TOKEN_RULES}
+    if (num := sum(counts.values())) * num_sequences > MAX_TOKEN_RULES:
+        raise InvalidRequest(
+            f"stop_token_ids, allowed_token_ids and logit_bias: {num} tokens for each of {num_sequences} sequences are "
+            f"more than {MAX_TOKEN_RULES} in all; send fewer of them, prompts or choices",
+            param=max(_TOKEN_RULES, key=lambda name: counts[name]),
+        )
 
 
 def _bad_words(body: GenerationBody, model: ServedModel) -> tuple[tuple[int, ...], ...]:

@@ -91,6 +91,11 @@ class GenerationBody(StreamingBody):
             raise ValueError("a stop string has 1 to 1024 characters; remove the others")
         return stop
 
+    @field_validator("stop_token_ids", "allowed_token_ids")
+    @classmethod
+    def _each_once(cls, token_ids: list[int] | None) -> list[int] | None:
+        return token_ids and list(dict.fromkeys(token_ids))
+
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

@@ -250,6 +250,22 @@ def test_more_least_tokens_than_fit_are_refused_by_name(api: RunningApi) -> None
     assert error["param"] == "min_tokens" and "max_tokens=2, got 3" in error["message"]
 
 
+def test_token_ids_reach_the_router_once_each_and_not_by_the_million(api: RunningApi) -> None:
+    ids = [9, 8] * 1000
+    body = {"prompt": "x", "max_tokens": 1, "stop_token_ids": ids, "allowed_token_ids": ids}
+    assert post(api, body).status_code == 200
+    sampling = api.router.requests[-1]["sampling"]
+    assert sampling["stop_token_ids"] == sampling["allowed_token_ids"] == [9, 8]
+    body |= {"n": 128, "prompt": [[5]] * 8, "allowed_token_ids": [*range(500)]}
+    body["logit_bias"] = {str(token): 1 for token in range(474)}
+    assert post(api, body).status_code == 200, "1024 sequences with 976 tokens each"
+    body["stop_token_ids"] = [9, 8, 7]
+    error = post(api, body).json()["error"]
+    assert error["param"] == "allowed_token_ids"
+    for part in ("stop_token_ids, allowed_token_ids and logit_bias", "977", "1024", "1000000"):
+        assert part in error["message"]
+
+
 def test_a_seed_is_always_set(api: RunningApi) -> None:
     for _ in range(2):
         post(api, {"prompt": "x", "max_tokens": 1})
