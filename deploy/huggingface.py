@@ -199,14 +199,21 @@ def _window_size(model: ServedModel) -> int:
 async def _read(
     service: Service, texts: list[tuple[str, str | None]], model: ServedModel, *, check: bool = True
 ) -> list[list[PlacedToken]]:
-    """Tokens of texts and pairs. Raises InvalidRequest; with `check` also for a text that doesn't fit."""
+    """Tokens of texts and pairs. Raises InvalidRequest; with `check` for a text that doesn't fit, else for one that all
+    windows together can't hold."""
     check_number(service, len(texts), "inputs")
     has_stride = model.head_kind == "token_classification"
     remedy = "set parameters.stride to read it in windows" if has_stride else "shorten it"
 
     def read_one(text: str, pair: str | None) -> list[PlacedToken]:
+        least = model.tokenizer.least_num_tokens(text + (pair or ""))
         if check:
-            check_length(model, model.tokenizer.least_num_tokens(text + (pair or "")), "inputs", remedy)
+            check_length(model, least, "inputs", remedy)
+        elif least > (most := service.settings.limits.max_prompts) * model.max_model_len:
+            raise ContextTooLong(
+                f"inputs: the text has at least {least} tokens, more than {most} windows hold; shorten it",
+                param="inputs",
+            )
         tokens = place_tokens(model.tokenizer, text, pair)
         if check:
             check_ids(model, _ids(tokens), "inputs", remedy)

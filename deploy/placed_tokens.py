@@ -34,7 +34,8 @@ def place_tokens(
     tokenizer: Tokenizer, text: str, pair: str | None = None, *, add_special_tokens: bool = True
 ) -> list[PlacedToken]:
     """Tokens of a text, or of a pair as the tokenizer's post-processor joins it."""
-    encoding = tokenizer.backend.encode(text, pair, add_special_tokens=add_special_tokens)
+    given = text if pair is None else (text, pair)
+    encoding = tokenizer.backend.encode_batch([given], add_special_tokens=add_special_tokens)[0]  # without the GIL
     texts = (text, pair or "")
     names = ("ids", "tokens", "offsets", "sequence_ids", "word_ids", "special_tokens_mask")
     rows = [*zip(*(getattr(encoding, name) for name in names), strict=True)]

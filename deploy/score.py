@@ -14,6 +14,7 @@ from deploy.pooling import (
     activate,
     activation_of,
     check_ids,
+    check_length,
     check_number,
     list_answer,
     normalized,
@@ -84,6 +85,8 @@ async def _read_pairs(
     service: Service, model: ServedModel, body: ScoreRequest, pairs: Sequence[tuple[str, str]]
 ) -> list[list[int]]:
     def read_one(first: str, second: str) -> list[int]:
+        if body.truncate_prompt_tokens is None:
+            check_length(model, model.tokenizer.least_num_tokens(first + second), "text_1")
         tokens = place_tokens(model.tokenizer, first, second, add_special_tokens=body.add_special_tokens)
         ids = truncated(model, body, [token.token_id for token in tokens])
         check_ids(model, ids, "text_1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import itertools
 import json
@@ -16,6 +17,13 @@ import openai
 import pytest
 import torch
 
+from deploy import huggingface
+from deploy.errors import ContextTooLong
+from deploy.openai_requests import parse
+from deploy.placed_tokens import place_tokens
+from deploy.score import ScoreRequest, score
+from deploy.served_model import ModelList
+from deploy.service import Service
 from deploy.settings import Settings
 from tests.deploy.fakes import RunningApi, running_api
 from tests.deploy.tiny_heads import TAGS, TOPICS, HeadRouter, TinyHeads, likelihood, write_tiny_heads
@@ -162,6 +170,52 @@ def test_scores_compare_embeddings_or_come_from_a_judge(api: RunningApi, heads: 
     assert len(post(api, "/score", text_1="a", text_2=["b"] * 200)["data"]) == 200  # all that max_prompts allows
     status, error = post(api, "/score", model="topics", text_1="a", text_2="b")
     assert status == 400 and "/classify" in error["message"]
+
+
+class Untouched:
+    """A tokenizers.Tokenizer that isn't asked for tokens."""
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda service, text: score(
+            service, parse({"model": "judge", "text_1": "a", "text_2": text}, ScoreRequest), ""
+        ),
+        lambda service, text: huggingface.token_classification(
+            service, parse({"inputs": text, "parameters": {"stride": 9}}, huggingface.HuggingFaceBody), None
+        ),
+        lambda service, text: huggingface.question_answering(
+            service, parse({"inputs": {"question": "a", "context": text}}, huggingface.HuggingFaceBody), None
+        ),
+    ],
+)
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(heads: TinyHeads, ask: Any) -> None:
+    models = heads.served
+    for model in models:
+        model.tokenizer.backend = Untouched()  # type: ignore[assignment]
+    limited = Settings.model_validate({"limits": {"max_prompts": 2}})
+    service = Service(limited, ModelList(models), None)  # type: ignore[arg-type]
+
+    async def run() -> None:
+        with pytest.raises(ContextTooLong):
+            await ask(service, "a" * 100_000)
+        service.close()
+
+    asyncio.run(run())
+
+
+def test_tokens_are_placed_with_the_interpreter_free_for_others(heads: TinyHeads) -> None:
+    class Batches:
+        """As long as they tokenize, the library's other ways keep every other thread waiting."""
+
+        encode_batch = heads.served[0].tokenizer.backend.encode_batch
+
+    tokenizer = heads.served[0].tokenizer
+    tokenizer.backend = Batches()  # type: ignore[assignment]
+    for pair in (None, "and the sea"):
+        found = [token.token_id for token in place_tokens(tokenizer, "the whale", pair)]
+        assert found == heads.tokenizer("the whale", pair)["input_ids"]
 
 
 def test_a_causal_model_classifies_by_the_likelihood_of_labels(api: RunningApi, heads: TinyHeads) -> None:
