@@ -17,7 +17,7 @@ from deploy.chat_messages import read_messages, render
 from deploy.endpoints import Endpoints, TextEndpoint
 from deploy.errors import InvalidRequest, invalid
 from deploy.generation import Delta, gather_all, stream_all
-from deploy.openai_requests import INT64_MAX, ChatCompletionRequest, RequestBody, StreamingBody, parse
+from deploy.openai_requests import INT64_MAX, ChatCompletionRequest, ListOf, RequestBody, StreamingBody, parse
 from deploy.service import Service
 from deploy.sse import JsonAnswer, event
 from deploy.tool_parser import CallArguments, CallStart, Piece, parser_for, read_whole
@@ -31,9 +31,9 @@ class CountTokensRequest(RequestBody):
     """What both endpoints read."""
 
     model: str | None = None
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=100_000)
-    system: str | list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: ListOf[dict[str, Any]] = Field(min_length=1, max_length=100_000)
+    system: str | ListOf[dict[str, Any]] | None = None
+    tools: ListOf[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # vLLM's
@@ -41,7 +41,7 @@ class CountTokensRequest(RequestBody):
 
 class MessagesRequest(CountTokensRequest, StreamingBody):
     max_tokens: int = Field(ge=1, le=INT64_MAX)
-    stop_sequences: list[str] | None = None
+    stop_sequences: ListOf[str] | None = None
     temperature: float | None = Field(default=None, ge=0, le=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0, le=INT64_MAX)

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from deploy.label_likelihood import label_log_likelihoods
+from deploy.openai_requests import ListOf
 from deploy.pooling import PoolingBody, activate, activation_of, list_answer, read_inputs, run_head
 from deploy.service import Service
 
@@ -18,7 +19,7 @@ class ClassifyRequest(PoolingBody):
 
     input: Any = None
     use_activation: bool | None = None  # false: outputs of the head, or log-likelihoods, in place of probabilities
-    labels: list[str] | None = Field(default=None, min_length=1, max_length=1000)
+    labels: ListOf[str] | None = Field(default=None, min_length=1, max_length=1000)
     label_template: str | None = Field(default=None, max_length=10_000)
 
 

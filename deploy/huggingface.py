@@ -16,7 +16,7 @@ from actors.request import Rows
 from deploy import aggregation, spans
 from deploy.errors import ContextTooLong, invalid
 from deploy.label_likelihood import label_log_likelihoods
-from deploy.openai_requests import RequestBody, parse
+from deploy.openai_requests import ListOf, RequestBody, parse
 from deploy.placed_tokens import PlacedToken, place_tokens, split, window_starts
 from deploy.pooling import activate, activation_of, check_ids, check_length, check_number, run_head
 from deploy.served_model import ServedModel
@@ -43,7 +43,7 @@ class TokenClassificationParameters(RequestBody):
     """`stride`: a text too long for the model is read in windows that share so many tokens."""
 
     aggregation_strategy: aggregation.Strategy = "simple"
-    ignore_labels: list[str] = Field(default=["O"])
+    ignore_labels: ListOf[str] = Field(default=["O"])
     stride: int | None = Field(default=None, ge=0)
 
 
@@ -56,7 +56,7 @@ class QuestionAnsweringParameters(spans.SpanOptions):
 
 
 class ZeroShotParameters(RequestBody):
-    candidate_labels: list[str] = Field(min_length=1, max_length=1000)
+    candidate_labels: ListOf[str] = Field(min_length=1, max_length=1000)
     hypothesis_template: str | None = Field(default=None, max_length=10_000)
     multi_label: bool = False
 

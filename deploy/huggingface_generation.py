@@ -21,7 +21,15 @@ from deploy.generation import Delta, TextPlan, Token, gather_all, stream_all
 from deploy.generation_plan import Asked, check_prompt, plan_requests, structured_spec
 from deploy.huggingface import HuggingFaceBody, read_parameters
 from deploy.logprobs import LOWEST, finite, most_likely
-from deploy.openai_requests import INT64_MAX, CompletionRequest, RequestBody, StreamingBody, StructuredOutputs, parse
+from deploy.openai_requests import (
+    INT64_MAX,
+    CompletionRequest,
+    ListOf,
+    RequestBody,
+    StreamingBody,
+    StructuredOutputs,
+    parse,
+)
 from deploy.pooling import check_length
 from deploy.service import Service
 from deploy.sse import event
@@ -46,7 +54,7 @@ class TextGenerationParameters(RequestBody):
     repetition_penalty: float | None = Field(default=None, gt=0)
     return_full_text: bool | None = None
     seed: int | None = Field(default=None, ge=0, le=2 * INT64_MAX + 1)
-    stop: list[str] | None = None
+    stop: ListOf[str] | None = None
     temperature: float | None = Field(default=None, ge=0)
     top_k: int | None = Field(default=None, ge=1, le=INT64_MAX)
     top_n_tokens: int | None = Field(default=None, ge=0)

@@ -7,7 +7,7 @@ is set to anything but its default. Unknown fields are refused with the nearest 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -16,6 +16,11 @@ from deploy.generation_config import from_generation_config
 from deploy.settings import nearest
 
 Body = TypeVar("Body", bound="RequestBody")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+# Read until the first wrong item: an error for each of millions takes seconds and gigabytes.
+ListOf = Annotated[list[Value], Field(fail_fast=True)]
+DictOf = Annotated[dict[Key, Value], Field(fail_fast=True)]
 INT64_MAX = 2**63 - 1
 
 
@@ -23,6 +28,13 @@ class RequestBody(BaseModel):
     """A JSON body. Read it with `parse`, which also knows the fields that are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_room_for_all(cls, body: Any) -> Any:
+        if isinstance(body, dict) and len(body) > len(cls.model_fields):  # one error, not one for each
+            raise ValueError(f"{len(body)} fields are more than the {len(cls.model_fields)} that there are")
+        return body
 
 
 class StreamOptions(RequestBody):
@@ -37,7 +49,7 @@ class StructuredOutputs(RequestBody):
     json_: str | dict[str, Any] | bool | None = Field(default=None, alias="json")
     json_object: bool | None = None
     regex: str | None = Field(default=None, max_length=100_000)
-    choice: list[str] | None = Field(default=None, min_length=1, max_length=10_000)
+    choice: ListOf[str] | None = Field(default=None, min_length=1, max_length=10_000)
     grammar: str | None = Field(default=None, max_length=1_000_000)
 
 
@@ -64,13 +76,13 @@ class GenerationBody(StreamingBody):
     seed: int | None = Field(default=None, ge=-INT64_MAX - 1, le=INT64_MAX)
     max_tokens: int | None = Field(default=None, ge=0, le=INT64_MAX)
     min_tokens: int | None = Field(default=0, ge=0, le=INT64_MAX)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | ListOf[str] | None = None
+    stop_token_ids: ListOf[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    logit_bias: dict[str, float] | None = None
-    bad_words: list[str] | None = Field(default=None, max_length=1000)
-    allowed_token_ids: list[int] | None = Field(default=None, min_length=1)
+    logit_bias: DictOf[str, float] | None = None
+    bad_words: ListOf[str] | None = Field(default=None, max_length=1000)
+    allowed_token_ids: ListOf[int] | None = Field(default=None, min_length=1)
     prompt_logprobs: int | None = Field(default=None, ge=0)
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1, le=INT64_MAX)  # -1: to what the model takes
@@ -110,11 +122,11 @@ class CompletionRequest(GenerationBody):
 
 
 class ChatCompletionRequest(GenerationBody):
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=100_000)
+    messages: ListOf[dict[str, Any]] = Field(min_length=1, max_length=100_000)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=INT64_MAX)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0)
-    tools: list[dict[str, Any]] | None = Field(default=None, max_length=1024)
+    tools: ListOf[dict[str, Any]] | None = Field(default=None, max_length=1024)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
     add_generation_prompt: bool = True
@@ -141,8 +153,8 @@ class TokenizeRequest(RequestBody):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = Field(default=None, min_length=1)
-    tools: list[dict[str, Any]] | None = None
+    messages: ListOf[dict[str, Any]] | None = Field(default=None, min_length=1)
+    tools: ListOf[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None  # default: true for a text, false for a chat
     return_token_strs: bool | None = False
     add_generation_prompt: bool = True
@@ -152,7 +164,7 @@ class TokenizeRequest(RequestBody):
 
 class DetokenizeRequest(RequestBody):
     model: str | None = None
-    tokens: list[int]
+    tokens: ListOf[int]
 
 
 # Fields that change nothing in the answer, whatever their value.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -12,9 +14,11 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from deploy.errors import InvalidRequest
 from deploy.ingress import create_api
-from deploy.openai_requests import ChatCompletionRequest, CompletionRequest
+from deploy.openai_requests import ChatCompletionRequest, CompletionRequest, RequestBody
 from deploy.router_pool import RouterPool
 from deploy.served_model import ModelList, ServedModel
 from deploy.service import Service
@@ -71,6 +75,24 @@ def test_hostile_bodies_are_refused(api: RunningApi, body: bytes) -> None:
     response = send(api, body)
     assert response.status_code == 400
     assert error_of(response)["type"] == "invalid_request_error"
+
+
+def bodies(base: type[RequestBody] = RequestBody) -> Iterator[type[RequestBody]]:
+    for body in base.__subclasses__():
+        yield body
+        yield from bodies(body)
+
+
+@pytest.mark.parametrize("wrong", [[{1}] * 1000, {str(i): {1} for i in range(1000)}], ids=["list", "object"])
+def test_a_list_or_an_object_is_read_until_its_first_wrong_item(wrong: Any) -> None:
+    for body in bodies():
+        for name, field in body.model_fields.items():
+            try:
+                with contextlib.suppress(InvalidRequest):
+                    body.model_validate({field.alias or name: wrong})
+            except ValidationError as error:
+                mine = [one for one in error.errors() if one["loc"][0] == (field.alias or name)]
+                assert len(mine) < 4, (body, name)  # one for each type that the field may have
 
 
 def test_templates_in_messages_are_only_text(api: RunningApi, served: ServedModel) -> None:
