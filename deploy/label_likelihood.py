@@ -14,11 +14,13 @@ from collections.abc import Sequence
 
 from deploy.errors import EngineError, InvalidRequest, invalid
 from deploy.logprobs import finite
-from deploy.pooling import PoolingBody, check_ids, side_by_side
+from deploy.pooling import PoolingBody, check_length, side_by_side
 from deploy.router_pool import GenerateRequest
 from deploy.served_model import ServedModel
 from deploy.service import Service
 from model.sampling_params import SamplingParams
+
+_REMEDY = "shorten it, the labels or their template"
 
 
 async def label_log_likelihoods(
@@ -37,14 +39,25 @@ async def label_log_likelihoods(
     if (num_runs := len(prompts) * len(labels)) > service.settings.limits.max_prompts:
         limit = service.settings.limits.max_prompts
         raise InvalidRequest(f"labels: {num_runs} texts times labels are more than this server's {limit}")
-    endings = [model.tokenizer.encode(template.replace("{}", label), add_special_tokens=False) for label in labels]
+    num_chars = sum(map(len, labels)) + len(labels) * len(template)
+    if num_chars > (most := service.settings.limits.max_body_bytes):
+        raise invalid("labels", f"in their template they have {num_chars} characters, more than this server's {most}")
+    longest = max(map(len, prompts))
+
+    def read_one(label: str) -> list[int]:
+        text = template.replace("{}", label)
+        # One token is drawn to end the request, so the context must have room for it.
+        check_length(model, longest + model.tokenizer.least_num_tokens(text) + 1, "labels", _REMEDY)
+        ending = model.tokenizer.encode(text, add_special_tokens=False)
+        check_length(model, longest + len(ending) + 1, "labels", _REMEDY)
+        return ending
+
+    endings = await service.run(lambda: [read_one(label) for label in labels], num_chars)
     deadline, body = service.deadline(), body or PoolingBody()
 
     async def likelihood(numbered: tuple[int, tuple[list[int], list[int]]]) -> float:
         number, (prompt_ids, ending) = numbered
         whole = prompt_ids + ending
-        # One token is drawn to end the request, so the context must have room for it.
-        check_ids(model, [*whole, whole[0]], "input")
         request = GenerateRequest(
             model=model.names[0],
             prompt_ids=whole,

@@ -7,6 +7,7 @@ import base64
 import itertools
 import json
 import struct
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ import pytest
 import torch
 
 from deploy import huggingface
-from deploy.errors import ContextTooLong
+from deploy.errors import ContextTooLong, InvalidRequest
+from deploy.label_likelihood import label_log_likelihoods
 from deploy.openai_requests import parse
 from deploy.placed_tokens import place_tokens
 from deploy.score import ScoreRequest, score
@@ -233,6 +235,37 @@ def test_a_causal_model_classifies_by_the_likelihood_of_labels(api: RunningApi, 
     assert num_finished() == before + 3 * len(labels)
     status, error = post(api, "/classify", model="topics", input="x", labels=["a", "b"])
     assert status == 400 and "classification by `labels`" in error["message"]
+
+
+def test_labels_are_tokenized_beside_the_event_loop_until_one_cannot_fit(heads: TinyHeads) -> None:
+    model = heads.served[0]
+    threads: list[str] = []
+
+    class Recorded:
+        def __init__(self, backend: Any) -> None:
+            self._backend = backend
+
+        def encode_batch_fast(self, *arguments: Any, **options: Any) -> Any:
+            threads.append(threading.current_thread().name)
+            return self._backend.encode_batch_fast(*arguments, **options)
+
+    model.tokenizer.backend = Recorded(model.tokenizer.backend)  # type: ignore[assignment]
+    service = Service(Settings(), ModelList([model]), None)  # type: ignore[arg-type]
+
+    async def refused(num_labels: int, template: str) -> InvalidRequest:
+        labels = [f"{i}" for i in range(num_labels)]
+        with pytest.raises(InvalidRequest) as caught:
+            await label_log_likelihoods(service, model, [[5]], labels, template)
+        return caught.value
+
+    async def run() -> tuple[InvalidRequest, InvalidRequest]:
+        return await refused(100, "word " * 1000 + "{}"), await refused(1000, "word " * 1900 + "{}")
+
+    too_long, too_many = asyncio.run(run())
+    service.close()
+    assert isinstance(too_long, ContextTooLong) and too_long.param == "labels"
+    assert len(threads) == 1 and threads[0].startswith("text")
+    assert too_many.param == "labels" and "characters" in too_many.message
 
 
 def test_a_model_of_another_task_is_refused_with_where_to_go(api: RunningApi) -> None:
