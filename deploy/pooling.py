@@ -179,10 +179,15 @@ def one_or_many(value: Any, param: str) -> Sequence[str | list[int]]:
 
 def truncated(model: ServedModel, body: PoolingBody, ids: list[int]) -> list[int]:
     """The last tokens that `truncate_prompt_tokens` leaves."""
+    return ids if (keep := num_kept(model, body)) is None else ids[-keep:]
+
+
+def num_kept(model: ServedModel, body: PoolingBody) -> int | None:
+    """How many tokens of a prompt `truncate_prompt_tokens` leaves; None: all."""
     keep = body.truncate_prompt_tokens
     if keep == 0:
         raise invalid("truncate_prompt_tokens", "0 leaves no text; use 1 or more, or -1")
-    return ids if keep is None else ids[-(model.max_model_len if keep == -1 else keep) :]
+    return model.max_model_len if keep == -1 else keep
 
 
 def check_ids(model: ServedModel, ids: Sequence[int], param: str, remedy: str = _REMEDY) -> None:

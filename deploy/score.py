@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deploy.errors import InvalidRequest, invalid
-from deploy.placed_tokens import place_tokens
+from deploy.placed_tokens import PlacedToken, place_tokens, split
 from deploy.pooling import (
     EMBEDDING_KINDS,
     PoolingBody,
@@ -18,17 +18,19 @@ from deploy.pooling import (
     check_number,
     list_answer,
     normalized,
+    num_kept,
     one_or_many,
     read_inputs,
     run_head,
-    truncated,
 )
 from deploy.served_model import ServedModel
 from deploy.service import Service
 
 
 class ScoreRequest(PoolingBody):
-    """vLLM's body: one text against one or many, or as many against as many."""
+    """vLLM's body: one text against one or many, or as many against as many.
+
+    `truncate_prompt_tokens` shortens the second text of a pair that a classifier reads, from its end."""
 
     text_1: Any = None
     text_2: Any = None
@@ -81,14 +83,29 @@ def _texts(value: Any, param: str) -> list[str]:
     return [str(text) for text in texts]
 
 
+def _shortened(tokens: list[PlacedToken], keep: int) -> list[PlacedToken]:
+    """The pair without the end of its second text. A classifier needs the first one, and what the tokenizer added."""
+    begin, end = split(tokens, 1)
+    num_left = end - begin - (len(tokens) - keep)
+    if num_left < 1:
+        raise invalid(
+            "truncate_prompt_tokens", f"{keep} tokens leave nothing of text_2 beside text_1; raise it or shorten text_1"
+        )
+    return tokens[: begin + num_left] + tokens[end:]
+
+
 async def _read_pairs(
     service: Service, model: ServedModel, body: ScoreRequest, pairs: Sequence[tuple[str, str]]
 ) -> list[list[int]]:
+    keep = num_kept(model, body)
+
     def read_one(first: str, second: str) -> list[int]:
-        if body.truncate_prompt_tokens is None:
+        if keep is None:
             check_length(model, model.tokenizer.least_num_tokens(first + second), "text_1")
         tokens = place_tokens(model.tokenizer, first, second, add_special_tokens=body.add_special_tokens)
-        ids = truncated(model, body, [token.token_id for token in tokens])
+        if keep is not None and len(tokens) > keep:
+            tokens = _shortened(tokens, keep)
+        ids = [token.token_id for token in tokens]
         check_ids(model, ids, "text_1")
         return ids
 

@@ -174,6 +174,19 @@ def test_scores_compare_embeddings_or_come_from_a_judge(api: RunningApi, heads: 
     assert status == 400 and "/classify" in error["message"]
 
 
+def test_a_long_pair_loses_the_end_of_its_second_text(api: RunningApi, heads: TinyHeads) -> None:
+    question, text = "the whale?", "The sea and the ship went over to Paris. " * 40
+    for keep, num_kept in ((40, 40), (-1, 256)):
+        ids = heads.tokenizer(question, text, truncation="only_second", max_length=num_kept)["input_ids"]
+        answer = post(api, "/score", model="judge", text_1=question, text_2=text, truncate_prompt_tokens=keep)
+        assert answer["usage"]["prompt_tokens"] == len(ids) == num_kept
+        assert is_close([answer["data"][0]["score"]], heads.outputs("judge", ids).sigmoid())
+    whole = post(api, "/score", model="judge", text_1=question, text_2="the sea", truncate_prompt_tokens=40)
+    assert whole["data"] == post(api, "/score", model="judge", text_1=question, text_2="the sea")["data"]
+    status, error = post(api, "/score", model="judge", text_1=text, text_2="the sea", truncate_prompt_tokens=40)
+    assert status == 400 and error["param"] == "truncate_prompt_tokens" and "text_1" in error["message"]
+
+
 class Untouched:
     """A tokenizers.Tokenizer that isn't asked for tokens."""
 
