@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,9 @@ HUB_FILES = [
 ]
 
 
-def locate_model(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+def locate_model(
+    model: str, revision: str | None = None, download_dir: str | None = None, files: Sequence[str] = HUB_FILES
+) -> Path:
     """The directory that holds the model's files; fetches from the hub, with its progress bars, what isn't cached.
 
     Raises ValueError, with what to do, when there is neither such a directory nor such a repository.
@@ -34,7 +37,7 @@ def locate_model(model: str, revision: str | None = None, download_dir: str | No
 
     try:
         return Path(
-            snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=HUB_FILES)
+            snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=[*files])
         ).resolve()
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(

@@ -58,17 +58,23 @@ def check(
 
 def findings(settings: Any, address: str | None) -> Iterator[Finding]:
     """Settings (deploy.settings.Settings) against this machine and, where an address is given, a Ray cluster."""
-    from deploy import specs
+    from deploy import app, specs
+    from deploy.auth import all_keys
 
     yield requirements()
     server = settings.server
+    try:
+        all_keys(server.api_keys, server.api_key_file)
+    except ValueError as error:
+        yield Finding("fail", "keys", str(error))
     yield listening(server.host, server.port, has_keys=bool(server.api_keys or server.api_key_file))
     directories, models = [], []
     for one in settings.each_mesh():
         try:
             directories.append(str(specs.model_directory(one)))
             models.append(specs.model_everywhere(one))
-            specs.router_spec(one)
+            app.served_models(one)
+            app.plan_of(one)
             shards = "no shards" if one.mesh.local else f"shards: {one.mesh.shards}"
             text = f"model {one.model.path}, routers: {one.mesh.routers}, {shards}"
             yield Finding("ok", "settings", text)

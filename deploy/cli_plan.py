@@ -95,12 +95,10 @@ def plan(
 
 def model_shape(model: str, quantization: str | None) -> ModelShape:
     """From the config alone; a directory with nothing but config.json is enough. Raises ValueError."""
-    from pathlib import Path
-
     from actors.model_source import locate_model
     from model.config import ModelConfig
 
-    config = ModelConfig.from_directory(Path(model) if Path(model).is_dir() else locate_model(model))
+    config = ModelConfig.from_directory(locate_model(model, files=["config.json"]))
     if quantization not in (None, "int8", "int4"):
         raise ValueError(f"quantization={quantization!r} must be int8 or int4")
     weight_bytes = {"int8": 1.0, "int4": 0.55}.get(quantization or "", 4.0 if config.dtype == "float32" else 2.0)

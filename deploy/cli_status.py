@@ -58,11 +58,14 @@ def status(
 
 
 def look(client: Client, model: str | None) -> Snapshot:
-    """Raises CallError."""
+    """Of a model's mesh alone, where one is named; what ingresses count is of all. Raises CallError."""
+    mesh = client.get(mesh_path(model))
     values: dict[str, float] = {}
     buckets: dict[str, dict[float, float]] = {}
     for family in text_string_to_metric_families(client.text("/metrics")):
         for sample in family.samples:
+            if model and sample.labels.get("mesh", mesh.get("mesh")) != mesh.get("mesh"):
+                continue
             name = sample.name.removeprefix(PREFIX)
             if name.endswith("_bucket"):
                 counts = buckets.setdefault(name.removesuffix("_bucket"), {})
@@ -72,7 +75,7 @@ def look(client: Client, model: str | None) -> Snapshot:
                 values[name] = max(values.get(name, 0.0), sample.value)
             else:
                 values[name] = values.get(name, 0.0) + sample.value
-    return Snapshot(time.monotonic(), values, buckets, client.get(mesh_path(model)))
+    return Snapshot(time.monotonic(), values, buckets, mesh)
 
 
 def rate(before: Snapshot, now: Snapshot, name: str) -> float:

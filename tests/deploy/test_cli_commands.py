@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -22,12 +23,13 @@ from deploy.bench import Outcome, summarize
 from deploy.bench_load import Workload, arrivals, jobs
 from deploy.cli import cli
 from deploy.cli_chat import Conversation, converse
-from deploy.cli_check import listening, of_node, requirements
-from deploy.cli_status import Snapshot, heat_row, one_line, quantile, view
+from deploy.cli_check import findings, listening, of_node, requirements
+from deploy.cli_plan import model_shape
+from deploy.cli_status import Snapshot, heat_row, look, one_line, quantile, view
 from deploy.http_client import CallError, Client
 from deploy.node_report import check_checkpoint, code_hash, node_report
 from deploy.service_record import recorded, services
-from deploy.settings import Settings
+from deploy.settings import Settings, load
 from tests.deploy.fakes import RunningApi
 from tests.tiny import write_tiny_model
 
@@ -186,6 +188,48 @@ def test_the_status_fits_a_small_terminal_and_shows_any_trouble_as_it_is() -> No
     now = Snapshot(1.0, {"generation_tokens_total": 40.0, "num_requests_running": 3.0}, {}, mesh)
     line = "40 tokens/s  3 running  0 waiting  KV 0.0 %  1 shards  epoch 3 complete"
     assert one_line(Snapshot(0.0, {}, {}, mesh), now) == line
+
+
+class TwoMeshes:
+    """A client of a service with two meshes."""
+
+    def text(self, path: str) -> str:
+        return (
+            'expertmesh_num_requests_running{mesh="default",router="a"} 40.0\n'
+            'expertmesh_num_requests_running{mesh="default-2",router="b"} 2.0\n'
+            "expertmesh_generation_tokens_total 7.0\n"
+        )
+
+    def get(self, path: str) -> dict[str, Any]:
+        return {"mesh": "default-2" if path.endswith("second") else "default"}
+
+
+def test_the_status_of_a_model_leaves_other_meshes_out() -> None:
+    client: Any = TwoMeshes()
+    assert look(client, "second").values == {"num_requests_running": 2.0, "generation_tokens_total": 7.0}
+    assert look(client, None).values["num_requests_running"] == 42.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ({"mesh.replicas": 3, "mesh.shards": 2}, "replicas"),
+        ({"model.chat_template": "/nowhere"}, "/nowhere"),
+        ({"server.api_key_file": "/nowhere"}, "api_key_file"),
+    ],
+)
+def test_check_fails_what_serve_refuses(flags: dict[str, Any], word: str) -> None:
+    found = itertools.islice(findings(load(flags=flags).settings, None), 3)  # before it looks at this node
+    assert [word in one.detail for one in found if one.level == "fail" and one.subject != "port"] == [True]
+
+
+def test_a_plan_fetches_nothing_but_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(model: str, *, allow_patterns: list[str], **_: Any) -> str:
+        assert (model, allow_patterns) == ("owner/tiny", ["config.json"])
+        return str(write_tiny_model(tmp_path / "tiny"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert model_shape("owner/tiny", None).num_experts == 8
 
 
 def test_a_checkpoint_is_whole_or_named_what_it_lacks(tmp_path: Path) -> None:
