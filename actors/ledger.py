@@ -7,6 +7,7 @@ reach it counts for itself.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -62,7 +63,7 @@ class Ledger:
         A lease ends with release(), or by itself after lease_s, so that an ingress that dies takes nothing with it.
         """
         now = self._clock()
-        account = self._keys.setdefault(key, _Key(float(per_minute or 0), now))
+        account = self._keys.setdefault(key, _Key(math.inf, now))  # full, whatever its rate will be
         account.leases = {r: until for r, until in account.leases.items() if until > now}
         if at_once is not None and len(account.leases) >= at_once:
             return "concurrency", 1.0

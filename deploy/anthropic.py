@@ -19,7 +19,7 @@ from deploy.errors import InvalidRequest, invalid
 from deploy.generation import Delta, gather_all, stream_all
 from deploy.openai_requests import INT64_MAX, ChatCompletionRequest, ListOf, RequestBody, StreamingBody, parse
 from deploy.service import Service
-from deploy.sse import JsonAnswer, event
+from deploy.sse import event, whole_answer
 from deploy.tool_parser import CallArguments, CallStart, Piece, parser_for, read_whole
 from deploy.tools import read_tool_use
 
@@ -48,8 +48,8 @@ class MessagesRequest(CountTokensRequest, StreamingBody):
 
 
 def add_to(endpoints: Endpoints) -> None:
-    async def count_tokens(_: Request, body: CountTokensRequest) -> Response:
-        return JsonAnswer({"input_tokens": await _count_tokens(endpoints.service, body)})
+    async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
+        return await whole_answer(request, _count_tokens(endpoints.service, body))
 
     endpoints.add_text("/v1/messages", MESSAGES)
     endpoints.add("/v1/messages/count_tokens", CountTokensRequest, count_tokens)
@@ -187,13 +187,13 @@ async def _stream(service: Service, plan: ChatPlan) -> AsyncGenerator[bytes]:
     yield _event("message_stop")
 
 
-async def _count_tokens(service: Service, body: CountTokensRequest) -> int:
+async def _count_tokens(service: Service, body: CountTokensRequest) -> dict[str, int]:
     """Also of what doesn't fit the context: clients ask to learn just that."""
     chat = to_chat(body)
     model = service.models.find_generator(chat.model)
     use = read_tool_use(chat.tools, chat.tool_choice, is_parallel=chat.parallel_tool_calls is not False)
     prompt = await render(service, model, chat, read_messages(chat.messages), use)
-    return len(await service.encode(model, prompt, add_special_tokens=chat.add_special_tokens))
+    return {"input_tokens": len(await service.encode(model, prompt, add_special_tokens=chat.add_special_tokens))}
 
 
 async def _plan(service: Service, body: MessagesRequest, answer_id: str) -> ChatPlan:

@@ -43,17 +43,8 @@ from deploy.tracing import CURRENT, RequestNote, Tracing, exporter_to
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("expertmesh.access")
-_FREE_PATHS = frozenset(
-    {
-        "/ping",
-        "/tokenize",
-        "/detokenize",
-        "/v1/messages/count_tokens",
-        "/reset_prefix_cache",
-        "/mesh/scale",
-        "/load_model",
-    }
-)
+_FREE_PATHS = frozenset({"/ping", "/reset_prefix_cache", "/mesh/scale", "/load_model"})
+_TOKEN_PATHS = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})  # work for this process alone
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -146,7 +137,8 @@ class Front:
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
-        is_work = scope["method"] == "POST" and path not in _FREE_PATHS
+        is_admitted = scope["method"] == "POST" and path not in _FREE_PATHS
+        is_work = is_admitted and path not in _TOKEN_PATHS
         note = self.tracing.begin(path, headers, request_id) if self.tracing and is_work else RequestNote()
         REQUEST_ID.set(request_id)
         CURRENT.set(note)
@@ -167,7 +159,7 @@ class Front:
         state["request_id"] = request_id
         try:
             client = self.keys.check(path, headers)
-            async with self._admission(is_work, client):
+            async with self._admission(client, is_admitted=is_admitted, is_rated=is_work):
                 await self.app(scope, receive, send_with_id)
         except Exception as error:
             if not isinstance(error, ApiError):
@@ -179,21 +171,21 @@ class Front:
             await error_answer(error, path)(scope, receive, send_with_id)
         finally:
             code = state.get("error_code")
-            if status in (401, 429) or (status == 503 and is_work):
+            if status in (401, 429) or (status == 503 and is_admitted):
                 self.service.pool.metrics.rejected.labels(code or "other").inc()
             note.end(status, code)
             if is_work or status >= 400:
                 _log_access(scope, status, time.monotonic() - began, note)
 
     @asynccontextmanager
-    async def _admission(self, is_work: bool, client: str) -> AsyncIterator[None]:
-        """Requests for the mesh are counted until their answer has ended; looking around is free."""
-        if not is_work:
+    async def _admission(self, client: str, *, is_admitted: bool, is_rated: bool) -> AsyncIterator[None]:
+        """Requests with work are counted until their answer has ended; looking around is free."""
+        if not is_admitted:
             yield
             return
         with self.service.admitted():
             try:
-                async with self.limits.admitted(client):
+                async with self.limits.admitted(client, is_rated=is_rated):
                     yield
             finally:
                 self.sharing.soon()

@@ -34,13 +34,14 @@ class KeyLimits:
         self._releases: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
-    async def admitted(self, key: str) -> AsyncGenerator[None]:
-        """Counts a request while it is served. Raises TooManyRequests."""
-        if self._per_minute is None and self._at_once is None:
+    async def admitted(self, key: str, *, is_rated: bool = True) -> AsyncGenerator[None]:
+        """Counts a request while it is served, and in its minute where it is_rated. Raises TooManyRequests."""
+        per_minute = self._per_minute if is_rated else None
+        if per_minute is None and self._at_once is None:
             yield
             return
         request_id = uuid.uuid4().hex  # clients may give the same X-Request-Id to all of theirs
-        refused, wait_s = await self._admit(key, request_id)
+        refused, wait_s = await self._admit(key, request_id, per_minute)
         if refused == "concurrency":
             raise TooManyRequests(
                 f"this API key has {self._at_once} requests in flight, the most it may have; wait for one",
@@ -64,8 +65,8 @@ class KeyLimits:
             self._releases.add(task)
             task.add_done_callback(self._releases.discard)
 
-    async def _admit(self, key: str, request_id: str) -> tuple[str, float]:
-        limits: dict[str, Any] = {"per_minute": self._per_minute, "at_once": self._at_once, "lease_s": self._lease_s}
+    async def _admit(self, key: str, request_id: str, per_minute: int | None) -> tuple[str, float]:
+        limits: dict[str, Any] = {"per_minute": per_minute, "at_once": self._at_once, "lease_s": self._lease_s}
         if self._shared is not None:
             try:
                 async with asyncio.timeout(1.0):

@@ -242,6 +242,28 @@ def test_an_ingress_holds_only_so_many_requests(served: ServedModel) -> None:
                     assert third.status_code == 503
 
 
+TOKEN_BODIES: dict[str, Any] = {
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [5]},
+    "/v1/messages/count_tokens": {"messages": HELLO},
+}
+
+
+@pytest.mark.parametrize(("limit", "status"), [("max_queue", 503), ("max_requests_per_key", 429)])
+def test_who_counts_tokens_takes_a_place_and_nothing_of_the_rate(served: ServedModel, limit: str, status: int) -> None:
+    limited = Settings.model_validate({"limits": {limit: 1, "requests_per_minute_per_key": 1}})
+    with running_api(served, limited, FakeRouter(token_s=0.05)) as api, httpx.Client() as http:
+        for path, body in TOKEN_BODIES.items():
+            assert send(api, body, path).status_code == 200
+        body = {"prompt": "x", "max_tokens": 300, "stream": True}
+        with http.stream("POST", api.url + "/v1/completions", json=body) as first:
+            assert first.status_code == 200
+            for path, body in TOKEN_BODIES.items():
+                assert send(api, body, path).status_code == status
+        refused = "queue_full" if status == 503 else "rate_limit_exceeded"
+        assert f'rejected_requests_total{{code="{refused}"}} 3.0' in httpx.get(api.url + "/metrics").text
+
+
 def test_a_body_that_never_ends_gives_its_place_up(served: ServedModel) -> None:
     limited = Settings.model_validate({"limits": {"max_queue": 2, "request_timeout_s": 2.0}})
     with running_api(served, limited) as api, socket.socket() as one, socket.socket() as other:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
+import threading
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from actors.request import Rows
-from deploy.openai_requests import parse
+from deploy.ingress import create_api
+from deploy.openai_requests import TokenizeRequest, parse
 from deploy.pooling import PoolingRequest, pool
 from deploy.router_pool import PoolRequest, RouterPool
 from deploy.served_model import ModelList, ServedModel
 from deploy.service import Service
 from deploy.settings import Settings
+from deploy.sse import CLIENT_LEFT
+from deploy.token_endpoints import tokenize
 
 ROW = np.random.default_rng(0).standard_normal(2048).astype(np.float32)
 
@@ -47,6 +53,67 @@ def turns_of_the_loop(served: ServedModel, work: Callable[[Service], Coroutine[A
         return turns, task.result()
 
     return asyncio.run(run())
+
+
+class Recorded:
+    """A tokenizers.Tokenizer that tells in which threads it tokenizes, and names tokens."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self.threads: set[str] = set()
+        self.may_go_on = threading.Event()
+
+    def encode_batch_fast(self, *arguments: Any, **options: Any) -> Any:
+        self.threads.add(threading.current_thread().name)
+        self.may_go_on.wait(60)
+        return self._backend.encode_batch_fast(*arguments, **options)
+
+    def id_to_token(self, token_id: int) -> str:
+        self.threads.add(threading.current_thread().name)
+        return str(self._backend.id_to_token(token_id))
+
+
+def test_texts_of_tokens(served: ServedModel) -> None:
+    backend = Recorded(served.tokenizer.backend)
+    backend.may_go_on.set()
+    tokenizer = copy.copy(served.tokenizer)
+    tokenizer.backend = backend  # type: ignore[assignment]
+    body = parse({"prompt": "word " * 2000, "return_token_strs": True}, TokenizeRequest)
+    _, answer = turns_of_the_loop(replace(served, tokenizer=tokenizer), lambda service: tokenize(service, body))
+    assert json.loads(answer)["count"] == len(json.loads(answer)["token_strs"]) > 2000
+    assert len(backend.threads) == 1 and backend.threads.pop().startswith("text")
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/messages/count_tokens"])
+def test_nobody_waits_for_the_tokens_of_a_client_that_has_left(served: ServedModel, path: str) -> None:
+    tokenizer = copy.copy(served.tokenizer)
+    tokenizer.backend = backend = Recorded(served.tokenizer.backend)  # type: ignore[assignment]
+    text = "word " * 2000
+    body = {"prompt": text} if path == "/tokenize" else {"messages": [{"role": "user", "content": text}]}
+    heard = [{"type": "http.disconnect"}, {"type": "http.request", "body": json.dumps(body).encode()}]
+    said: list[int] = []
+
+    async def receive() -> dict[str, Any]:
+        if heard[-1]["type"] == "http.disconnect":
+            while not backend.threads:
+                await asyncio.sleep(0.01)
+        return heard.pop()
+
+    async def send(message: Any) -> None:
+        said.append(message.get("status", 0))
+
+    async def run() -> None:
+        pool = NoRouter()
+        api = create_api(Settings(), [replace(served, tokenizer=tokenizer)], pool)
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": []}
+        try:
+            await asyncio.wait_for(api(scope, receive, send), 20)
+        finally:
+            backend.may_go_on.set()
+            await pool.close()
+
+    asyncio.run(run())
+    assert said[0] == CLIENT_LEFT
 
 
 @pytest.mark.parametrize("is_raw", [True, False])

@@ -184,6 +184,9 @@ def test_a_key_has_a_rate_and_a_number_at_once() -> None:
     assert refused == "rate" and wait_s == pytest.approx(1.0)
     clock.now += 1.1
     assert ledger.admit("r", "5", per_minute=2, at_once=None, lease_s=1)[0] == ""
+    for per_minute in (None, 2, 2):
+        assert ledger.admit("new", str(per_minute), per_minute=per_minute, at_once=9, lease_s=1)[0] == ""
+    assert ledger.admit("new", "4", per_minute=2, at_once=9, lease_s=1)[0] == "rate"
 
 
 class Shared:
