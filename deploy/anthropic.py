@@ -16,7 +16,7 @@ from deploy.chat import ChatPlan, plan_chat
 from deploy.chat_messages import read_messages, render
 from deploy.endpoints import Endpoints, TextEndpoint
 from deploy.errors import InvalidRequest, invalid
-from deploy.generation import Delta, gather_all, stream_all
+from deploy.generation import Delta, stream_all
 from deploy.openai_requests import INT64_MAX, ChatCompletionRequest, ListOf, RequestBody, StreamingBody, parse
 from deploy.service import Service
 from deploy.sse import event, whole_answer
@@ -152,8 +152,8 @@ def _output_format(config: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
-async def _answer(service: Service, plan: ChatPlan) -> dict[str, Any]:
-    (delta,) = await gather_all(service.pool, plan)
+def _answer(plan: ChatPlan, deltas: list[Delta]) -> dict[str, Any]:
+    (delta,) = deltas
     text, calls = read_whole(plan.use, delta.text)
     blocks: list[dict[str, Any]] = [{"type": "text", "text": text}] if text or not calls else []
     for name, arguments in calls:

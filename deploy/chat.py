@@ -10,7 +10,7 @@ from typing import Any
 from deploy.chat_messages import read_messages, render
 from deploy.endpoints import TextEndpoint
 from deploy.errors import InvalidRequest, invalid
-from deploy.generation import Delta, TextPlan, gather_all
+from deploy.generation import Delta, TextPlan
 from deploy.generation_plan import (
     Asked,
     plan_requests,
@@ -66,9 +66,8 @@ async def plan_chat(service: Service, body: ChatCompletionRequest, answer_id: st
     )
 
 
-async def chat(service: Service, plan: ChatPlan) -> dict[str, Any]:
+def chat(plan: ChatPlan, deltas: list[Delta]) -> dict[str, Any]:
     """The whole answer."""
-    deltas = await gather_all(service.pool, plan)
     usage = Usage(plan.requests)
     choices = []
     for index, delta in enumerate(deltas):

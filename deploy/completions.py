@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deploy.endpoints import TextEndpoint
-from deploy.generation import Delta, TextPlan, gather_all
+from deploy.generation import Delta, TextPlan
 from deploy.generation_plan import (
     Asked,
     plan_requests,
@@ -55,9 +55,8 @@ async def plan_completion(service: Service, body: CompletionRequest, answer_id: 
     )
 
 
-async def complete(service: Service, plan: CompletionPlan) -> dict[str, Any]:
+def complete(plan: CompletionPlan, deltas: list[Delta]) -> dict[str, Any]:
     """The whole answer."""
-    deltas = await gather_all(service.pool, plan)
     usage = Usage(plan.requests)
     choices = []
     for index, delta in enumerate(deltas):

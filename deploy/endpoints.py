@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from deploy.errors import ApiError, BodyTooLarge, InvalidRequest, RequestTimeout, UnsupportedMedia
+from deploy.generation import Delta, TextPlan, gather_all
 from deploy.openai_requests import Body, RequestBody, StreamingBody, parse
 from deploy.service import Service
 from deploy.settings import LimitSettings
 from deploy.sse import DONE, event, start_stream, whole_answer
 
 StreamBody = TypeVar("StreamBody", bound=StreamingBody)
-Plan = TypeVar("Plan")
+Plan = TypeVar("Plan", bound=TextPlan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextEndpoint(Generic[StreamBody, Plan]):
-    """What sets one API that writes text apart from another. `end_with_error`: how its streams tell of an error."""
+    """What sets one API that writes text apart from another. `answer` makes the whole answer of what came for each
+    sequence; `end_with_error`: how its streams tell of an error."""
 
     body: type[StreamBody]
     id_prefix: str = ""
     plan: Callable[[Service, StreamBody, str], Awaitable[Plan]]
-    answer: Callable[[Service, Plan], Coroutine[Any, Any, Any]]
+    answer: Callable[[Plan, list[Delta]], Any]
     stream: Callable[[Service, Plan], AsyncGenerator[bytes]]
     end_with_error: Callable[[ApiError], bytes] = lambda error: event(error.body()) + DONE
 
@@ -39,7 +41,22 @@ class TextEndpoint(Generic[StreamBody, Plan]):
         if body.stream:
             time_s = service.settings.limits.request_timeout_s
             return await start_stream(request, self.stream(service, plan), self.end_with_error, time_s)
-        return await whole_answer(request, self.answer(service, plan))
+        return await whole_answer(request, self._whole(service, plan))
+
+    async def _whole(self, service: Service, plan: Plan) -> bytes:
+        deltas = await gather_all(service.pool, plan)
+        return await service.run(lambda: to_json(self.answer(plan, deltas)), 4 * _num_logprobs(deltas))
+
+
+def _num_logprobs(deltas: Iterable[Delta]) -> int:
+    """That an answer may show; each takes some microseconds. All tokens of a sequence have as many."""
+    num = 0
+    for delta in deltas:
+        if delta.prompt_logprobs:
+            num += len(delta.prompt_logprobs) * len(delta.prompt_logprobs[-1] or ())
+        if delta.tokens:
+            num += len(delta.tokens) * len(delta.tokens[0].alternatives or ())
+    return num
 
 
 class Endpoints:

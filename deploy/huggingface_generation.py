@@ -17,7 +17,7 @@ from pydantic import Field
 from actors.request import Alternatives
 from deploy.endpoints import TextEndpoint
 from deploy.errors import invalid
-from deploy.generation import Delta, TextPlan, Token, gather_all, stream_all
+from deploy.generation import Delta, TextPlan, Token, stream_all
 from deploy.generation_plan import Asked, check_prompt, plan_requests, structured_spec
 from deploy.huggingface import HuggingFaceBody, read_parameters
 from deploy.logprobs import LOWEST, finite, most_likely
@@ -112,9 +112,8 @@ async def plan_text_generation(service: Service, body: TextGenerationRequest, _:
     )
 
 
-async def generate_text(service: Service, plan: TextGenerationPlan) -> list[dict[str, Any]]:
+def generate_text(plan: TextGenerationPlan, deltas: list[Delta]) -> list[dict[str, Any]]:
     """The whole answer; of `best_of` sequences the one with the highest mean log-probability."""
-    deltas = await gather_all(service.pool, plan)
     deltas.sort(key=lambda delta: -math.fsum(_logprob(token) for token in delta.tokens) / max(1, len(delta.tokens)))
     best, *others = [_sequence(plan, delta) for delta in deltas]
     answer: dict[str, Any] = {"generated_text": best.pop("generated_text")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from actors.request import Alternatives
@@ -52,17 +52,16 @@ def chat_logprobs(
     return {"content": content, "refusal": None}
 
 
-def prompt_logprobs(per_token: Sequence[Alternatives | None], tokenizer: Tokenizer) -> list[dict[str, Any] | None]:
+def prompt_logprobs(per_token: Sequence[Alternatives | None], tokenizer: Tokenizer) -> Iterator[dict[str, Any] | None]:
     """vLLM's shape: for each prompt token a dict from token id to its logprob, rank and text; None for the first."""
-    return [
-        None
-        if alternatives is None
-        else {
+    for alternatives in per_token:
+        if alternatives is None:
+            yield None
+            continue
+        yield {
             str(token_id): {"logprob": finite(logprob), "rank": rank, "decoded_token": tokenizer.token_text(token_id)}
             for token_id, logprob, rank in alternatives
         }
-        for alternatives in per_token
-    ]
 
 
 def prompt_tokens(

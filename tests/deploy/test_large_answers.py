@@ -6,18 +6,22 @@ import asyncio
 import copy
 import json
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from starlette.requests import Request
 
-from actors.request import Rows
+from actors.request import Chunk, Rows
+from deploy.chat import CHAT
+from deploy.completions import COMPLETIONS
+from deploy.endpoints import TextEndpoint
 from deploy.ingress import create_api
 from deploy.openai_requests import TokenizeRequest, parse
 from deploy.pooling import PoolingRequest, pool
-from deploy.router_pool import PoolRequest, RouterPool
+from deploy.router_pool import PoolRequest, RouterPool, RouterRequest
 from deploy.served_model import ModelList, ServedModel
 from deploy.service import Service
 from deploy.settings import Settings
@@ -39,6 +43,16 @@ class NoRouter(RouterPool):
     async def pool(self, request: PoolRequest) -> Rows:
         return [ROW] * 1000
 
+    async def generate(self, request: RouterRequest) -> AsyncGenerator[Chunk]:
+        alternatives = [(token_id, -1.0, token_id) for token_id in range(21)]
+        yield Chunk(
+            request_id=request.request_id,
+            token_ids=[40] * 50,
+            logprobs=[alternatives] * 50,
+            prompt_logprobs=[None] + [alternatives] * (len(request.prompt_ids) - 1),
+            finish_reason="length",
+        )
+
 
 def turns_of_the_loop(served: ServedModel, work: Callable[[Service], Coroutine[Any, Any, Any]]) -> tuple[int, Any]:
     """How often the event loop came round while the work was done, and its result."""
@@ -53,6 +67,30 @@ def turns_of_the_loop(served: ServedModel, work: Callable[[Service], Coroutine[A
         return turns, task.result()
 
     return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body"),
+    [
+        (COMPLETIONS, {"prompt": [[5] * 400] * 8, "logprobs": 20, "prompt_logprobs": 20}),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "n": 64, "logprobs": True, "top_logprobs": 20}),
+    ],
+    ids=["completions", "chat"],
+)
+def test_log_probabilities(served: ServedModel, endpoint: TextEndpoint[Any, Any], body: dict[str, Any]) -> None:
+    async def receive() -> Any:
+        return await asyncio.Future()
+
+    request = Request({"type": "http", "state": {"request_id": "r"}}, receive)
+    parsed = parse(body, endpoint.body)
+    turns, answer = turns_of_the_loop(served, lambda service: endpoint.serve(service, request, parsed))
+    choices = json.loads(answer.body)["choices"]
+    if endpoint is COMPLETIONS:
+        assert len(choices) == 8 and choices[7]["prompt_logprobs"][0] is None
+        assert all(len(one) == 21 for one in choices[7]["prompt_logprobs"][1:])
+    else:
+        assert len(choices) == 64 and len(choices[0]["logprobs"]["content"]) == 50
+    assert turns > 5, "one that holds up the loop leaves it one or two turns"
 
 
 class Recorded:
