@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.logs import REQUEST_ID
 from deploy import anthropic, head_endpoints, mesh_endpoints, monitoring, operations, token_endpoints
-from deploy.auth import ApiKeys, all_keys
+from deploy.auth import OPEN_PATHS, ApiKeys, all_keys
 from deploy.chat import CHAT
 from deploy.completions import COMPLETIONS
 from deploy.endpoints import Endpoints
@@ -43,7 +43,7 @@ from deploy.tracing import CURRENT, RequestNote, Tracing, exporter_to
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("expertmesh.access")
-_FREE_PATHS = frozenset({"/ping", "/reset_prefix_cache", "/mesh/scale", "/load_model"})
+_FREE_PATHS = OPEN_PATHS | {"/reset_prefix_cache", "/mesh/scale", "/load_model"}
 _TOKEN_PATHS = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})  # work for this process alone
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 

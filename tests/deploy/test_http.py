@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from deploy.auth import OPEN_PATHS
 from deploy.errors import InvalidRequest
 from deploy.ingress import create_api
 from deploy.openai_requests import ChatCompletionRequest, CompletionRequest, RequestBody
@@ -323,6 +324,15 @@ def test_keys_are_checked_everywhere_but_for_probes(served: ServedModel) -> None
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=api.url + "/v1", api_key="wrong", max_retries=0).models.list()
         assert "key-1" not in httpx.get(api.url + "/server_info", headers={"x-api-key": "key-1"}).text
+
+
+def test_a_wrong_key_has_no_account_whatever_it_posts(served: ServedModel) -> None:
+    limits = {"requests_per_minute_per_key": 1, "max_requests_per_key": 1}
+    keyed = Settings.model_validate({"server": {"api_keys": ["key-1"]}, "limits": limits})
+    with running_api(served, keyed) as api:
+        for path in sorted(OPEN_PATHS - {"/ping"}):
+            answers = [send(api, {}, path, authorization="Bearer wrong").status_code for _ in range(3)]
+            assert answers == [405] * 3, path
 
 
 def test_browsers_of_other_origins_are_let_in_only_where_named(served: ServedModel) -> None:
