@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from pydantic import Field
@@ -107,9 +107,11 @@ def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     return [*results, *said]
 
 
-def _texts(content: str | Sequence[Any], where: str) -> str:
+def _texts(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise invalid(where, "expected a string or a list of text blocks")
     texts = []
     for block in content:
         if not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str):
@@ -135,7 +137,7 @@ def _tool_choice(choice: Mapping[str, Any] | None) -> dict[str, Any]:
     kind = choice.get("type")
     if kind == "tool":
         found: Any = {"type": "function", "function": {"name": choice.get("name")}}
-    elif kind in _TOOL_CHOICES:
+    elif isinstance(kind, str) and kind in _TOOL_CHOICES:
         found = _TOOL_CHOICES[kind]
     else:
         raise InvalidRequest("tool_choice.type: use auto, any, tool or none", param="tool_choice")

@@ -72,7 +72,7 @@ class GenerationBody(StreamingBody):
     min_p: float | None = Field(default=None, ge=0, le=1)
     frequency_penalty: float | None = Field(default=0, ge=-2, le=2)
     presence_penalty: float | None = Field(default=0, ge=-2, le=2)
-    repetition_penalty: float | None = Field(default=None, gt=0)
+    repetition_penalty: float | None = Field(default=None, ge=1e-30, le=1e30)  # beyond, float32 logits are infinite
     seed: int | None = Field(default=None, ge=-INT64_MAX - 1, le=INT64_MAX)
     max_tokens: int | None = Field(default=None, ge=0, le=INT64_MAX)
     min_tokens: int | None = Field(default=0, ge=0, le=INT64_MAX)

@@ -131,7 +131,10 @@ def _calls_schema(tools: Sequence[Mapping[str, Any]], *, is_parallel: bool) -> d
     for tool in tools:
         parameters = _parameters(tool)
         for group in ("$defs", "definitions"):
-            for name, definition in dict(parameters.pop(group, None) or {}).items():
+            definitions = parameters.pop(group, None) or {}
+            if not isinstance(definitions, Mapping):
+                raise invalid("tools", f"{group} in a function's parameters: an object of schemas is required")
+            for name, definition in definitions.items():
                 if shared.setdefault(group, {}).setdefault(name, definition) != definition:
                     raise invalid("tools", f"two different definitions are called {name!r}; rename one")
         calls.append(

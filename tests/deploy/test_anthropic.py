@@ -142,6 +142,8 @@ def test_json_output_is_constrained(api: RunningApi) -> None:
         {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
         {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
         {"tool_choice": {"type": "any"}},
+        {"tool_choice": {"type": []}},
+        {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": 5}]}]},
         {"thinking": {"type": "enabled", "budget_tokens": 1024}},
         {"temperature": 2},
         {"max_tokns": 1},

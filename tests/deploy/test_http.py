@@ -67,6 +67,10 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         % b'{"name":"x","schema":{"maximum":1e999}}',
         b'{"messages":[{"role":"user","content":"x"}],"n":1000000}',
         b'{"messages":[{"role":"user","content":"x"}],"top_logprobs":1000,"logprobs":true}',
+        b'{"messages":[{"role":"user","content":"x"}],"repetition_penalty":1e-46}',
+        b'{"messages":[{"role":"user","content":"x"}],"repetition_penalty":1e39}',
+        b'{"messages":[{"role":"user","content":"x"}],"tool_choice":"required","tools":[{"type":"function","function":%s}]}'
+        % b'{"name":"f","parameters":{"type":"object","$defs":5}}',
         b'{"messages":"x"}',
         b'{"messages":[[]]}',
         b'{"messages":[{"role":"user","content":{"a":1}}]}',
