@@ -86,7 +86,7 @@ class _Choice:
         self._is_first = True
 
     def has_news(self, delta: Delta) -> bool:
-        return bool(self._is_first or delta.text or delta.tokens or delta.finish_reason)
+        return bool(self._is_first or delta.text or delta.tokens or delta.routed_experts or delta.finish_reason)
 
     def render(self, delta: Delta, *, streaming: bool) -> dict[str, Any]:
         plan, body = self._plan, self._plan.body

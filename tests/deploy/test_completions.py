@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from deploy.served_model import ServedModel
-from tests.deploy.fakes import RunningApi, num_in_flight, token_at
+from tests.deploy.fakes import FakeRouter, RunningApi, num_in_flight, running_api, token_at
 
 
 @pytest.fixture
@@ -140,6 +140,24 @@ def test_the_tokens_of_a_stop_string_are_held_back_with_their_text(api: RunningA
 def _placed(chunk: dict[str, Any]) -> list[tuple[str, int]]:
     logprobs = chunk["logprobs"] or {"tokens": [], "text_offset": []}
     return list(zip(logprobs["tokens"], logprobs["text_offset"], strict=True))
+
+
+def test_experts_of_tokens_that_are_held_back_are_streamed_all_the_same(served: ServedModel) -> None:
+    class Telling(FakeRouter):
+        def _chunk(self, writer: asyncio.StreamWriter, request_id: str, token_ids: list[int], **extra: Any) -> None:
+            super()._chunk(writer, request_id, token_ids, **extra, routed_experts=[[[token]] for token in token_ids])
+
+    ids = [token for char in "abcxyz" for token in served.tokenizer.encode(char)]
+    options = {"max_tokens": 50, "stop": ["abcd"], "return_routed_experts": True}
+    asked: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"prompt": "x"},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    }
+    with running_api(served, router=Telling(script=lambda _: ids)) as api:
+        for path, body in asked.items():
+            chunks = events(api, {**body, **options}, path)
+            told = [expert for chunk in chunks for expert in chunk["choices"][0].get("routed_experts") or ()]
+            assert told == [[[token]] for token in ids], path
 
 
 def test_held_back_text_comes_out_when_no_stop_string_came_of_it(api: RunningApi, served: ServedModel) -> None:
