@@ -64,8 +64,7 @@ class ExpertShard:
         self._started = time.monotonic()
 
     def info(self) -> dict[str, Any]:
-        """Identity, what it holds, and what it has done since its start."""
-        held = self.held()
+        """Identity, what it has loaded, also while a load is under way, and what it has done since its start."""
         return {
             "shard_id": self.shard_id,
             "pid": os.getpid(),
@@ -76,7 +75,7 @@ class ExpertShard:
             "order": self._order,
             "note": self._note,
             "num_groups": len(self._groups),
-            "num_experts": len(held),
+            "num_experts": sum(len(layer) for layer in self._layers.values()),
             "weight_bytes": sum(e.num_bytes for layer in list(self._layers.values()) for e in list(layer.values())),
             "bytes_read": self._loader.checkpoint.bytes_read,
             "tokens": self._num_rows,
@@ -90,7 +89,8 @@ class ExpertShard:
         return self._newest_epoch
 
     def held(self) -> list[ExpertKey]:
-        return [(i, e) for i, layer in list(self._layers.items()) for e in list(layer)]
+        """What it can compute with: nothing of a load that is under way, or that failed."""
+        return [(i, e) for i, table in self._tables.items() for e in table]
 
     def remember(self, note: dict[str, Any]) -> None:
         """Keep a note for the next supervisor; `info` shows it."""
