@@ -96,6 +96,7 @@ class Fleet:
         self._held_bytes: dict[str, int] = {}
         self._next_number = 0
         self._order = 0
+        self._last_return = 0.0
         self._note: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self.shards: dict[str, Shard] = {}
@@ -269,16 +270,19 @@ class Fleet:
                     log.warning("%s answers again after %.1f s", shard_id, self._clock() - shard.silent_since)
                     shard.misses = 0
                     self.shards[shard_id] = self.silent.pop(shard_id)
+                    self._last_return = self._clock()
                     self._changed()
-                elif state == "dead" or self._clock() - shard.silent_since > self._rejoin_s():
+                elif state == "dead" or self._is_given_up(shard):
                     del self.silent[shard_id]
                     self._spawn(self._starter.kill(shard_id))
                     self._changed()
         return lost
 
-    def _rejoin_s(self) -> float:
-        """When nobody answers, everything is slow, and ending the shards would only make it worse."""
-        return self._timeouts.rejoin_s if self.shards else self._timeouts.patience_s
+    def _is_given_up(self, shard: Shard) -> bool:
+        """When nobody answers, everything is slow, and ending the shards would only make it worse. When the first one
+        is back, the others have their time from then on."""
+        rejoin_s = self._timeouts.rejoin_s if self.shards else self._timeouts.patience_s
+        return self._clock() - max(shard.silent_since, self._last_return) > rejoin_s
 
     def remove(self, shard_id: str, state: str) -> None:
         """No member any more. A silent one may come back for a while; any other is ended."""
