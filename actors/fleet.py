@@ -231,7 +231,8 @@ class Fleet:
 
         A suspect that doesn't answer is; anybody else only when Ray says at once that it is dead (it may just be
         busy). A suspect that does answer is forgiven twice in half a minute, and always when others were suspected
-        with it: then the machine or the router is slow, and nothing would be better without them."""
+        with it, or when there are no others: then the machine or the router is slow, and nothing would be better
+        without them."""
         asks = {
             s: asyncio.ensure_future(self._state(self.shards[s].handle, self._timeouts.ping_s))
             for s in members
@@ -248,7 +249,7 @@ class Fleet:
             shard = self.shards.get(shard_id)
             if shard is None or shard_id in lost:
                 continue
-            if len(suspects) == 1:
+            if len(suspects) == 1 < len(members):
                 shard.blames = {e: at for e, at in shard.blames.items() if now - at < FORGIVEN_S} | {epoch: now}
                 if len(shard.blames) > FORGIVEN_TIMES:
                     lost[shard_id] = "unreliable"

@@ -29,6 +29,7 @@ from cluster.view import MeshView
 from cluster.wire import LANES, Header, Message, Opcode, sums_dtype
 
 log = logging.getLogger("expertmesh.exchange")
+HALF_LIFE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +85,25 @@ class _Receipt:
 class DeadlineEstimate:
     """How long an exchange may take: a few times what the slow ones among recent ones took, by their rows."""
 
-    def __init__(self, timeouts: Timeouts) -> None:
+    def __init__(self, timeouts: Timeouts, clock: Callable[[], float]) -> None:
         self._timeouts = timeouts
+        self._clock = clock
         self._slowest_s = timeouts.exchange_max_s
         self._slowest_row_s = 0.0
         self._num_seen = 0
+        self._seen_at = 0.0
 
     def observe(self, duration_s: float, num_rows: int) -> None:
-        """Old maxima fade by 1 % an exchange; those of the first few (cold caches) are not held against anybody."""
+        """The slowest one fades with time: what another router's long prefill at a shard took, its next one takes too,
+        however many exchanges lie between. Its share of each row fades by 1 % an exchange, as it may be a wait that
+        had nothing to do with rows. The first few (cold caches) say nothing."""
         self._num_seen += 1
         if self._num_seen == 8:
             self._slowest_s = self._slowest_row_s = 0.0
-        self._slowest_s = max(duration_s, self._slowest_s * 0.99)
+        now = self._clock()
+        fading = 0.5 ** ((now - self._seen_at) / HALF_LIFE_S)
+        self._seen_at = now
+        self._slowest_s = max(duration_s, self._slowest_s * fading)
         self._slowest_row_s = max(duration_s / max(num_rows, 1), self._slowest_row_s * 0.99)
 
     def deadline_s(self, num_rows: int) -> float:
@@ -130,7 +138,7 @@ class RemoteExchange:
         self._device = device
         self._clock = clock
         self._connection: Connection | None = None
-        self._estimate = DeadlineEstimate(timeouts)
+        self._estimate = DeadlineEstimate(timeouts, clock)
         self._step = 0
         self._last_sent = 0.0
         self._free_lanes = [True] * LANES

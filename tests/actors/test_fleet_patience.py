@@ -78,3 +78,15 @@ def test_when_everybody_was_silent_and_one_is_back_the_others_have_their_time_fr
         assert await shards.ended_after(1.0) == ["shard-2"]
 
     asyncio.run(scenario())
+
+
+def test_the_only_shard_is_forgiven_always_and_one_of_two_is_not() -> None:
+    async def scenario() -> None:
+        shards = Shards(2)
+        await shards.enrol()
+        for epoch in range(5):
+            assert await shards.fleet.find_lost(["shard-0"], ["shard-0"], epoch) == {}
+        found = [await shards.fleet.find_lost(["shard-0"], ["shard-0", "shard-1"], epoch) for epoch in range(3)]
+        assert found == [{}, {}, {"shard-0": "unreliable"}]
+
+    asyncio.run(scenario())

@@ -181,13 +181,22 @@ def test_without_any_mesh_requests_are_refused_by_name_and_served_once_it_is_the
 
 
 def test_exchange_deadlines_follow_what_exchanges_take():
-    estimate = DeadlineEstimate(Timeouts(exchange_min_s=1.0, exchange_max_s=30.0, exchange_factor=4.0))
+    now = [100.0]
+    timeouts = Timeouts(exchange_min_s=1.0, exchange_max_s=30.0, exchange_factor=4.0)
+    estimate = DeadlineEstimate(timeouts, lambda: now[0])
     assert estimate.deadline_s(1) == 30.0
     for _ in range(8):
         estimate.observe(2.0, 1)
     assert estimate.deadline_s(1) == 8.0
-    for _ in range(1000):
+    for _ in range(1000):  # a few seconds of decoding, and two minutes of it
         estimate.observe(0.001, 1)
+    assert estimate.deadline_s(1) == 8.0
+    for _ in range(1000):
+        now[0] += 0.12
+        estimate.observe(0.001, 1)
+    assert estimate.deadline_s(1) == pytest.approx(2.0)
+    now[0] += 3600.0
+    estimate.observe(0.001, 1)
     assert estimate.deadline_s(1) == 1.0
     assert estimate.deadline_s(1000) == pytest.approx(4.0, rel=0.1)
 
