@@ -356,8 +356,8 @@ class Supervisor:
             await asyncio.sleep(SWEEP_EVERY_S)
             lost = await self._fleet.sweep()
             if lost:
-                async with self._change:
-                    still = {s: state for s, state in lost.items() if s in self._fleet.shards}
+                async with self._change:  # which may have taken minutes: are they still?
+                    still = await self._fleet.find_lost(lost, lost, self.view.epoch)
                     if still:
                         await self._lose(still, "no answer to pings", self._clock())
             for router_id in self._board.long_silent():

@@ -1,0 +1,58 @@
+"""The supervisor when something changes while it is busy with something else. No shard is silent by being slow."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from actors.mesh_plan import MeshPlan
+from actors.supervisor import Supervisor
+from cluster.settings import Timeouts
+from tests.actors.test_supervisor import FakeStarter
+
+PATIENT = Timeouts(ping_s=20.0, watch_ping_s=20.0, rejoin_s=20.0, patience_s=20.0)
+PLAN = MeshPlan(moe_layers=(0, 1), num_experts=6, num_shards=2)
+
+
+@contextlib.asynccontextmanager
+async def running(starter: FakeStarter, clock: Callable[[], float] = time.monotonic) -> AsyncIterator[Supervisor]:
+    supervisor = Supervisor(PLAN, starter, PATIENT, clock)
+    try:
+        await supervisor.start()
+        await until(supervisor.is_settled)
+        yield supervisor
+    finally:
+        for task in supervisor._tasks:
+            task.cancel()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60.0):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(scenario())
+
+
+async def silent() -> int:
+    raise TimeoutError
+
+
+def test_a_shard_that_answers_again_while_the_sweep_waits_for_its_turn_stays() -> None:
+    async def scenario() -> None:
+        starter = FakeStarter()
+        async with running(starter) as supervisor:
+            known, epoch = supervisor._fleet.shards, supervisor.view.epoch
+            async with supervisor._change:  # as if experts were adopted, which may take minutes
+                shard = starter.shards["shard-1"]
+                answers, shard.ping = shard.ping, silent
+                await until(lambda: known["shard-1"].misses == 2)
+                shard.ping = answers
+            await until(lambda: "shard-1" in known and known["shard-1"].misses == 0)
+            assert supervisor.view.epoch == epoch
+
+    run(scenario)
