@@ -110,15 +110,17 @@ class Fleet:
 
     # ---- coming --------------------------------------------------------------------------------------
 
-    async def find(self) -> list[dict[str, Any]]:
-        """Enrol the shards that an earlier supervisor left; returns their infos."""
+    async def find(self) -> dict[str, Any]:
+        """Enrol the shards that an earlier supervisor left. Returns the newest note: one of theirs, or what was to be
+        remembered meanwhile; empty where there is none."""
         found = await self._starter.find_all()
         for shard_id in found:
             self._next_number = max(self._next_number, shard_order(shard_id)[0] + 1)
         infos = await asyncio.gather(*(self._enrol(s, h) for s, h in found.items() if h is not None))
         known = [info for info in infos if info is not None]
         self._order = max((info.get("order", 0) for info in known), default=0)
-        return known
+        self._note = max((self._note, *(info.get("note", {}) for info in known)), key=_note_time)
+        return self._note
 
     async def start_now(self, count: int) -> None:
         """Start so many at once and wait for them. Raises what one of them raised."""
@@ -327,11 +329,6 @@ class Fleet:
     def _new_id(self) -> str:
         self._next_number += 1
         return f"shard-{self._next_number - 1}"
-
-
-def note_of(infos: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The newest of the notes that shards were left with; empty where there is none."""
-    return max((info.get("note", {}) for info in infos), key=_note_time, default={})
 
 
 def _note_time(note: Mapping[str, Any]) -> float:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from actors.fleet import Fleet, ShardLost, ShardStarter, make_note, note_of
+from actors.fleet import Fleet, ShardLost, ShardStarter, make_note
 from actors.mesh_plan import MeshPlan, plan_placement
 from actors.mesh_watch import LoadWatch, RouterFigures
 from actors.view_board import ViewBoard
@@ -72,8 +72,7 @@ class Supervisor:
         first shards from starting."""
         if self._plan.num_shards == 0:
             return
-        infos = await self._fleet.find()
-        note = note_of(infos)
+        note = await self._fleet.find()
         self._plan = self._plan.with_shards(note.get("num_shards", self._plan.num_shards))
         if self._fleet.shards:
             await self._take_over()

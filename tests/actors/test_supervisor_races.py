@@ -56,3 +56,47 @@ def test_a_shard_that_answers_again_while_the_sweep_waits_for_its_turn_stays() -
             assert supervisor.view.epoch == epoch
 
     run(scenario)
+
+
+def test_a_number_of_shards_that_is_asked_for_during_a_restart_stands_also_after_the_next_one() -> None:
+    async def scenario() -> None:
+        starter = FakeStarter()
+        async with running(starter) as supervisor:
+            await supervisor.scale(3)  # leaves a note with the shards
+            await until(supervisor.is_settled)
+        asked, answer, find_all = asyncio.Event(), asyncio.Event(), starter.find_all
+
+        async def find_late():
+            asked.set()
+            await answer.wait()
+            return await find_all()
+
+        starter.find_all = find_late
+        restarted = Supervisor(PLAN, starter, PATIENT)
+        start = asyncio.ensure_future(restarted.start())
+        await asked.wait()
+        await restarted.scale(4)
+        answer.set()
+        await start
+        await until(restarted.is_settled)
+        assert len(restarted.view.shard_ids) == 4
+        for task in restarted._tasks:
+            task.cancel()
+        async with running(starter) as supervisor:
+            assert len(supervisor.view.shard_ids) == 4
+
+    run(scenario)
+
+
+def test_shards_that_come_after_a_restart_are_told_the_number_too() -> None:
+    async def scenario() -> None:
+        starter = FakeStarter()
+        async with running(starter) as supervisor:
+            await supervisor.scale(3)
+            await until(supervisor.is_settled)
+        async with running(starter):
+            starter.shards["shard-0"].state = "dead"
+            await until(lambda: "shard-3" in starter.shards and starter.shards["shard-3"].note != {})
+            assert starter.shards["shard-3"].note["num_shards"] == 3
+
+    run(scenario)
