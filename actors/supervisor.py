@@ -32,6 +32,7 @@ from cluster.view import Member, MeshView
 
 log = logging.getLogger("expertmesh.supervisor")
 SWEEP_EVERY_S = 0.25
+TRY_AGAIN_S = 10.0  # between epochs for routers that can't form a group and can't say why: others have work to do
 
 
 class Supervisor:
@@ -58,6 +59,7 @@ class Supervisor:
         self._watch = LoadWatch(plan, clock)
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_rebalances = 0
+        self._next_try = 0.0
         self._trouble = ""
 
     @property
@@ -125,13 +127,18 @@ class Supervisor:
             self._board.note_alive(router_id)
 
     async def report(self, router_id: str, epoch: int, suspects: tuple[str, ...], reason: str) -> None:
-        """A router's exchange failed. Find out who is really gone and make a new epoch. May be said twice."""
+        """A router's exchange failed. Find out who is really gone and make a new epoch. May be said twice, and is said
+        again until there is one."""
         if epoch < self.view.epoch:
             return  # dealt with already
         detected = self._clock()
         async with self._change:
             if epoch == self.view.epoch:
                 lost = await self._fleet.find_lost(suspects, self.view.shard_ids, epoch)
+                if not suspects and not lost:
+                    if detected < self._next_try:
+                        return
+                    self._next_try = detected + TRY_AGAIN_S
                 await self._lose(lost, f"{router_id}: {reason}"[:300], detected)
 
     def _forget_router(self, router_id: str) -> None:

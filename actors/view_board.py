@@ -95,8 +95,8 @@ class ViewBoard:
         return [router.info for router in self._heard()]
 
     def all_live(self, epoch: int) -> bool:
-        """Whether every router that was heard from lately computes with this epoch or a later one."""
-        return all(router.live_epoch >= epoch for router in self._heard())
+        """Whether every router that was heard from lately computes with this epoch or a later one, or with none (0)."""
+        return all(router.live_epoch >= epoch or router.live_epoch == 0 for router in self._heard())
 
     # ---- for people ----------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from actors.mesh_plan import MeshPlan
-from actors.supervisor import Supervisor
+from actors.supervisor import TRY_AGAIN_S, Supervisor
 from cluster.settings import Timeouts
 from tests.actors.test_supervisor import FakeStarter
 
@@ -98,5 +98,42 @@ def test_shards_that_come_after_a_restart_are_told_the_number_too() -> None:
             starter.shards["shard-0"].state = "dead"
             await until(lambda: "shard-3" in starter.shards and starter.shards["shard-3"].note != {})
             assert starter.shards["shard-3"].note["num_shards"] == 3
+
+    run(scenario)
+
+
+def test_a_router_without_any_group_does_not_keep_the_others_shards_from_being_tidied_up() -> None:
+    async def scenario() -> None:
+        starter = FakeStarter()
+        async with running(starter) as supervisor:
+            await supervisor.scale(3)
+            await until(supervisor.is_settled)
+            await supervisor.next_view("broken", {"router_id": "broken"}, 0, 0, 0.01)
+            assert supervisor._board.all_live(supervisor.view.epoch)
+            await supervisor.next_view("late", {"router_id": "late"}, 0, supervisor.view.epoch - 1, 0.01)
+            assert not supervisor._board.all_live(supervisor.view.epoch)
+
+    run(scenario)
+
+
+def test_reports_that_suspect_nobody_make_an_epoch_now_and_then_and_others_at_once() -> None:
+    async def scenario() -> None:
+        starter, now = FakeStarter(), [100.0]
+        async with running(starter, lambda: now[0]) as supervisor:
+            epoch = supervisor.view.epoch
+
+            async def epochs_made(*suspects: str) -> int:
+                await supervisor.report("broken", supervisor.view.epoch, suspects, "can't be formed")
+                return supervisor.view.epoch - epoch
+
+            assert await epochs_made() == 1, "the first one may be right"
+            now[0] += TRY_AGAIN_S / 2
+            assert await epochs_made() == 1
+            assert await epochs_made("shard-0") == 2
+            now[0] += TRY_AGAIN_S / 2
+            assert await epochs_made() == 3
+            assert await epochs_made() == 3
+            starter.shards["shard-1"].state = "dead"
+            assert await epochs_made() > 3
 
     run(scenario)
