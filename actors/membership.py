@@ -88,6 +88,9 @@ class RouterMembership:
     def newest(self) -> Connection | None:
         return self._newest
 
+    def kept(self) -> Connection | None:
+        return self._reusable
+
     def num_store_keys(self) -> int:
         return len(self._store.list_keys())
 

@@ -53,6 +53,9 @@ class Membership(Protocol):
     def newest(self) -> Connection | None:
         """The newest formed connection."""
 
+    def kept(self) -> Connection | None:
+        """With the group that later epochs may use, if there is one; it may lack experts."""
+
     def report(
         self, failed: Connection, suspects: tuple[str, ...], reason: str, *, left: Connection | None, goes_on: bool
     ) -> None:
@@ -140,7 +143,7 @@ class RemoteExchange:
         self._connection: Connection | None = None
         self._estimate = DeadlineEstimate(timeouts, clock)
         self._step = 0
-        self._last_sent = 0.0
+        self._kept_alive_at = 0.0
         self._free_lanes = [True] * LANES
         self.expert_tokens: dict[int, np.ndarray] = {}
         self.expert_uses: dict[int, np.ndarray] = {}
@@ -161,6 +164,7 @@ class RemoteExchange:
         if not all(self._free_lanes):  # nobody will ask for those sums, and later ones must not be taken for them
             self._free_lanes = [True] * LANES
             self._lose((), "a step was broken off while shards computed for it")
+        self._keep_alive()
         newest = self._membership.newest()
         if newest is None:
             if self._connection is None:
@@ -173,13 +177,7 @@ class RemoteExchange:
         newest = self._membership.newest()
         if newest is not None and newest.view.epoch > self.epoch:
             self._use(newest)
-        if self._connection is None or self._clock() - self._last_sent < self._timeouts.heartbeat_s:
-            return
-        try:
-            self._connection.transport.announce(Header(opcode=Opcode.IDLE, epoch=self._connection.formed))
-            self._last_sent = self._clock()
-        except ExchangeError as error:
-            self._lose(error.suspects, str(error))
+        self._keep_alive()
 
     def close(self) -> None:
         if self._connection is not None:
@@ -250,7 +248,26 @@ class RemoteExchange:
             except MeshUnavailable:
                 if left_s <= 0.2:
                     raise
+            self._keep_alive()
             self.while_waiting()
+
+    def _keep_alive(self) -> None:
+        """Shards that hear nothing for idle_s leave the group: those that get no rows, and all of one that is kept for
+        a later epoch."""
+        now = self._clock()
+        if now - self._kept_alive_at < self._timeouts.heartbeat_s:
+            return
+        self._kept_alive_at = now
+        connection = self._connection or self._membership.kept()
+        if connection is None:
+            return
+        try:
+            connection.transport.keep_alive(Header(opcode=Opcode.IDLE, epoch=connection.formed))
+        except ExchangeError as error:
+            if self._connection is None:
+                connection.transport.leave_out(error.suspects)
+            else:
+                self._lose(error.suspects, str(error))
 
     def _count(self, layer_idx: int, tokens_E: np.ndarray) -> None:
         if layer_idx not in self.expert_tokens:
@@ -298,7 +315,6 @@ class RemoteExchange:
             self.traffic.dispatch_bytes += sum(header.message_bytes for header in headers)
         except ExchangeError as error:
             receipt.failure = (error.suspects, str(error))
-        self._last_sent = self._clock()
 
     def _pack(self, receipt: _Receipt, plan: DispatchPlan, message: Message) -> None:
         message.pair_rows_P.copy_(self._to_device(plan.pair_rows_P))

@@ -60,6 +60,10 @@ class RouterTransport(Protocol):
     def announce(self, header: Header) -> None:
         """Send a header without rows (IDLE, CLOSE) to every shard."""
 
+    def keep_alive(self, header: Header) -> None:
+        """The same, to those shards only that were sent nothing since the last time: they wait for a header, so nobody
+        is held up."""
+
     def leave_out(self, suspects: Sequence[str]) -> bool:
         """After a failed receive: whether the others are still there and owe nothing, so that the next exchange may
         begin with them at once. Nothing may be sent to the suspects any more."""
@@ -126,6 +130,21 @@ class _Router:
         self.shard_ids = tuple(shard_ids)
         self._arenas: Sequence[Arena] = [Arena(group.device) for _ in range(LANES)]
         self._works: list[list[Work]] = [[] for _ in range(LANES)]
+        self._reached: set[int] = set()  # shards that were sent something since the last keep_alive
+
+    def announce(self, header: Header) -> None:
+        self._announce(header, self._present())
+
+    def keep_alive(self, header: Header) -> None:
+        quiet = [i for i in self._present() if i not in self._reached]
+        self._reached.clear()
+        self._announce(header, quiet)
+
+    def _announce(self, header: Header, shard_idxs: Sequence[int]) -> None:
+        raise NotImplementedError
+
+    def _present(self) -> Sequence[int]:
+        return range(len(self.shard_ids))
 
     def prepare(self, whole: Header) -> Message:
         arena = self._arenas[whole.lane]
@@ -181,9 +200,6 @@ class PairRouter(_Router):
         self._left_out: set[str] = set()
         self._is_ended = False
 
-    def announce(self, header: Header) -> None:
-        self._announce(header, self._present())
-
     def _announce(self, header: Header, shard_idxs: Sequence[int]) -> None:
         failures: list[Failure] = []
         works: list[Work] = []
@@ -212,6 +228,7 @@ class PairRouter(_Router):
             if self.shard_ids[shard_idx] in self._left_out:
                 refused.append((shard_idx, ConnectionResetError("left out before")))
                 continue
+            self._reached.add(shard_idx)
             try:
                 if shard_idx in self._far:
                     works += self._send_far(shard_idx, header)
@@ -263,10 +280,10 @@ class PairRouter(_Router):
 class AllToAllRouter(_Router):
     """Every shard's message apart in one outgoing buffer; the sums come back into the arena as they lie there."""
 
-    def announce(self, header: Header) -> None:
+    def _announce(self, header: Header, shard_idxs: Sequence[int]) -> None:
         tensor, works = torch.tensor(header), list[Work]()
         with self._failures_raised():
-            works += [self._post(i, tensor, HEADER_TAG) for i in range(len(self.shard_ids))]
+            works += [self._post(i, tensor, HEADER_TAG) for i in shard_idxs]
         self._raise_for(self._wait_all(works, time.monotonic() + 1.0))
 
     def send(self, headers: Sequence[Header]) -> None:
@@ -279,6 +296,7 @@ class AllToAllRouter(_Router):
         incoming_splits = [0, *(header.num_rows * row_bytes for header in headers)]
         none, no_splits = _no_bytes(device), [0] * self.group.world_size
         data = self.group.data
+        self._reached.update(self._present())
         with self._failures_raised():
             sent = [self._post(i, torch.tensor(h.alone()), HEADER_TAG) for i, h in enumerate(headers)]
             outward = data.alltoall_base(none, torch.cat(parts), no_splits, [0, *map(len, parts)])

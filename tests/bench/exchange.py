@@ -65,6 +65,8 @@ def serve(transport: str, port: int, rank: int, world_size: int, hidden_size: in
     taken: dict[int, float] = {}
     with torch.inference_mode():
         while (header := shard.next_header()).opcode != Opcode.CLOSE:
+            if header.opcode == Opcode.IDLE:
+                continue
             message = shard.receive(header)
             started = time.perf_counter()
             if header.num_rows:

@@ -24,10 +24,10 @@ from cluster.dispatch import plan_dispatch, routing_tables
 from cluster.errors import ExchangeError, FormationError, PeerLost, PeerSilent
 from cluster.host_transport import Channels
 from cluster.placement import spread_evenly
-from cluster.process_group import host_store
-from cluster.transport import choose_transport, router_transport
+from cluster.process_group import connect_store, host_store
+from cluster.transport import choose_transport, router_transport, shard_transport
 from cluster.wire import Header, Opcode
-from tests.cluster.shard_process import form, serve
+from tests.cluster.shard_process import decline, form, serve
 
 CPU = torch.device("cpu")
 HIDDEN = 8
@@ -357,3 +357,33 @@ def test_with_replicas_no_pair_is_lost_and_none_doubled(num_tokens, replicas, tu
         assert all((0, e) in held for e in plan.pair_experts_P[pairs].tolist())
         tokens = plan.token_of_row_N[plan.row_starts[i] :][plan.pair_rows_P[pairs]]
         assert np.array_equal(tokens, plan.pair_index_P[pairs] // 3)
+
+
+@pytest.mark.parametrize(("transport", "far"), [*((name, ()) for name in TRANSPORTS), ("mixed", (1,))])
+def test_only_shards_that_were_sent_nothing_are_told_that_the_router_is_there(transport, far):
+    store = host_store("127.0.0.1", timeout_s=10)
+
+    def opcodes(rank):
+        group = form(connect_store("127.0.0.1", store.port, timeout_s=10), "g", rank, 3)
+        shard = decline(group) if rank - 1 in far else shard_transport(transport, group)
+        seen = []
+        while (header := shard.next_header()).opcode != Opcode.CLOSE:
+            seen.append(header.opcode)
+            if header.opcode == Opcode.STEP:
+                message = shard.receive(header)
+                message.sums_NH.zero_()
+                shard.reply(header, message)
+        return seen
+
+    with ThreadPoolExecutor(2) as pool:
+        shards = [pool.submit(opcodes, rank) for rank in (1, 2)]
+        router = router_transport(transport, form(store, "g", 0, 3), ["shard-0", "shard-1"])
+        for _ in range(3):
+            start(router, [2, 0])
+            router.receive(5.0, 0)
+        router.keep_alive(Header(Opcode.IDLE, 1))
+        router.keep_alive(Header(Opcode.IDLE, 1))
+        router.announce(Header(Opcode.CLOSE, 1))
+        busy, quiet = [shard.result(timeout=10) for shard in shards]
+    assert busy == [Opcode.STEP] * 3 + [Opcode.IDLE]
+    assert quiet == (busy if transport == "all_to_all" else [Opcode.IDLE] * 2)
