@@ -21,6 +21,7 @@ from typing import Any
 
 from actors.engine import Engine
 from actors.request import MAX_LINE_BYTES, Chunk, GenerateRequest, error_chunk, request_from_wire
+from model.sampling_params import StructuredSpec
 from model.structured import GrammarCompiler, Matcher
 
 log = logging.getLogger("expertmesh.link")
@@ -167,6 +168,7 @@ class LinkServer:
             self._send_chunks({owner: [refusal]})
             return
         if isinstance(request, GenerateRequest) and request.sampling.structured is not None:
+            self._compiling[owner, request.request_id] = True  # now: an abort may come before the task begins
             self._loop.create_task(self._compile_then_submit(owner, request))
         else:
             self._engine.submit(owner, request)
@@ -175,20 +177,28 @@ class LinkServer:
         """Grammars may take long to compile: on a worker thread, and only then into the engine."""
         assert self._engine is not None and request.sampling.structured is not None
         key = (owner, request.request_id)
-        self._compiling[key] = True
         try:
-            if self._compiler is None:
-                raise ValueError("structured output needs the model's tokenizer.json, which is missing")
-            matcher: Matcher = await self._loop.run_in_executor(
-                self._pool, self._compiler.compile, request.sampling.structured
-            )
+            matcher = await self._loop.run_in_executor(self._pool, self._compile, key, request.sampling.structured)
         except ValueError as error:
             self._send_chunks({owner: [error_chunk(request.request_id, 400, "invalid_grammar", str(error)[:500])]})
             return
+        except Exception as error:
+            log.exception("the grammar of request %s can't be compiled", request.request_id)
+            message = f"the grammar could not be compiled: {type(error).__name__}"
+            self._send_chunks({owner: [error_chunk(request.request_id, 500, "internal_error", message)]})
+            return
         finally:
             wanted = self._compiling.pop(key)
-        if wanted and owner in self._writers:
+        if matcher is not None and wanted and owner in self._writers:
             self._engine.submit(owner, request, matcher)
+
+    def _compile(self, key: tuple[str, str], spec: StructuredSpec) -> Matcher | None:
+        """On a worker thread; None for a request that was aborted while it waited for one."""
+        if not self._compiling.get(key):
+            return None
+        if self._compiler is None:
+            raise ValueError("structured output needs the model's tokenizer.json, which is missing")
+        return self._compiler.compile(spec)
 
     def _abort(self, owner: str, request_id: str) -> None:
         assert self._engine is not None
