@@ -183,6 +183,7 @@ class Engine:
         """One forward pass for everything scheduled."""
         started, recovery_s = self._clock(), self.exchange.recovery_s
         self.exchange.begin_step()
+        self._work = []  # should this fail, it isn't the last step's requests that it failed over
         work = self._work = self.scheduler.schedule(self._pace.prefill_budget(*self.scheduler.rivals()))
         if not work:
             return

@@ -163,8 +163,8 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, num_tokens: int, work: list[Scheduled]) -> bool:
         """Reserve blocks, preempting from the end of the order; False when the sequence itself had to go."""
         while not self.blocks.reserve(sequence.table, num_tokens):
-            scheduled = {item.sequence.request.request_id for item in work}
-            victim = next(s for s in reversed(self.running) if s.request.request_id not in scheduled)
+            scheduled = {item.sequence for item in work}  # ids may be there twice, of two owners
+            victim = next(s for s in reversed(self.running) if s not in scheduled)
             self._preempt(victim)
             if victim is sequence:
                 return False

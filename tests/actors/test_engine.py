@@ -359,3 +359,25 @@ def test_a_step_that_fails_ends_its_requests_and_the_next_one_works(start_router
     router.engine.call(lambda: object.__setattr__(model, "decoder", decoder))
     ask(router.engine, "fine", [5, 6, 7])
     assert len(outputs.tokens("fine")) == 24
+
+
+def test_a_schedule_that_fails_is_told_to_everybody_not_to_the_step_before(start_router):
+    router, outputs = start_router(limits=SchedulerLimits(max_num_seqs=1, max_num_batched_tokens=64))
+    scheduler = router.engine.scheduler
+    schedule = scheduler.schedule
+
+    def fail_once(prefill_budget):
+        scheduler.schedule = schedule
+        raise RuntimeError("the books don't balance")
+
+    def ask_both():
+        ask(router.engine, "running", [3, 4, 5], 400)
+        ask(router.engine, "waiting", [3, 4, 6], 400)
+
+    router.engine.call(ask_both)
+    wait_until(lambda: len(outputs.chunks["running"]) > 2)
+    router.engine.call(lambda: setattr(scheduler, "schedule", fail_once))
+    for name in ("running", "waiting"):
+        assert outputs.wait(name)[-1].error["code"] == "internal_error"
+    ask(router.engine, "later", [3, 4, 5])
+    assert len(outputs.tokens("later")) == 24

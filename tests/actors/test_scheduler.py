@@ -139,3 +139,50 @@ def content(sequence: Sequence, position: int) -> tuple[str | None, tuple[int, .
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def scheduler_with(num_blocks: int) -> Scheduler:
+    """One KV group, no window; see BLOCK."""
+    limits = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=16)
+    return Scheduler(limits, BlockManager([BlockPool(num_blocks)], [None], BLOCK, prefix_caching=True))
+
+
+def added(
+    scheduler: Scheduler, request_id: str, num_tokens: int, *, owner: str = "o", arrival: int = 0, priority: int = 0
+) -> Sequence:
+    """A sequence of its own tokens, waiting in the scheduler."""
+    sampling = SamplingParams(prompt_logprobs=0)
+    prompt = list(range(num_tokens))
+    request = GenerateRequest(request_id=request_id, prompt_ids=tuple(prompt), sampling=sampling, priority=priority)
+    sequence = Sequence(
+        request=request,
+        owner=owner,
+        arrival=arrival,
+        deadline=1e9,
+        table=scheduler.blocks.new_table(),
+        sampler=SamplerState(sampling, prompt, ()),
+        token_ids=prompt,
+    )
+    scheduler.add(sequence)
+    return sequence
+
+
+def step(scheduler: Scheduler, prefill_budget: int | None = None) -> list[Sequence]:
+    """Schedule, compute and draw; who was served."""
+    work = scheduler.schedule(prefill_budget)
+    scheduler.commit(work)
+    for item in work:
+        if item.samples:
+            item.sequence.token_ids.append(7)
+    scheduler.check_integrity()
+    return [item.sequence for item in work]
+
+
+def test_two_owners_may_use_one_request_id() -> None:
+    """An ingress that comes back to its router replays before its former link is known to be gone."""
+    scheduler = scheduler_with(num_blocks=6)
+    old = added(scheduler, "same", 4, owner="old")
+    new = added(scheduler, "same", 4, owner="new", arrival=1)
+    while scheduler.num_preemptions == 0:
+        assert old in step(scheduler)
+    assert scheduler.running == [old] and scheduler.waiting == [new]
