@@ -161,10 +161,11 @@ class Scheduler:
         return end - sequence.num_computed
 
     def _make_room(self, sequence: Sequence, num_tokens: int, work: list[Scheduled]) -> bool:
-        """Reserve blocks, preempting from the end of the order; False when the sequence itself had to go."""
+        """Reserve blocks, preempting from the end of the order, also who is in `work` already; False when the sequence
+        itself had to go."""
         while not self.blocks.reserve(sequence.table, num_tokens):
-            scheduled = {item.sequence for item in work}  # ids may be there twice, of two owners
-            victim = next(s for s in reversed(self.running) if s not in scheduled)
+            victim = self.running[-1]
+            work[:] = [item for item in work if item.sequence is not victim]
             self._preempt(victim)
             if victim is sequence:
                 return False
