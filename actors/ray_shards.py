@@ -13,7 +13,7 @@ import gc
 import logging
 import os
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Awaitable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -147,7 +147,7 @@ class RayShardHandle:
         self._actor = actor
 
     async def info(self) -> dict[str, Any]:
-        return dict(await self._actor.info.remote())
+        return dict(await _answer(self._actor.info.remote()))
 
     async def process(self) -> tuple[str, Process]:
         """The node's id, and the process there."""
@@ -155,19 +155,27 @@ class RayShardHandle:
         return info["node_id"], Process(info["pid"], info["process_started"])
 
     async def ping(self) -> int:
-        return int(await self._actor.ping.remote())
+        return int(await _answer(self._actor.ping.remote()))
 
     async def load(self, keys: list[ExpertKey], order: int) -> int:
-        return int(await self._actor.load.remote(keys, order))
+        return int(await _answer(self._actor.load.remote(keys, order)))
 
     async def keep_only(self, keys: list[ExpertKey], order: int) -> None:
-        await self._actor.keep_only.remote(keys, order)
+        await _answer(self._actor.keep_only.remote(keys, order))
 
     async def remember(self, note: dict[str, Any]) -> None:
-        await self._actor.remember.remote(note)
+        await _answer(self._actor.remember.remote(note))
 
     async def held(self) -> list[ExpertKey]:
-        return list(await self._actor.held.remote())
+        return list(await _answer(self._actor.held.remote()))
+
+
+async def _answer(call: Awaitable[Any]) -> Any:
+    """A connection that broke says nothing about the process behind it: that is silence, which may pass."""
+    try:
+        return await call
+    except ray.exceptions.ActorUnavailableError as error:
+        raise TimeoutError(str(error)) from None
 
 
 class RayShardStarter:
