@@ -32,7 +32,7 @@ from cluster.view import Member, MeshView
 
 log = logging.getLogger("expertmesh.supervisor")
 SWEEP_EVERY_S = 0.25
-TRY_AGAIN_S = 10.0  # between epochs for routers that can't form a group and can't say why: others have work to do
+TRY_AGAIN_S = 3.0  # between epochs for routers that can't form a group and can't say why: others have work to do
 
 
 class Supervisor:
