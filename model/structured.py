@@ -7,14 +7,15 @@ giant schema); the step thread only fills bitmasks and accepts tokens, tens of m
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import llguidance
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import gbnf_to_lark
 from torch import Tensor
 
 from model.sampling_params import StructuredSpec
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 MAX_PAYLOAD_CHARS = 128 * 1024
 _MAX_MESSAGE_CHARS = 400
 _CACHED_GRAMMARS = 64
+# The converter from GBNF is Python, and may take the product of the two: about a second of the GIL at the most.
+_MAX_GBNF_RULES = 300
+_MAX_GBNF_CHARS = 16 * 1024
+_LARK_LINE = re.compile(r"^[^\S\n]*(%llguidance\b|start\s*:)", re.MULTILINE)
 # JSON allows whitespace without end, and a small model may never stop writing it.
 _JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
 
@@ -98,10 +103,7 @@ def _grammar(spec: StructuredSpec) -> str:
     if spec.kind == "regex":
         return LLMatcher.grammar_from_regex(spec.payload)
     if spec.kind == "grammar":
-        try:
-            return llguidance.grammar_from("grammar", spec.payload)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"grammar can't be used: {_shorten(str(error))}") from None
+        return LLMatcher.grammar_from_lark(spec.payload if is_lark(spec.payload) else _lark(spec.payload))
     if spec.kind == "json_object":
         return LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=_JSON_OPTIONS)
     value = _parse_json(spec)
@@ -113,6 +115,24 @@ def _grammar(spec: StructuredSpec) -> str:
     if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
         raise ValueError(f"choice must be a JSON list of one or more non-empty strings, got {value!r:.100}.")
     return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(item, ensure_ascii=False) for item in value))
+
+
+def is_lark(grammar: str) -> bool:
+    """As llguidance tells Lark from GBNF, but its pattern is quadratic in newlines, and holds the GIL."""
+    return _LARK_LINE.search(grammar) is not None
+
+
+def _lark(gbnf: str) -> str:
+    num_rules = gbnf.count("::=")
+    if num_rules > _MAX_GBNF_RULES or len(gbnf) > _MAX_GBNF_CHARS:
+        raise ValueError(
+            f"grammar in GBNF must have at most {_MAX_GBNF_RULES} rules and {_MAX_GBNF_CHARS} characters, "
+            f"got {num_rules} and {len(gbnf)}; write it in Lark, with a rule 'start:'."
+        )
+    try:
+        return gbnf_to_lark(gbnf)
+    except Exception as error:  # the converter raises bare Exception
+        raise ValueError(f"grammar is neither Lark, with a rule 'start:', nor GBNF: {_shorten(str(error))}") from None
 
 
 def _parse_json(spec: StructuredSpec) -> object:

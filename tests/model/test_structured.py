@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from llguidance.gbnf_to_lark import is_lark_syntax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from model.sampler_state import SamplerState, SamplingRow
 from model.sampling import sample
 from model.sampling_params import SamplingParams, StructuredSpec
-from model.structured import MAX_PAYLOAD_CHARS, GrammarCompiler, Matcher
+from model.structured import MAX_PAYLOAD_CHARS, GrammarCompiler, Matcher, is_lark
 
 VOCAB_SIZE = 512  # wider than the tokenizer, as padded embeddings are
 END, IM_END = 0, 1
@@ -150,11 +151,25 @@ def test_lark_and_gbnf_grammars_both_work(compiler: GrammarCompiler, tokenizer: 
     assert re.fullmatch("a[0-9]{2}", text)
 
 
+def test_lark_is_told_from_gbnf_as_llguidance_does() -> None:
+    pieces = ["\n", "\r", " ", "\t", "\x0b", "\u2028", "start", "%llguidance", ":", "::=", "x", "{"]
+    generator = random.Random(0)
+    grammars = ["".join(generator.choices(pieces, k=generator.randrange(8))) for _ in range(5000)]
+    found = [is_lark(grammar) for grammar in grammars]
+    assert found == [is_lark_syntax(grammar) for grammar in grammars]
+    assert 500 < sum(found) < 4500
+
+
 @pytest.mark.parametrize(
     ("kind", "payload", "message"),
     [
         ("regex", "([a", "unclosed character class"),
         ("grammar", "start: missing", "unknown name"),
+        ("grammar", "root ::= missing", "nor GBNF"),
+        ("grammar", "root ::= " + "(" * 3000, "nor GBNF"),
+        ("grammar", "root ::= " + "." * 20_000, "at most 300 rules and 16384 characters"),
+        ("grammar", "".join(f"r{i} ::= r{i + 1}\n" for i in range(400)), "got 400"),
+        ("grammar", "\n" * 20_000, "at most 300 rules"),  # and at once: seconds with the GIL held, in llguidance
         ("json_schema", '{"type": "objekt"}', "objekt"),
         ("json_schema", '{"not": {"type": "string"}}', "not"),
         ("json_schema", "{", "valid JSON"),
