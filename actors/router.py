@@ -35,6 +35,7 @@ from model.kv_cache import KV_DTYPES, KVCache
 from model.load import Loader
 from model.moe import LocalExchange
 from model.structured import GrammarCompiler
+from model.tokenizer import Tokenizer
 
 log = logging.getLogger("expertmesh.router")
 
@@ -225,5 +226,6 @@ def _load_further_head(path: str, backbone: Checkpoint, config: ModelConfig, dev
 
 
 def _grammar_compiler(directory: Path, config: ModelConfig, eos: tuple[int, ...]) -> GrammarCompiler | None:
-    tokenizer = directory / "tokenizer.json"
-    return GrammarCompiler(tokenizer, config.vocab_size, eos) if tokenizer.is_file() else None
+    if not (directory / "tokenizer.json").is_file():
+        return None
+    return GrammarCompiler(Tokenizer.without_template(directory), config.vocab_size, eos)

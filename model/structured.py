@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +18,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from torch import Tensor
 
 from model.sampling_params import StructuredSpec
+from model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -68,13 +68,19 @@ class Matcher:
 class GrammarCompiler:
     """Compiles specs for one tokenizer, and remembers the last ones. Safe to share between threads."""
 
-    def __init__(self, tokenizer_json: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """vocab_size is the width of the logits, which may exceed the tokenizer's. Raises ValueError."""
-        try:
-            text = tokenizer_json.read_text(encoding="utf-8")
-            self._tokenizer = LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_token_ids))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{tokenizer_json} doesn't work for structured output: {_shorten(str(error))}") from None
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """vocab_size is the width of the logits, which may exceed the tokenizer's.
+
+        A tokenizer that can't be used, or has none of the end tokens, is what `compile` raises then."""
+        num_tokens = tokenizer.backend.get_vocab_size(with_added_tokens=True)
+        eos = [token_id for token_id in eos_token_ids if token_id < num_tokens]
+        self._tokenizer: LLTokenizer | None = None
+        self._refusal = "the model's tokenizer has no end-of-sequence token; name one in generation_config.json"
+        if eos:
+            try:
+                self._tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=eos)
+            except ValueError as error:
+                self._refusal = f"the model's tokenizer.json doesn't work: {_shorten(str(error))}"
         self._vocab_size = vocab_size
         # Messages go to clients: no parser state in them. The other limits bound a grammar's size, and one mask to
         # a few milliseconds.
@@ -88,6 +94,8 @@ class GrammarCompiler:
         return Matcher(self._compiled(spec).deep_copy(), self._vocab_size)
 
     def _compile(self, spec: StructuredSpec) -> LLMatcher:
+        if self._tokenizer is None:
+            raise ValueError(f"structured output can't be used: {self._refusal}")
         if len(spec.payload) > MAX_PAYLOAD_CHARS:
             raise ValueError(f"{spec.kind} must be at most {MAX_PAYLOAD_CHARS} characters, got {len(spec.payload)}.")
         matcher = LLMatcher(self._tokenizer, _grammar(spec), log_level=0, limits=self._limits)

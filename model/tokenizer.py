@@ -39,33 +39,36 @@ class Tokenizer:
         """Reads tokenizer.json, tokenizer_config.json and the chat template, wherever it is.
 
         Raises ValueError (one line) when a file is missing or broken, or a token doesn't fit into `vocab_size`."""
-        directory = Path(directory)
-        path = directory / "tokenizer.json"
+        tokenizer = cls.without_template(directory)
+        config = tokenizer.config
+        tokens = {name: _content(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        if templates := find_templates(Path(directory), config, chat_template_file):
+            tokenizer.chat_template = ChatTemplate(templates, {name: token or "" for name, token in tokens.items()})
+        if vocab_size is not None and tokenizer.max_token_id >= vocab_size:
+            raise ValueError(
+                f"{directory}/tokenizer.json: token id {tokenizer.max_token_id} is outside the model's "
+                f"vocab_size = {vocab_size}; the tokenizer belongs to another model"
+            )
+        return tokenizer
+
+    @classmethod
+    def without_template(cls, directory: str | Path) -> Tokenizer:
+        """As `from_directory`, for those who render no chats."""
+        path = Path(directory) / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{path}: no such file; save a fast tokenizer (tokenizer.json) beside the checkpoint")
         try:
             backend = Backend.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path}: not a tokenizer ({' '.join(str(error).split())[:200]})") from None
-        config_path = directory / "tokenizer_config.json"
+        config_path = path.with_name("tokenizer_config.json")
         try:
             config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
         except (OSError, ValueError) as error:
             raise ValueError(f"{config_path}: not JSON ({error})") from None
         if not isinstance(config, dict):
             raise ValueError(f"{config_path}: expected an object, found {type(config).__name__}")
-        templates = find_templates(directory, config, chat_template_file)
-        tokens = {name: _content(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        chat_template = (
-            ChatTemplate(templates, {name: token or "" for name, token in tokens.items()}) if templates else None
-        )
-        tokenizer = cls(backend, config, chat_template)
-        if vocab_size is not None and tokenizer.max_token_id >= vocab_size:
-            raise ValueError(
-                f"{path}: token id {tokenizer.max_token_id} is outside the model's vocab_size = {vocab_size}; "
-                "the tokenizer belongs to another model"
-            )
-        return tokenizer
+        return cls(backend, config)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids. Raises ValueError for text that isn't Unicode (lone surrogates)."""

@@ -122,3 +122,17 @@ def test_a_stream_outlives_its_router_and_a_sampled_text_stays_the_same(
             stopped = True
     assert stopped and real.pool.metrics.registry.get_sample_value("expertmesh_replays_total") == 1
     assert text == whole
+
+
+def test_a_model_without_an_end_token_is_served_and_refuses_structured_output(tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path / "tiny", eos_token_id=None)
+    (directory / "generation_config.json").unlink()
+    (directory / "tokenizer_config.json").unlink()
+    settings = Settings.model_validate({"mesh": {"token": "t"}})
+    with running_api(ServedModel.from_directory(directory), settings, RealRouters(directory, "a")) as running:
+        client = openai.OpenAI(base_url=running.url + "/v1", api_key="x", max_retries=0)
+        answer = client.completions.create(model="tiny", prompt="the", max_tokens=3)
+        assert answer.choices[0].finish_reason == "length"
+        with pytest.raises(openai.BadRequestError, match="no end-of-sequence token") as caught:
+            client.completions.create(model="tiny", prompt="the", extra_body={"structured_outputs": {"regex": "a"}})
+        assert caught.value.code == "invalid_grammar"

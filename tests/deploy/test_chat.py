@@ -263,7 +263,7 @@ def test_strict_functions_are_called_as_their_schemas_say_or_not_at_all(tmp_path
     tokenizer = Tokenizer.from_directory(tmp_path, vocab_size=512)
     strict = {"type": "function", "function": {**ADD["function"], "strict": True}}  # type: ignore[dict-item]
     loose = {"type": "function", "function": {"name": "sub"}}
-    compiler = GrammarCompiler(tmp_path / "tokenizer.json", 512, [2])
+    compiler = GrammarCompiler(tokenizer, 512, [2])
 
     def follows(text: str) -> bool:
         use = read_tool_use([strict, loose], "auto", is_parallel=True)

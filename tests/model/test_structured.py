@@ -6,7 +6,6 @@ import json
 import random
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from model.sampler_state import SamplerState, SamplingRow
 from model.sampling import sample
 from model.sampling_params import SamplingParams, StructuredSpec
 from model.structured import MAX_PAYLOAD_CHARS, GrammarCompiler, Matcher, is_lark
+from model.tokenizer import Tokenizer as ModelTokenizer
 
 VOCAB_SIZE = 512  # wider than the tokenizer, as padded embeddings are
 END, IM_END = 0, 1
@@ -40,10 +40,8 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def compiler(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> GrammarCompiler:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return GrammarCompiler(path, VOCAB_SIZE, [END, IM_END])
+def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
+    return GrammarCompiler(ModelTokenizer(tokenizer, {}), VOCAB_SIZE, [END, IM_END])
 
 
 def allowed(matcher: Matcher) -> set[int]:
@@ -228,10 +226,26 @@ def test_more_grammars_than_the_cache_holds_still_compile(compiler: GrammarCompi
         assert not compiler.compile(StructuredSpec("regex", f"x{{{length}}}")).is_finished
 
 
-def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json doesn't work for structured output"):
-        GrammarCompiler(tmp_path / "tokenizer.json", VOCAB_SIZE, [END])
+@pytest.mark.parametrize("eos_token_ids", [[], [VOCAB_SIZE - 1], [2**40]])
+def test_without_an_end_token_in_the_tokenizer_grammars_are_refused_with_the_reason(
+    tokenizer: Tokenizer, eos_token_ids: list[int]
+) -> None:
+    compiler = GrammarCompiler(ModelTokenizer(tokenizer, {}), VOCAB_SIZE, eos_token_ids)
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        compiler.compile(StructuredSpec("regex", "a"))
+
+
+def test_end_tokens_outside_the_tokenizer_are_left_out(tokenizer: Tokenizer) -> None:
+    compiler = GrammarCompiler(ModelTokenizer(tokenizer, {}), VOCAB_SIZE, [VOCAB_SIZE - 1, IM_END, 2**40])
+    matcher = compiler.compile(StructuredSpec("regex", "ab?"))
+    assert matcher.accept(tokenizer.token_to_id("a"))
+    assert allowed(matcher) == {tokenizer.token_to_id("b"), IM_END}
+
+
+def test_a_tokenizer_that_llguidance_does_not_know_refuses_grammars_with_the_reason() -> None:
+    compiler = GrammarCompiler(ModelTokenizer(Tokenizer(models.WordLevel({"a": 0}, "a")), {}), VOCAB_SIZE, [0])
+    with pytest.raises(ValueError, match=r"tokenizer\.json doesn't work"):
+        compiler.compile(StructuredSpec("regex", "a"))
 
 
 def test_min_tokens_gives_way_to_a_grammar_that_has_ended(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
