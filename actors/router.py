@@ -83,7 +83,7 @@ class Router:
             router_id=router_id,
             token=spec.token,
             models=[spec.served_name, *spec.heads],
-            compiler=_grammar_compiler(directory, config, model.eos_token_ids),
+            compiler=_grammar_compiler(Path(spec.tokenizer or directory), config, model.eos_token_ids),
             commands={"reset_prefix_cache": self._reset_prefix_cache, "stats": self.stats},
             load=self._load_report,
         )

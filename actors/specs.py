@@ -47,15 +47,17 @@ class ShardSpec:
 class RouterSpec:
     """What every router of a mesh is told. model: directory or hub id; heads: served name -> directory.
 
-    dtype: rounds wider weights to it, and bfloat16 the activations too; None: as the checkpoint's config says.
-    num_kv_blocks: of the full-attention group; None: what kv_cache_bytes holds. num_routers: of the whole mesh;
-    transport `auto` depends on it. local: experts in this process. two_batch_overlap: see actors.micro_batches.
+    tokenizer: the directory of another than the model's. dtype: rounds wider weights to it, and bfloat16 the
+    activations too; None: as the checkpoint's config says. num_kv_blocks: of the full-attention group; None: what
+    kv_cache_bytes holds. num_routers: of the whole mesh; transport `auto` depends on it. local: experts in this
+    process. two_batch_overlap: see actors.micro_batches.
     """
 
     model: str
     served_name: str
     revision: str | None = None
     download_dir: str | None = None
+    tokenizer: str | None = None
     dtype: str | None = None
     heads: Mapping[str, str] = field(default_factory=dict)
     quantization: Quantization | None = None

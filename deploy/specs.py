@@ -106,6 +106,7 @@ def router_spec(settings: Settings, num_cores: int = 1) -> RouterSpec:
         served_name=served_names(settings)[0],
         revision=settings.model.revision,
         download_dir=settings.model.download_dir,
+        tokenizer=settings.model.tokenizer,
         dtype=_dtype(settings),
         heads=heads(settings),
         quantization=engine.quantization,

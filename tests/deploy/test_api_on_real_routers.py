@@ -10,8 +10,9 @@ from typing import Any
 import openai
 import pytest
 
+from deploy import specs
 from deploy.served_model import ServedModel
-from deploy.settings import Settings
+from deploy.settings import Settings, load
 from tests.deploy.fakes import RunningApi, running_api
 from tests.deploy.real_routers import RealRouters
 from tests.tiny import load_oracle, oracle_greedy, write_tiny_model
@@ -136,3 +137,19 @@ def test_a_model_without_an_end_token_is_served_and_refuses_structured_output(tm
         with pytest.raises(openai.BadRequestError, match="no end-of-sequence token") as caught:
             client.completions.create(model="tiny", prompt="the", extra_body={"structured_outputs": {"regex": "a"}})
         assert caught.value.code == "invalid_grammar"
+
+
+def test_structured_output_goes_by_the_tokenizer_of_the_settings(tmp_path: Path) -> None:
+    directory, other = write_tiny_model(tmp_path / "tiny"), tmp_path / "other"
+    other.mkdir()
+    values = json.loads((directory / "tokenizer.json").read_text())
+    vocab = values["model"]["vocab"]
+    vocab["x"], vocab["y"] = vocab["y"], vocab["x"]
+    (other / "tokenizer.json").write_text(json.dumps(values))
+    settings = load(flags={"mesh.token": "t", "mesh.local": True, "model.tokenizer": str(other)}).settings
+    served = ServedModel.from_directory(directory, tokenizer_directory=other)
+    routers = RealRouters(directory, "a", tokenizer=specs.router_spec(settings).tokenizer)
+    with running_api(served, settings, routers) as running:
+        client = openai.OpenAI(base_url=running.url + "/v1", api_key="x", max_retries=0)
+        body = {"structured_outputs": {"regex": "x{5}"}}
+        assert client.completions.create(model="tiny", prompt="the", extra_body=body).choices[0].text == "xxxxx"
