@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ class Router:
         self._spec = spec
         directory = locate_model(spec.model, spec.revision, spec.download_dir)
         config = load_config(directory, spec.dtype)
+        compiler = None
+        tokenizer_directory = Path(spec.tokenizer or directory)
+        if (tokenizer_directory / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.without_template(tokenizer_directory)
+            config = replace(config, eos_token_ids=tokenizer.end_ids(config.eos_token_ids))
+            compiler = GrammarCompiler(tokenizer, config.vocab_size, config.eos_token_ids)
         kernels = select_kernels(device, num_threads=spec.num_threads)
         model, blocks = _load(spec, directory, config, kernels, device)
         if kernels is not REFERENCE_KERNELS:
@@ -83,7 +90,7 @@ class Router:
             router_id=router_id,
             token=spec.token,
             models=[spec.served_name, *spec.heads],
-            compiler=_grammar_compiler(Path(spec.tokenizer or directory), config, model.eos_token_ids),
+            compiler=compiler,
             commands={"reset_prefix_cache": self._reset_prefix_cache, "stats": self.stats},
             load=self._load_report,
         )
@@ -207,7 +214,7 @@ def _load(
         ),
         device=device,
         max_model_len=budget.max_model_len,
-        eos_token_ids=tuple(config.eos_token_ids),
+        eos_token_ids=config.eos_token_ids,
     )
     return model, blocks
 
@@ -223,9 +230,3 @@ def _load_further_head(path: str, backbone: Checkpoint, config: ModelConfig, dev
     if head_config.hidden_size != config.hidden_size:
         raise ValueError(f"{path}: hidden_size={head_config.hidden_size}, but the backbone's is {config.hidden_size}")
     return Loader(checkpoint, head_config, device=device).head()
-
-
-def _grammar_compiler(directory: Path, config: ModelConfig, eos: tuple[int, ...]) -> GrammarCompiler | None:
-    if not (directory / "tokenizer.json").is_file():
-        return None
-    return GrammarCompiler(Tokenizer.without_template(directory), config.vocab_size, eos)

@@ -78,14 +78,15 @@ class ServedModel:
                 f"model.max_model_len = {max_model_len} exceeds the {config.max_context_len} tokens of {directory}; "
                 "lower it, or extend the model's RoPE in config.json"
             )
+        tokenizer = Tokenizer.from_directory(
+            tokenizer_directory or directory, vocab_size=config.vocab_size, chat_template_file=chat_template_file
+        )
         return cls(
             names=tuple(names) or (directory.resolve().name,),
-            tokenizer=Tokenizer.from_directory(
-                tokenizer_directory or directory, vocab_size=config.vocab_size, chat_template_file=chat_template_file
-            ),
+            tokenizer=tokenizer,
             max_model_len=max_model_len or config.max_context_len,
             vocab_size=config.vocab_size,
-            eos_token_ids=config.eos_token_ids,
+            eos_token_ids=tokenizer.end_ids(config.eos_token_ids),
             head_kind=config.head_kind,
             root=str(directory),
             sampling_defaults=_read_defaults(directory / "generation_config.json") if use_generation_config else {},

@@ -104,6 +104,12 @@ class Tokenizer:
         """The token as text; bytes that are no whole character become U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def end_ids(self, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
+        """The ids that the model's configuration names, and that of the tokenizer's own `eos_token`: as in vLLM."""
+        token = _content(self.config.get("eos_token"))
+        own = None if token is None else self.backend.token_to_id(token)
+        return tuple(dict.fromkeys([*eos_token_ids, *([] if own is None else [own])]))
+
     def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(self, skip_special_tokens=skip_special_tokens)
 

@@ -153,3 +153,15 @@ def test_structured_output_goes_by_the_tokenizer_of_the_settings(tmp_path: Path)
         client = openai.OpenAI(base_url=running.url + "/v1", api_key="x", max_retries=0)
         body = {"structured_outputs": {"regex": "x{5}"}}
         assert client.completions.create(model="tiny", prompt="the", extra_body=body).choices[0].text == "xxxxx"
+
+
+def test_a_text_ends_at_the_eos_token_of_the_tokenizer_too(tmp_path: Path) -> None:
+    """Base and chat model differ in it, and a fine-tune's config.json may still name the base's."""
+    directory = write_tiny_model(tmp_path / "tiny", eos_token_id=0)
+    settings = Settings.model_validate({"mesh": {"token": "t"}})
+    with running_api(ServedModel.from_directory(directory), settings, RealRouters(directory, "a")) as running:
+        client = openai.OpenAI(base_url=running.url + "/v1", api_key="x", max_retries=0)
+        for end in (0, 2):
+            body = {"allowed_token_ids": [end], "skip_special_tokens": False}
+            choice = client.completions.create(model="tiny", prompt="the", max_tokens=3, extra_body=body).choices[0]
+            assert (choice.finish_reason, choice.text) == ("stop", "")

@@ -70,6 +70,13 @@ def test_special_tokens_are_known() -> None:
     assert BYTE_LEVEL.special_ids == {0, 1, 2}
 
 
+def test_the_tokenizers_own_end_token_is_among_the_end_ids() -> None:
+    assert BYTE_LEVEL.end_ids([0]) == (0, 2) and BYTE_LEVEL.end_ids([2, 5]) == (2, 5)
+    assert BYTE_FALLBACK.end_ids([7]) == (7,)
+    for token in ("<none>", {"content": "<none>"}, 5, None):
+        assert Tokenizer(BYTE_LEVEL.backend, {"eos_token": token}).end_ids([]) == ()
+
+
 def test_lone_surrogates_are_refused() -> None:
     with pytest.raises(ValueError, match="surrogate"):
         BYTE_LEVEL.encode("\ud800")
