@@ -16,7 +16,9 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
-from jinja2.ext import loopcontrols
+import jinja2.nodes
+import jinja2.parser
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_FACTOR = 100_000
@@ -32,7 +34,7 @@ class ChatTemplate:
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         self.sources = dict(templates)
         self._special_tokens = dict(special_tokens)
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
@@ -95,6 +97,16 @@ class ChatTemplate:
         return _cut_at_mark(text) if continue_final_message else text
 
 
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}: for training it marks what the assistant says. Here that is shown."""
+
+    tags = {"generation"}  # noqa: RUF012  (as the base class declares it)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line_number = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), True), lineno=line_number)
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
@@ -108,13 +120,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def find_templates(directory: Path, config: Mapping[str, Any], file: str | Path | None = None) -> dict[str, str]:
-    """Templates by name: from `file`, else chat_template.jinja, else chat_template.json, else tokenizer_config.json."""
-    if file is not None or (directory / "chat_template.jinja").is_file():
-        path = Path(file) if file is not None else directory / "chat_template.jinja"
-        try:
-            return {"default": path.read_text(encoding="utf-8")}
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"chat template {path}: {error}") from None
+    """Templates by name: from `file`, else chat_template.jinja ("default") and additional_chat_templates/NAME.jinja,
+    else chat_template.json, else tokenizer_config.json."""
+    default = Path(file) if file is not None else directory / "chat_template.jinja"
+    files = {"default": default} if file is not None or default.is_file() else {}
+    if file is None:
+        files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    if files:
+        return {name: _read_template(path) for name, path in files.items()}
     found = config.get("chat_template")
     if found is None and (path := directory / "chat_template.json").is_file():
         try:
@@ -129,6 +142,13 @@ def find_templates(directory: Path, config: Mapping[str, Any], file: str | Path 
         except (KeyError, TypeError):
             raise ValueError("tokenizer_config.json: chat_template is a list without names and templates") from None
     return {}
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"chat template {path}: {error}") from None
 
 
 def _marked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

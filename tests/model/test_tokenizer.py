@@ -126,22 +126,52 @@ def test_templates_are_found_wherever_they_are(tmp_path: Path) -> None:
         Tokenizer.from_directory(tmp_path, chat_template_file=tmp_path / "none.jinja")
 
 
+def test_templates_in_files_of_their_own_win_as_in_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def check(**expected: str) -> None:
+        template = Tokenizer.from_directory(tmp_path).chat_template
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path).chat_template
+        assert template is not None and template.sources == expected
+        assert (theirs if isinstance(theirs, dict) else {"default": theirs}) == expected
+
+    save(tmp_path, chat_template=[{"name": "default", "template": "C"}, {"name": "rag", "template": "R"}])
+    check(default="C", rag="R")
+    (tmp_path / "chat_template.jinja").write_text("J")
+    check(default="J")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("T")
+    check(default="J", tool_use="T")
+    (tmp_path / "chat_template.jinja").unlink()
+    check(tool_use="T")
+    (tmp_path / "additional_chat_templates" / "default.jinja").write_text("D")
+    (tmp_path / "chat_template.jinja").write_text("J")
+    check(default="D", tool_use="T")
+
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-def test_a_chat_is_rendered_as_transformers_does() -> None:
+MARKED = (
+    "{% set shown = 'no' %}{% for m in messages %}{{ m.role }}: {% generation %}{% set shown = 'yes' %}\n"
+    "  {{ m.content }}\n  {% endgeneration %}{{ shown }}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("source", [CHATML, MARKED])
+def test_a_chat_is_rendered_as_transformers_does(source: str) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=BYTE_LEVEL.backend)
-    template = ChatTemplate({"default": CHATML}, {})
+    template = ChatTemplate({"default": source}, {})
     for options in (
         {"add_generation_prompt": True},
         {"add_generation_prompt": False},
         {"add_generation_prompt": False, "continue_final_message": True},
     ):
-        expected = theirs.apply_chat_template(MESSAGES, chat_template=CHATML, tokenize=False, **options)
+        expected = theirs.apply_chat_template(MESSAGES, chat_template=source, tokenize=False, **options)
         assert template.render(MESSAGES, **options) == expected  # type: ignore[arg-type]
 
 
