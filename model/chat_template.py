@@ -1,15 +1,18 @@
 """Chat templates: Jinja from the checkpoint, in a sandbox, with caps on what it may produce.
 
 Templates come with the checkpoint, messages from clients; messages are only ever data. Even so a template could be made
-to work hard, so: loops over `range` end at 100,000 (Jinja's own cap), `*` and `**` can't build giants, and the output
-is counted as it grows against a number of characters and a deadline.
+to work hard, so: loops over `range` end at 100,000 (Jinja's own cap), `*`, `**` and `%` can't build giants, the output
+is counted as it grows against a number of characters, and each turn of a loop, each call and each piece of output looks
+at a deadline. What a single filter, method or `~` does isn't bounded: a checkpoint's author who means harm could still
+have `center` or `format` fill the memory.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_FACTOR = 100_000
+_WIDE_FORMAT = re.compile(r"%[^%a-zA-Z]*(\*|\d{6})")  # a width of the arguments', or above 99,999
+_CHECK_DEADLINE = "check deadline"  # in a template's context; with a space, so that templates can't name it
 GOES_ON = "EXPERTMESH_GOES_ON_HERE "  # its space tells whether a template strips
 RESERVED = frozenset(
     {"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now", "bos_token", "eos_token"}
@@ -36,14 +41,23 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         environment.filters["tojson"] = _tojson
+        environment.filters["until_deadline"] = _until_deadline
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         self._templates: dict[str, jinja2.Template] = {}
         self._variables: dict[str, set[str]] = {}
         for name, source in templates.items():
             try:
-                self._templates[name] = environment.from_string(source)
-                self._variables[name] = jinja2.meta.find_undeclared_variables(environment.parse(source))
+                tree = environment.parse(source)
+                self._variables[name] = jinja2.meta.find_undeclared_variables(tree)
+                # As if the template had `for x in xs | until_deadline` wherever it has a loop.
+                for loop in list(tree.find_all(jinja2.nodes.For)):
+                    loop.iter = jinja2.nodes.Filter(
+                        *(loop.iter, "until_deadline", [], [], None, None),
+                        lineno=loop.lineno,
+                        environment=environment,
+                    )
+                self._templates[name] = environment.from_string(tree)
             except jinja2.TemplateError as error:
                 raise ValueError(f"chat template {name!r}: {error}") from None
 
@@ -67,14 +81,20 @@ class ChatTemplate:
             raise ValueError(f"chat_template_kwargs: {min(taken)!r} is set by the server; remove it")
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         template = self._templates.get(name) or next(iter(self._templates.values()))
+        deadline = time.monotonic() + timeout_s
+
+        def check_deadline() -> None:
+            if time.monotonic() > deadline:
+                raise ValueError(f"the chat template took longer than {timeout_s:g} s; send fewer or shorter messages")
+
         context = {
             **self._special_tokens,
             **(variables or {}),
             "messages": _marked(messages) if continue_final_message else messages,
             "tools": tools or None,
             "add_generation_prompt": add_generation_prompt,
+            _CHECK_DEADLINE: check_deadline,
         }
-        deadline = time.monotonic() + timeout_s
         pieces: list[str] = []
         num_chars = 0
         try:
@@ -85,10 +105,7 @@ class ChatTemplate:
                     raise ValueError(
                         f"the rendered chat is longer than {max_chars} characters; send fewer or shorter messages"
                     )
-                if time.monotonic() > deadline:
-                    raise ValueError(
-                        f"the chat template took longer than {timeout_s:g} s; send fewer or shorter messages"
-                    )
+                check_deadline()
         except ValueError:
             raise
         except Exception as error:  # templates may raise whatever Python raises
@@ -108,13 +125,19 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call(self, context: jinja2.runtime.Context, called: Any, /, *args: Any, **kwargs: Any) -> Any:
+        context.parent[_CHECK_DEADLINE]()
+        return super().call(context, called, *args, **kwargs)
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        sized = (
-            left if isinstance(left, str | list | tuple) else right if isinstance(right, str | list | tuple) else None
-        )
-        if operator == "**" or (sized is not None and len(sized) * abs(right if sized is left else left) > MAX_FACTOR):
+        if operator == "*":
+            sized = next((one for one in (left, right) if isinstance(one, str | list | tuple)), None)
+            is_large = sized is not None and len(sized) * abs(right if sized is left else left) > MAX_FACTOR
+        else:
+            is_large = operator == "**" or (isinstance(left, str) and _WIDE_FORMAT.search(left) is not None)
+        if is_large:
             raise ValueError(f"chat template: {operator!r} with operands this large is not allowed")
         return super().call_binop(context, operator, left, right)
 
@@ -170,6 +193,13 @@ def _cut_at_mark(text: str) -> str:
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
     """As in transformers: without HTML escapes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+@jinja2.pass_context
+def _until_deadline(context: jinja2.runtime.Context, items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        context.parent[_CHECK_DEADLINE]()
+        yield item
 
 
 def _raise_exception(message: str) -> None:

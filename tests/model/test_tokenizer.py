@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import Environment
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -207,6 +208,12 @@ def test_a_final_message_that_is_not_there_cannot_go_on(content: str | None, sou
         "{{ 9 ** 999999 }}",
         "{% for i in range(1000000000) %}x{% endfor %}",
         "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set r = range(99999) %}{% for i in r %}{% for j in r if 0 %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "{{ ('%9000000d' % 1)|length }}",
+        "{{ ('%*d' % (9000000, 1))|length }}",
+        "{{ ('%.9000000f' % 1)|length }}",
         "{{ raise_exception('no') }}",
         "{{ messages[99].content.nothing }}",
         "{{ 1 / 0 }}",
@@ -218,6 +225,15 @@ def test_templates_can_neither_escape_nor_exhaust(source: str) -> None:
     template = ChatTemplate({"default": source}, {})
     with pytest.raises(ValueError):  # noqa: PT011
         template.render(MESSAGES, max_chars=100_000, timeout_s=1.0)
+
+
+def test_loops_are_what_they_are_without_a_deadline() -> None:
+    source = (
+        "{% for i in range(3) %}{{ loop.index }}/{{ loop.length }}{{ '.' if loop.last }} {% endfor %}"
+        "{% for i in [] %}{% else %}none{% endfor %}{% for i in range(6)[::-2] if i > 1 recursive %}"
+        "{{ i }}{{ loop([9]) if i == 3 }}{{ '%02d|%s' % (i, 'x') }}{% endfor %}{{ 7 % 4 }}"
+    )
+    assert ChatTemplate({"default": source}, {}).render([]) == Environment().from_string(source).render()
 
 
 def test_what_a_template_shows_is_known() -> None:
