@@ -262,7 +262,7 @@ class Engine:
             chunk.prompt_logprobs = sequence.prompt_logprobs if params.prompt_logprobs is not None else None
         if token in self.model.eos_token_ids and not params.ignore_eos:
             chunk.finish_reason = "stop"
-        elif token in params.stop_token_ids:
+        elif token in sampler.stop_token_ids:
             chunk.finish_reason, chunk.stop_reason = "stop", token
         elif matcher is not None and matcher.is_finished:
             chunk.finish_reason = "stop"

@@ -214,7 +214,7 @@ def _load(
         ),
         device=device,
         max_model_len=budget.max_model_len,
-        eos_token_ids=config.eos_token_ids,
+        eos_token_ids=tuple(token_id for token_id in config.eos_token_ids if token_id < config.vocab_size),
     )
     return model, blocks
 

@@ -26,7 +26,7 @@ def edit_logits(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> None:
     masks = {idx: mask for idx in edited if (mask := _mask_words(rows[idx], vocab_size)) is not None}
     if masks:
         _apply_masks(logits_RV, masks)
-    _ban(logits_RV, {idx: _banned_ids(rows[idx], masks.get(idx)) for idx in edited})
+    _ban(logits_RV, {idx: _banned_ids(rows[idx], masks.get(idx), vocab_size) for idx in edited})
     _add_biases(logits_RV, {idx: rows[idx] for idx in edited if rows[idx].state.params.logit_bias})
     _penalize(logits_RV, {idx: rows[idx] for idx in edited if rows[idx].state.params.has_penalties})
 
@@ -42,17 +42,15 @@ def _mask_words(row: SamplingRow, vocab_size: int) -> NDArray[np.int32] | None:
     return grammar if words is None else grammar & words
 
 
-def _banned_ids(row: SamplingRow, mask: NDArray[np.int32] | None) -> list[int]:
-    banned = row.state.bad_token_ids()
+def _banned_ids(row: SamplingRow, mask: NDArray[np.int32] | None, vocab_size: int) -> NDArray[np.int64]:
     early = row.state.early_stop_ids()
-    if early and mask is not None:
-        left = mask.view(np.uint32).copy()  # a grammar that can only end now wins over min_tokens
-        for token in early:
-            if token < 32 * len(left):
-                left[token // 32] &= ~np.uint32(1 << (token % 32))
-        if not left.any():
-            early = ()
-    return [*banned, *early]
+    early = early[early < vocab_size]  # a tokenizer may know end tokens that the model has no logit for
+    if len(early) and mask is not None:
+        left = np.unpackbits(mask.view(np.uint8), bitorder="little")
+        left[early] = 0
+        if not left.any():  # a grammar that can only end now wins over min_tokens
+            early = early[:0]
+    return np.append(early, np.array(row.state.bad_token_ids(), dtype=np.int64))
 
 
 def _apply_masks(logits_RV: Tensor, masks: dict[int, NDArray[np.int32]]) -> None:
@@ -66,13 +64,9 @@ def _apply_masks(logits_RV: Tensor, masks: dict[int, NDArray[np.int32]]) -> None
         logits_RV.index_add_(0, torch.tensor(list(masks), device=device), addends_MV)
 
 
-def _ban(logits_RV: Tensor, banned: dict[int, list[int]]) -> None:
-    vocab_size, device = logits_RV.shape[1], logits_RV.device
-    # A tokenizer may know end tokens that the model has no logit for.
-    pairs = [(idx, token) for idx, tokens in banned.items() for token in tokens if token < vocab_size]
-    if pairs:
-        rows_N, ids_N = torch.tensor(pairs, device=device).unbind(1)
-        logits_RV[rows_N, ids_N] = _NEG_INF
+def _ban(logits_RV: Tensor, banned: dict[int, NDArray[np.int64]]) -> None:
+    if any(map(len, banned.values())):
+        logits_RV[_positions(logits_RV, banned)] = _NEG_INF
 
 
 def _add_biases(logits_RV: Tensor, rows: dict[int, SamplingRow]) -> None:

@@ -31,7 +31,8 @@ class SamplerState:
         self.output_ids: list[int] = []
         self.bias_ids = np.array(list(params.logit_bias.keys()), dtype=np.int64)
         self.bias_values = np.array(list(params.logit_bias.values()), dtype=np.float32)
-        self._stop_ids = tuple(dict.fromkeys([*eos_token_ids, *params.stop_token_ids]))
+        self.stop_token_ids = frozenset(params.stop_token_ids)
+        self._stop_ids = np.array(sorted(self.stop_token_ids.union(eos_token_ids)), dtype=np.int64)
         self._bad_tokens = tuple(word[0] for word in params.bad_words_ids if len(word) == 1)
         self._bad_words = _by_last_prefix_token(params.bad_words_ids)
         self._allowed_words: NDArray[np.int32] | None = None
@@ -80,9 +81,9 @@ class SamplerState:
                     banned.append(word[-1])
         return banned
 
-    def early_stop_ids(self) -> tuple[int, ...]:
-        """Tokens that min_tokens forbids for now."""
-        return self._stop_ids if len(self.output_ids) < self.params.min_tokens else ()
+    def early_stop_ids(self) -> NDArray[np.int64]:
+        """Tokens that min_tokens forbids for now, each once."""
+        return self._stop_ids if len(self.output_ids) < self.params.min_tokens else self._stop_ids[:0]
 
     def allowed_words(self, num_words: int) -> NDArray[np.int32] | None:
         """allowed_token_ids as a packed bitmask [num_words], bit i of word w for token 32 * w + i."""

@@ -125,14 +125,19 @@ def test_a_stream_outlives_its_router_and_a_sampled_text_stays_the_same(
     assert text == whole
 
 
-def test_a_model_without_an_end_token_is_served_and_refuses_structured_output(tmp_path: Path) -> None:
+@pytest.mark.parametrize("eos_token_id", [None, 2**70])
+def test_a_model_without_an_end_token_is_served_and_refuses_structured_output(
+    tmp_path: Path, eos_token_id: int | None
+) -> None:
     directory = write_tiny_model(tmp_path / "tiny", eos_token_id=None)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "eos_token_id": eos_token_id}))
     (directory / "generation_config.json").unlink()
     (directory / "tokenizer_config.json").unlink()
     settings = Settings.model_validate({"mesh": {"token": "t"}})
     with running_api(ServedModel.from_directory(directory), settings, RealRouters(directory, "a")) as running:
         client = openai.OpenAI(base_url=running.url + "/v1", api_key="x", max_retries=0)
-        answer = client.completions.create(model="tiny", prompt="the", max_tokens=3)
+        answer = client.completions.create(model="tiny", prompt="the", max_tokens=3, extra_body={"min_tokens": 2})
         assert answer.choices[0].finish_reason == "length"
         with pytest.raises(openai.BadRequestError, match="no end-of-sequence token") as caught:
             client.completions.create(model="tiny", prompt="the", extra_body={"structured_outputs": {"regex": "a"}})
