@@ -93,6 +93,8 @@ class Tokenizer:
         token = self.backend.id_to_token(token_id)
         if token is None:
             return b""
+        if (byte := self.fallback_bytes.get(token_id)) is not None:
+            return bytes([byte])
         if not self.is_byte_level:
             return self.decode([token_id]).encode()
         try:
@@ -116,42 +118,60 @@ class Tokenizer:
     @cached_property
     def is_byte_level(self) -> bool:
         """Whether tokens are bytes in GPT-2's alphabet, as in all Qwen models."""
-        decoder = json.loads(self.backend.to_str())["decoder"]
-        return decoder is not None and decoder["type"] == "ByteLevel"
+        return bool(self._decoder["type"] == "ByteLevel")
+
+    @cached_property
+    def fallback_bytes(self) -> dict[int, int]:
+        """The bytes by token id, where <0x00> to <0xFF> stand for what has no token, as in sentencepiece models."""
+        decoders = [self._decoder, *self._decoder.get("decoders", ())]
+        ids = {self.backend.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        is_known = any(decoder["type"] == "ByteFallback" for decoder in decoders) and None not in ids
+        return {token_id: byte for token_id, byte in ids.items() if token_id is not None} if is_known else {}
+
+    @cached_property
+    def _decoder(self) -> dict[str, Any]:
+        decoder: dict[str, Any] = json.loads(self.backend.to_str())["decoder"] or {"type": None}
+        return decoder
 
 
 class IncrementalDetokenizer:
     """Text of a growing token sequence, O(1) per token: the pieces joined are `decode` of all tokens.
 
-    A character that is cut off between tokens is held back until it is whole, or `finish` gives it up as U+FFFD."""
+    A character that is cut off between tokens is held back until it is whole, or `finish` gives it up as U+FFFD.
+    Where <0xNN> tokens are no UTF-8, only the broken characters become that; `decode` gives up all of their run."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.is_byte_level else None
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._stop_id = next((token_id for token_id, byte in tokenizer.fallback_bytes.items() if byte == ord(".")), -1)
         self._pending: list[int] = []  # without byte level: tokens whose text isn't out yet
 
     def push(self, token_id: int) -> str:
         """The text that is certain now and was not before."""
         if token_id in self._skip:
             return ""
-        if self._utf8 is not None:
+        if self._tokenizer.is_byte_level:
             return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        if token_id in self._tokenizer.fallback_bytes:
+            # The stream would fail at bytes that are no character: it sees a full stop in their place.
+            return self._step(self._stop_id)[:-1] + self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        return self._utf8.decode(b"", final=True) + self._step(token_id)
+
+    def finish(self) -> str:
+        """What was held back."""
+        text = self._tokenizer.decode(self._pending) + self._utf8.decode(b"", final=True)
+        self._pending.clear()
+        return text
+
+    def _step(self, token_id: int) -> str:
         self._pending.append(token_id)
         text = self._stream.step(self._tokenizer.backend, token_id)
         if text is None:
             return ""
         self._pending.clear()
         return str(text)
-
-    def finish(self) -> str:
-        """What was held back."""
-        if self._utf8 is not None:
-            return self._utf8.decode(b"", final=True)
-        text = self._tokenizer.decode(self._pending)
-        self._pending.clear()
-        return text
 
 
 def _content(token: Any) -> str | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -48,6 +49,48 @@ def test_pieces_join_to_the_decoded_text_for_any_tokens(token_ids: list[int], sk
     detokenizer = BYTE_LEVEL.detokenizer(skip_special_tokens=skips)
     text = "".join(detokenizer.push(token_id) for token_id in token_ids) + detokenizer.finish()
     assert text == BYTE_LEVEL.decode(token_ids, skip_special_tokens=skips)
+
+
+def bytes_or_text(tokenizer: Tokenizer, token_ids: list[int]) -> str:
+    """Runs of <0xNN> tokens as UTF-8, and the rest as the library decodes it: a reference without a stream."""
+    parts = []
+    for are_bytes, run in itertools.groupby(token_ids, lambda token_id: 1 <= token_id <= 256):
+        ids = list(run)
+        parts.append(bytes(i - 1 for i in ids).decode("utf-8", "replace") if are_bytes else tokenizer.decode(ids))
+    return "".join(parts)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([*range(257, 260), *range(282, 287), *(b + 1 for b in "aé🙂\ufffd".encode()), 0]), max_size=12
+    )
+)
+def test_any_bytes_of_a_byte_fallback_stream(token_ids: list[int]) -> None:
+    detokenizer = BYTE_FALLBACK.detokenizer()
+    text = "".join(detokenizer.push(token_id) for token_id in token_ids) + detokenizer.finish()
+    assert text == bytes_or_text(BYTE_FALLBACK, token_ids)
+    if "\ufffd" not in text:
+        assert text == BYTE_FALLBACK.decode(token_ids)
+
+
+def test_a_byte_token_is_its_byte() -> None:
+    assert BYTE_FALLBACK.token_bytes(0xE4 + 1) == b"\xe4" and BYTE_FALLBACK.token_text(0xE4 + 1) == "\ufffd"
+    assert b"".join(map(BYTE_FALLBACK.token_bytes, BYTE_FALLBACK.encode("a你🙂"))).decode() == "a你🙂"
+    assert BYTE_LEVEL.fallback_bytes == {}
+
+
+def test_a_space_is_dropped_at_the_beginning_only_whatever_comes_first() -> None:
+    backend = Backend.from_str(BYTE_FALLBACK.backend.to_str())
+    backend.add_tokens(["�"])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    tokenizer = Tokenizer(backend, {})
+    space, smile, broken = 283, [byte + 1 for byte in "🙂".encode()], 284
+    for token_ids in ([space, 257, space, 258], [*smile, space, 257], [257, broken, *smile, space, broken, broken]):
+        detokenizer = tokenizer.detokenizer()
+        text = "".join(map(detokenizer.push, token_ids)) + detokenizer.finish()
+        assert text == tokenizer.decode(token_ids)
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK])
