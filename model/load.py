@@ -256,6 +256,8 @@ class Loader:
 
         if num_inputs % 8:
             raise ValueError(f"tensor '{name}.qweight' packs inputs in eights, and {num_inputs} is no multiple of 8")
+        if num_outputs % 8:
+            raise ValueError(f"tensor '{name}.qzeros' packs outputs in eights, and {num_outputs} is no multiple of 8")
 
         def read(part: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Tensor:
             self.checkpoint.check(f"{name}.{part}", shape, dtypes)

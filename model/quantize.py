@@ -64,7 +64,7 @@ def from_gptq(
     """
     num_inputs, num_outputs = qweight.shape[0] * 8, qweight.shape[1]
     num_groups = -(-num_inputs // group_size)
-    if scales.shape != (num_groups, num_outputs) or qzeros.shape != (num_groups, num_outputs // 8):
+    if scales.shape != (num_groups, num_outputs) or qzeros.shape != (num_groups, num_outputs / 8):
         raise ValueError(
             f"GPTQ tensors disagree: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)}, scales "
             f"{list(scales.shape)}; expected [K / 8, N], [groups, N / 8], [groups, N] with groups of {group_size}; "

@@ -131,6 +131,18 @@ def test_every_defect_of_gptq_tensors_is_one_line_with_its_name(
     assert "\n" not in message
 
 
+def test_outputs_that_do_not_fill_words_of_zero_points_are_refused(tiny: Any, tmp_path: Path) -> None:
+    values = {**tiny.values, "head_dim": 6}  # 24 outputs of q_proj, 12 of k_proj
+    tiny.write_checkpoint(tmp_path, values, tiny.build_oracle(values))
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    packed, _ = to_gptq(tensors.pop(f"{name}.weight"), GROUP)
+    save_file(tensors | {f"{name}.{part}": value for part, value in packed.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**values, "quantization_config": {**GPTQ, "group_size": GROUP}}))
+    with pytest.raises(ValueError, match=r"k_proj\.qzeros' packs outputs in eights, and 12 is no multiple of 8"):
+        tiny.engine(tmp_path)
+
+
 def test_groups_that_the_kernels_cannot_read_are_refused_by_tensor(tiny: Any, tmp_path: Path) -> None:
     tiny.write_checkpoint(tmp_path / "dense", tiny.values, tiny.build_oracle(tiny.values))
     write_gptq(tmp_path / "dense", tmp_path / "gptq", 6)

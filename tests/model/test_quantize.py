@@ -114,6 +114,8 @@ def test_gptq_tensors_that_disagree_are_refused() -> None:
     (qweight, qzeros, scales), _ = _gptq_matrix(g_idx, 16, 32)
     with pytest.raises(ValueError, match=r"qzeros \[2, 1\]"):
         from_gptq(qweight, qzeros[:, :1], scales, g_idx.int(), group_size=32)
+    with pytest.raises(ValueError, match=r"qweight \[8, 12\], qzeros \[2, 1\]"):  # zero points of four outputs lack
+        from_gptq(qweight[:, :12], qzeros[:, :1], scales[:, :12], g_idx.int(), group_size=32)
     with pytest.raises(ValueError, match=r"scales \[2, 16\].* with groups of 16"):
         from_gptq(qweight, qzeros, scales, None, group_size=16)
     with pytest.raises(ValueError, match="g_idx does not put 32 of 64 inputs"):
