@@ -188,7 +188,8 @@ def _resolve_head_kind(values: Mapping[str, Any]) -> HeadKind:
             "(Qwen1.5-MoE, Qwen2-57B-A14B and models of that architecture); choose one of those"
         )
     architectures = values.get("architectures") or ["Qwen2MoeForCausalLM"]
-    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in HEAD_KINDS:
+    # A list of the names, here and below: JSON's lists and objects can't be looked up in a mapping.
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in list(HEAD_KINDS):
         raise ValueError(
             f"architectures {architectures!r} is not served: expected a list of one of {', '.join(HEAD_KINDS)}; "
             "choose such a checkpoint"
@@ -219,7 +220,7 @@ def _resolve_layer_types(values: Mapping[str, Any], read: ConfigFields, num_laye
             "(num_hidden_layers); correct config.json"
         )
     for layer_type in layer_types:
-        if layer_type not in _LAYER_TYPES:
+        if layer_type not in list(_LAYER_TYPES):
             raise ValueError(
                 f"layer_types entry {layer_type!r} is not implemented: expected one of {', '.join(_LAYER_TYPES)}"
             )
@@ -265,7 +266,9 @@ def _resolve_labels(values: Mapping[str, Any], read: ConfigFields) -> Mapping[in
     try:
         id2label = {int(i): str(label) for i, label in labels.items()}
     except (AttributeError, ValueError):
-        raise ValueError(f"id2label {labels!r} must map label numbers to names; correct config.json") from None
+        id2label = {}
+    if not id2label:
+        raise ValueError(f"id2label {labels!r} must map label numbers to names; correct config.json")
     if sorted(id2label) != list(range(len(id2label))):
         raise ValueError(f"id2label has the numbers {sorted(id2label)}, expected 0 to {len(id2label) - 1} once each")
     return dict(sorted(id2label.items()))

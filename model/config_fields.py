@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+# Far beyond what any model has, and so near that no product of a few of them leaves float64.
+_MOST_COUNT = 2**31 - 1
+_LEAST_NUMBER, _MOST_NUMBER = 1e-30, 1e30
+_POSITIVE = f"a number above 0, from {_LEAST_NUMBER} to {_MOST_NUMBER}"
 
 
 class ConfigFields:
@@ -16,8 +20,8 @@ class ConfigFields:
 
     def count(self, name: str, default: int, least: int = 1) -> int:
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self._error(name, value, f"an integer of at least {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST_COUNT:
+            raise self._error(name, value, f"an integer of at least {least}, and at most {_MOST_COUNT}")
         return value
 
     def optional_count(self, name: str) -> int | None:
@@ -27,13 +31,13 @@ class ConfigFields:
         """A number above 0; a `default` of None means that there is none."""
         value = self._value(name, default)
         if not _is_positive(value):
-            raise self._error(name, value, "a finite number above 0")
+            raise self._error(name, value, _POSITIVE)
         return float(value)
 
     def positives(self, name: str, length: int) -> tuple[float, ...]:
         value = self._value(name, None)
         if not isinstance(value, list) or len(value) != length or not all(map(_is_positive, value)):
-            raise self._error(name, value, f"a list of {length} finite numbers above 0")
+            raise self._error(name, value, f"a list of {length} numbers, each {_POSITIVE}")
         return tuple(map(float, value))
 
     def flag(self, name: str, default: bool) -> bool:
@@ -59,4 +63,4 @@ class ConfigFields:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and _LEAST_NUMBER <= value <= _MOST_NUMBER

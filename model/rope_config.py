@@ -100,6 +100,10 @@ def resolve_rope(values: Mapping[str, Any], *, head_dim: int, max_position_embed
             original = max_position_embeddings
             fields = {"factor": read.positive("factor")}
         case "yarn":
+            if theta < 2:
+                raise ValueError(
+                    f"rope_theta {theta} must be at least 2: yarn divides by its logarithm; correct config.json"
+                )
             factor = read.positive("factor", max_position_embeddings / original)
             fields = {
                 "factor": factor,
