@@ -152,8 +152,12 @@ class Checkpoint:
             raise ValueError(
                 f"{index_path} points to {file!r}: expected a file in its directory or in a sibling ('../other/...')"
             )
-        path = (self.directory / file).resolve()
-        if not path.is_file():
+        try:
+            path = (self.directory / file).resolve()
+            is_there = path.is_file()
+        except (OSError, ValueError, RuntimeError):  # too long, a null byte, half a character, a ring of links
+            raise ValueError(f"{index_path} points to {file[:100]!r}, which can't be opened; fetch it again") from None
+        if not is_there:
             raise ValueError(f"{path} is missing, and {index_path} needs it; fetch the checkpoint again")
         return path
 

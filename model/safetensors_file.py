@@ -51,7 +51,7 @@ class SafetensorsFile:
     def read(self, name: str, first: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
         """A tensor in its stored dtype, or of `shape` from its element `first` on, reading only that part.
 
-        A fresh copy on the CPU.
+        A fresh copy on the CPU. Raises ValueError when the file is gone, or not what it was.
         """
         entry = self.entries[name]
         dtype = TORCH_DTYPES[entry.dtype]
@@ -59,15 +59,18 @@ class SafetensorsFile:
         offset, num_bytes = entry.offset + first * dtype.itemsize, math.prod(shape) * dtype.itemsize
         buffer = torch.empty(num_bytes, dtype=torch.uint8)
         target = buffer.numpy().data
-        with self.path.open("rb", buffering=0) as file:
-            done = 0
-            while done < num_bytes:
-                count = os.preadv(file.fileno(), [target[done : done + _MAX_READ_BYTES]], offset + done)
-                if count == 0:
-                    raise ValueError(
-                        f"{self.path} ended inside tensor {name!r}: it changed while in use; fetch it again"
-                    )
-                done += count
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                done = 0
+                while done < num_bytes:
+                    count = os.preadv(file.fileno(), [target[done : done + _MAX_READ_BYTES]], offset + done)
+                    if count == 0:
+                        raise ValueError(
+                            f"{self.path} ended inside tensor {name!r}: it changed while in use; fetch it again"
+                        )
+                    done += count
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be read: {error.strerror}; fetch the checkpoint again") from None
         return buffer.view(dtype).view(shape)
 
 
@@ -92,13 +95,12 @@ def _read_entries(path: Path) -> dict[str, TensorEntry]:
     try:
         for name, info in header.items():
             if name != "__metadata__":
-                start, end = map(int, info["data_offsets"])
-                if not 0 <= start <= end:
+                (start, end), shape = info["data_offsets"], tuple(info["shape"])
+                are_counts = all(type(number) is int and 0 <= number < 2**63 for number in (start, end, *shape))
+                if not are_counts or start > end:
                     raise ValueError
-                entries[name] = TensorEntry(
-                    str(info["dtype"]), tuple(map(int, info["shape"])), 8 + header_bytes + start, end - start
-                )
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+                entries[name] = TensorEntry(str(info["dtype"]), shape, 8 + header_bytes + start, end - start)
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(
             f"{path} is not safetensors: its header has no dtype, shape and offsets; fetch it again"
         ) from None

@@ -161,6 +161,23 @@ NORM = "model.layers.1.input_layernorm.weight"
             ),
             ["model.safetensors", "offsets"],
         ),
+        *(
+            (
+                lambda path, entry=entry: replace_header(
+                    path / "model.safetensors", b'{"a": {"dtype": "F32", %s}}' % entry
+                ),
+                ["model.safetensors", "its header has no dtype, shape and offsets"],
+            )
+            for entry in (
+                b'"shape": [-1, -2], "data_offsets": [0, 8]',
+                b'"shape": [2.5], "data_offsets": [0, 8]',
+                b'"shape": [true], "data_offsets": [0, 4]',
+                b'"shape": ["2"], "data_offsets": [0, 8]',
+                b'"shape": [0, 1%s], "data_offsets": [0, 0]' % (b"0" * 30),
+                b'"shape": [2], "data_offsets": [0, 8.0]',
+                b'"shape": [2], "data_offsets": [0, 8, 16]',
+            )
+        ),
         (damage_tensor(lambda tensors: tensors.pop(NORM)), [NORM, "missing"]),
         (damage_tensor(lambda tensors: tensors.pop("lm_head.weight")), ["lm_head.weight", "missing"]),
         (damage_tensor(lambda tensors: tensors.pop("model.embed_tokens.weight")), ["model.embed_tokens.weight"]),
@@ -192,6 +209,13 @@ NORM = "model.layers.1.input_layernorm.weight"
         (lambda path: (path / INDEX).write_text("[]"), [INDEX, "weight_map"]),
         (lambda path: (path / INDEX).write_text('{"weight_map": {"a": "../../b"}}'), [INDEX, "'../../b'", "sibling"]),
         (lambda path: (path / INDEX).write_text('{"weight_map": {"a": "/etc/passwd"}}'), [INDEX, "'/etc/passwd'"]),
+        *(
+            (
+                lambda path, file=file: (path / INDEX).write_text(json.dumps({"weight_map": {"a": file}})),
+                [INDEX, repr(file[:9])[:-1]],
+            )
+            for file in ("x\0y", "y" * 5000, "\ud800")
+        ),
         (
             lambda path: (path / INDEX).write_text('{"weight_map": {"a": "b.safetensors"}}'),
             ["b.safetensors", "missing"],
@@ -261,6 +285,13 @@ def test_a_tensor_that_its_file_lacks_is_named_with_the_file(tiny: Any, tmp_path
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
     with pytest.raises(ValueError, match=r"model.safetensors: tensor 'ghost' is missing.*index"):
         Checkpoint(tmp_path).tensor("ghost")
+
+
+def test_a_file_that_went_after_its_header_was_read_is_named(tiny: Any, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tiny.write_checkpoint(tmp_path, tiny.values, tiny.build_oracle(tiny.values)))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read: No such file"):
+        checkpoint.tensor(NORM)
 
 
 def test_weights_of_another_size_are_refused_with_both_shapes(tiny: Any, tmp_path: Path) -> None:
