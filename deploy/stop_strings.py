@@ -32,12 +32,8 @@ class StopStrings:
         return max(self._states, default=0)
 
     def feed(self, text: str, *, search: bool = True) -> StopMatch | None:
-        """Reads more text. Without `search` (before min_tokens) the text counts but can't match, nor begin a match."""
-        if not self._stops or not search:
-            self._states = [0] * len(self._stops)
-            self._num_chars += len(text)
-            return None
-        for char in text:
+        """Reads more text. Without `search` (before min_tokens) it can begin a match, but what ends in it is none."""
+        for char in text if self._stops else ():
             self._num_chars += 1
             for i, stop in enumerate(self._stops):
                 state = self._states[i]
@@ -45,7 +41,9 @@ class StopStrings:
                     state = self._failures[i][state - 1]
                 state += stop[state] == char
                 if state == len(stop):
-                    return StopMatch(stop, self._num_chars - len(stop), self._num_chars)
+                    if search:
+                        return StopMatch(stop, self._num_chars - len(stop), self._num_chars)
+                    state = self._failures[i][-1]
                 self._states[i] = state
         return None
 

@@ -116,13 +116,16 @@ def _grammar(spec: StructuredSpec) -> str:
         return LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=_JSON_OPTIONS)
     value = _parse_json(spec)
     if spec.kind == "json_schema":
+        if value is True:
+            value = {}
         if not isinstance(value, dict):
             raise ValueError(f"json_schema must be a JSON object, got {value!r:.100}.")
         # From the parsed value, not the text: llguidance pastes the text into a larger document.
         return LLMatcher.grammar_from_json_schema(value, defaults=_JSON_OPTIONS)
     if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
         raise ValueError(f"choice must be a JSON list of one or more non-empty strings, got {value!r:.100}.")
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(item, ensure_ascii=False) for item in value))
+    choices = " | ".join(json.dumps(item, ensure_ascii=False) for item in value)
+    return LLMatcher.grammar_from_lark("start: " + choices.replace("\x7f", "\\u007f"))  # Lark wants that one escaped
 
 
 def is_lark(grammar: str) -> bool:

@@ -120,7 +120,9 @@ def test_no_part_of_a_stop_string_is_streamed_and_the_router_is_told_to_stop(
     assert kept["choices"][0]["text"] == "one ENE two END"
     late = post(api, {"prompt": "x", "max_tokens": 100, "stop": "E", "min_tokens": 7}).json()
     assert late["choices"][0]["text"] == "one ENE two "
-    _left(api, before + 3)
+    across = post(api, {"prompt": "x", "max_tokens": 100, "stop": "NE two", "min_tokens": 7}).json()
+    assert across["choices"][0]["text"] == "one E"
+    _left(api, before + 4)
 
 
 def test_the_tokens_of_a_stop_string_are_held_back_with_their_text(api: RunningApi, served: ServedModel) -> None:

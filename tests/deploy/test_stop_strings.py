@@ -10,29 +10,38 @@ from deploy.tool_parser import CallArguments, CallStart, Content, HermesCalls
 TEXT = st.text("ab", max_size=30)
 
 
-@settings(max_examples=300, deadline=None)
-@given(TEXT, st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3), st.integers(1, 7))
-def test_the_first_stop_string_is_found_however_the_text_is_cut(text: str, stops: list[str], size: int) -> None:
+@settings(max_examples=500, deadline=None)
+@given(
+    *(TEXT, TEXT, st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3), st.integers(1, 7)),
+)
+def test_the_first_stop_string_that_ends_late_enough_is_found_however_the_text_is_cut(
+    before: str, after: str, stops: list[str], size: int
+) -> None:
     matcher = StopStrings(stops)
-    found, shown = None, ""
-    for start in range(0, len(text), size):
-        piece = text[start : start + size]
-        found = matcher.feed(piece)
-        if found:
-            break
-        seen = text[: start + len(piece)]
-        shown = seen[: len(seen) - matcher.num_held]
-        # Held back is exactly what may still become a stop string.
-        held = max((k for stop in stops for k in range(len(stop)) if seen.endswith(stop[:k])), default=0)
-        assert matcher.num_held == held
-    ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
-    if not ends:
+    found, shown, seen = None, "", ""
+    for text, search in ((before, False), (after, True)):
+        for start in range(0, len(text), size):
+            piece = text[start : start + size]
+            found = matcher.feed(piece, search=search)
+            seen += piece
+            if found:
+                break
+            shown = seen[: len(seen) - matcher.num_held]
+            # Held back is exactly what may still become a stop string.
+            held = max((k for stop in stops for k in range(len(stop)) if seen.endswith(stop[:k])), default=0)
+            assert matcher.num_held == held
+    text = before + after
+    matches = [
+        (end, stop) for end in range(len(before) + 1, len(text) + 1) for stop in stops if text[:end].endswith(stop)
+    ]
+    if not matches:
         assert found is None
     else:
-        assert found is not None and found.end == min(ends)
+        end = matches[0][0]
+        assert found is not None and found.end == end
+        assert found.stop == max((stop for at, stop in matches if at == end), key=len)
         assert text[found.start : found.end] == found.stop
         assert len(shown) <= found.start
-        assert not any(stop in text[: found.start] for stop in stops)
 
 
 WRITTEN = '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>'

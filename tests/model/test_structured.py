@@ -125,6 +125,14 @@ def test_a_json_object_starts_with_a_brace(compiler: GrammarCompiler, tokenizer:
     assert starts == {"{"}
 
 
+def test_the_schema_true_allows_any_json_and_false_is_refused(compiler: GrammarCompiler) -> None:
+    assert allowed(compiler.compile(StructuredSpec("json_schema", "true"))) == allowed(
+        compiler.compile(StructuredSpec("json_schema", "{}"))
+    )
+    with pytest.raises(ValueError, match="must be a JSON object, got False"):
+        compiler.compile(StructuredSpec("json_schema", "false"))
+
+
 def test_whitespace_in_json_ends_at_some_point(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     matcher = compiler.compile(StructuredSpec("json_object"))
     space = tokenizer.token_to_id("Ġ")
@@ -137,9 +145,9 @@ def test_whitespace_in_json_ends_at_some_point(compiler: GrammarCompiler, tokeni
 
 
 def test_a_choice_gives_one_of_its_strings(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
-    choices = ["yes", "no", 'a "quoted" \\ word', "größer\nline", "日本"]
+    choices = ["yes", "no", 'a "quoted" \\ word', "größer\nline", "日本", "\x00\x1b\x7f"]
     spec = StructuredSpec("choice", json.dumps(choices))
-    seen = {generate(compiler.compile(spec), tokenizer, seed) for seed in range(30)}
+    seen = {generate(compiler.compile(spec), tokenizer, seed) for seed in range(60)}
     assert seen == set(choices)
 
 
