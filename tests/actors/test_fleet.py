@@ -6,21 +6,27 @@ import asyncio
 from typing import Any
 
 from actors.fleet import Fleet
-from cluster.settings import Timeouts
-from tests.actors.test_supervisor import FakeShard, FakeStarter
+from tests.actors.test_supervisor import TIMEOUTS, FakeShard, FakeStarter
 
 
 class SlowShard(FakeShard):
-    """Takes 10 s by the clock that it holds, and has half of it when asked meanwhile."""
+    """Takes 10 s by the clock that it holds, and has half of it when asked meanwhile, which it waits for."""
 
-    now = 0.0
+    def __init__(self) -> None:
+        super().__init__("shard-0", "node-0")
+        self.now = 0.0
+        self._is_loading = False
+        self._was_asked = asyncio.Event()
 
     async def info(self) -> dict[str, Any]:
+        if self._is_loading:
+            self._was_asked.set()
         return {**await super().info(), "num_experts": 1, "weight_bytes": 30_000_000}
 
     async def load(self, keys: Any, order: int) -> int:
+        self._is_loading = True
         self.now += 6.0
-        await asyncio.sleep(0.7)
+        await self._was_asked.wait()
         self.now += 4.0
         return 80_000_000
 
@@ -29,8 +35,8 @@ def test_a_long_load_is_told_of_on_the_way_and_at_its_end_with_bytes_and_rate() 
     lines: list[str] = []
 
     async def scenario() -> None:
-        shard = SlowShard("shard-0", "node-0")
-        fleet = Fleet(FakeStarter(), Timeouts(), clock=lambda: shard.now, changed=lambda: None, progress=lines.append)
+        shard = SlowShard()
+        fleet = Fleet(FakeStarter(), TIMEOUTS, clock=lambda: shard.now, changed=lambda: None, progress=lines.append)
         assert await fleet._enrol("shard-0", shard) is not None
         await fleet.load("shard-0", [(0, 0), (0, 1)])
 

@@ -12,15 +12,25 @@ from actors.load_window import LoadWindow
 from actors.mesh_plan import MeshPlan
 from actors.supervisor import Supervisor
 from cluster.settings import AutoscalePolicy, BalancePolicy, Timeouts
+from tests.waiting import until
 
-QUICK = Timeouts(ping_s=0.05, watch_ping_s=0.05, rejoin_s=0.6, patience_s=2.0, load_s=5.0, start_s=5.0)
+TIMEOUTS = Timeouts(ping_s=5.0, watch_ping_s=5.0)  # no ping comes near it: a fake says at once that it is silent
 PLAN = MeshPlan(
     moe_layers=(0, 1), num_experts=6, num_shards=2, balance=BalancePolicy(enabled=False, min_tokens=10, interval_s=0.1)
 )
 
 
+class Clock:
+    """Stands still but for the tests that move it."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class FakeShard:
-    """Implements ShardHandle. state: "", "stopped" or "dead"."""
+    """Implements ShardHandle. state: "", "stopped" (each call has timed out already, a load never ends) or "dead"."""
 
     def __init__(self, shard_id: str, node_id: str) -> None:
         self.shard_id, self.node_id = shard_id, node_id
@@ -33,8 +43,8 @@ class FakeShard:
         self.on_load: Callable[[], Awaitable[None]] | None = None
 
     async def _answer(self) -> None:
-        while self.state == "stopped":
-            await asyncio.sleep(0.01)
+        if self.state == "stopped":
+            raise TimeoutError(f"{self.shard_id} is silent")
         if self.state == "dead":
             raise ConnectionError(f"{self.shard_id} is dead")
 
@@ -50,6 +60,8 @@ class FakeShard:
     async def load(self, keys, order):
         if self.on_load is not None:
             await self.on_load()
+        if self.state == "stopped":
+            await asyncio.Event().wait()
         await self._answer()
         if self.load_fails is not None:
             raise self.load_fails
@@ -72,16 +84,20 @@ class FakeShard:
 
 
 class FakeStarter:
+    """has_room: set unless a test wants new shards to wait for it."""
+
     def __init__(self, num_nodes: int = 1) -> None:
         self.shards: dict[str, FakeShard] = {}
         self.ended: list[str] = []
         self.start_fails: Exception | None = None
+        self.has_room = asyncio.Event()
+        self.has_room.set()
         self._num_nodes = num_nodes
 
     async def start(self, shard_id, avoid_nodes):
         if self.start_fails is not None:
             raise self.start_fails
-        await asyncio.sleep(0.2)
+        await self.has_room.wait()
         assert shard_id not in self.shards, "an id was used twice"
         self.shards[shard_id] = FakeShard(shard_id, f"node-{len(self.shards) % self._num_nodes}")
         return self.shards[shard_id]
@@ -98,21 +114,23 @@ class FakeStarter:
 class Mesh:
     def __init__(self, plan: MeshPlan = PLAN, starter: FakeStarter | None = None) -> None:
         self.starter = starter or FakeStarter()
-        self.supervisor = Supervisor(plan, self.starter, QUICK)
+        self.clock = Clock()
+        self.supervisor = Supervisor(plan, self.starter, TIMEOUTS, self.clock)
         self.views: list[Any] = []
         self.watcher: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         await self.supervisor.start()
         self.watcher = asyncio.ensure_future(self._follow())
-        await self.until(lambda: bool(self.views))
+        await until(lambda: bool(self.views))
         return self
 
     async def __aexit__(self, *_: object) -> None:
         assert self.watcher is not None
-        self.watcher.cancel()
-        for task in self.supervisor._tasks:
+        tasks = [self.watcher, *self.supervisor._tasks]
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _follow(self) -> None:
         """A router that goes live on every view at once."""
@@ -140,30 +158,26 @@ class Mesh:
     def shard(self, number: int) -> FakeShard:
         return self.starter.shards[f"shard-{number}"]
 
-    async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-        async with asyncio.timeout(timeout_s):
-            while not condition():
-                await asyncio.sleep(0.01)
-
     async def settled(self) -> None:
-        await asyncio.sleep(0.05)
-        await self.until(lambda: self.supervisor.is_settled() and self.views[-1].epoch == self.supervisor.view.epoch)
+        await until(lambda: self.supervisor.is_settled() and self.views[-1].epoch == self.supervisor.view.epoch)
 
     async def report(self, *suspects: str, router_id: str = "router-0") -> None:
         await self.supervisor.report(router_id, self.view.epoch, suspects, "closed")
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scenario(), 30))
+    asyncio.run(asyncio.wait_for(scenario(), 120))
 
 
 def test_a_dead_shard_is_adopted_at_once_and_replaced_afterwards():
     async def scenario() -> None:
         async with Mesh() as mesh:
+            mesh.starter.has_room.clear()
             mesh.shard(1).state = "dead"
             await mesh.report("shard-1")
-            await mesh.until(lambda: mesh.view.shard_ids == ("shard-0",))
+            await until(lambda: mesh.view.shard_ids == ("shard-0",))
             assert "lost shard-1, 6 experts adopted" in mesh.view.reason
+            mesh.starter.has_room.set()
             await mesh.settled()
             assert mesh.view.shard_ids == ("shard-0", "shard-2")
             assert len(mesh.shard(0).experts) == len(mesh.shard(2).experts) == 6
@@ -176,7 +190,7 @@ def test_a_shard_that_stops_loses_its_place_and_gets_it_back_when_it_wakes():
         async with Mesh() as mesh:
             mesh.shard(1).state = "stopped"
             await mesh.report("shard-1")
-            await mesh.until(lambda: mesh.view.shard_ids == ("shard-0",))
+            await until(lambda: mesh.view.shard_ids == ("shard-0",))
             mesh.shard(1).state = ""
             await mesh.settled()
             assert mesh.view.shard_ids == ("shard-0", "shard-1")
@@ -189,7 +203,12 @@ def test_a_shard_that_stays_silent_is_ended_and_replaced_also_without_any_report
     async def scenario() -> None:
         async with Mesh() as mesh:
             mesh.shard(1).state = "stopped"
-            await mesh.until(lambda: "shard-1" in mesh.starter.ended)
+            await until(lambda: mesh.view.shard_ids == ("shard-0",))
+            mesh.clock.now += TIMEOUTS.rejoin_s
+            await mesh.supervisor._fleet.sweep()
+            assert mesh.starter.ended == []
+            mesh.clock.now += 0.1
+            await until(lambda: mesh.starter.ended == ["shard-1"])
             await mesh.settled()
             assert mesh.view.shard_ids == ("shard-0", "shard-2")
 
@@ -202,10 +221,10 @@ def test_a_suspect_that_answers_is_forgiven_twice_and_several_at_once_always():
             for suspects in (("shard-1",), ("shard-0", "shard-1"), ("shard-0", "shard-1"), ("shard-1",)):
                 before = mesh.view.epoch
                 await mesh.report(*suspects)
-                await mesh.until(lambda before=before: mesh.view.epoch > before)
+                await until(lambda before=before: mesh.view.epoch > before)
                 assert mesh.view.shard_ids == ("shard-0", "shard-1") and mesh.starter.ended == []
             await mesh.report("shard-1")
-            await mesh.until(lambda: mesh.starter.ended == ["shard-1"])
+            await until(lambda: mesh.starter.ended == ["shard-1"])
             await mesh.settled()
 
     run(scenario)
@@ -217,7 +236,7 @@ def test_two_reports_of_one_failure_make_one_epoch():
             mesh.shard(0).state = "dead"
             epoch = mesh.view.epoch
             await asyncio.gather(mesh.report("shard-0"), mesh.report("shard-0", router_id="router-1"))
-            await mesh.until(lambda: mesh.view.epoch > epoch)
+            await until(lambda: mesh.view.epoch > epoch)
             assert mesh.view.epoch == epoch + 1
             await mesh.settled()
 
@@ -232,10 +251,13 @@ def test_the_adopter_dies_while_it_adopts(how):
             async def die() -> None:
                 mesh.shard(1).state = how
 
+            mesh.starter.has_room.clear()
             mesh.shard(1).on_load = die
             mesh.shard(2).state = "dead"
             await mesh.report("shard-2")
-            await mesh.until(lambda: mesh.view.shard_ids == ("shard-0",))
+            await until(lambda: mesh.view.shard_ids == ("shard-0",))
+            mesh.starter.has_room.set()
+            mesh.clock.now += TIMEOUTS.rejoin_s + 0.1  # for a stopped one
             await mesh.settled()
             assert len(mesh.view.shard_ids) == 3
 
@@ -263,7 +285,8 @@ def test_when_everybody_is_silent_nobody_is_given_up_soon():
             for number in (0, 1):
                 mesh.shard(number).state = "stopped"
             await mesh.report("shard-0", "shard-1")
-            await asyncio.sleep(1.0)
+            mesh.clock.now += TIMEOUTS.patience_s  # six times what one that is silent alone is given
+            await mesh.supervisor._fleet.sweep()
             for number in (0, 1):
                 mesh.shard(number).state = ""
             await mesh.settled()
@@ -288,10 +311,12 @@ def test_a_spare_takes_over_and_a_new_spare_is_started():
     async def scenario() -> None:
         async with Mesh(MeshPlan(moe_layers=(0,), num_experts=4, num_shards=2, num_spares=1)) as mesh:
             assert mesh.view.shard_ids == ("shard-0", "shard-1")
+            mesh.starter.has_room.clear()
             mesh.shard(0).state = "dead"
             await mesh.report("shard-0")
-            await mesh.until(lambda: mesh.view.shard_ids == ("shard-1", "shard-2"))
+            await until(lambda: mesh.view.shard_ids == ("shard-1", "shard-2"))
             assert len(mesh.shard(1).experts) == 2
+            mesh.starter.has_room.set()
             await mesh.settled()
             assert mesh.shard(3).experts == set()
 
@@ -374,9 +399,9 @@ def test_a_restarted_supervisor_mends_what_broke_while_it_was_away():
 def test_a_supervisor_that_lost_all_its_shards_goes_beyond_the_epochs_that_routers_have_seen():
     async def scenario() -> None:
         async with Mesh() as mesh:
-            view = await mesh.supervisor.next_view("router-9", {"router_id": "router-9"}, 4321, 4321, 1.0)
+            view = await mesh.supervisor.next_view("router-9", {"router_id": "router-9"}, 4321, 4321, 30.0)
             assert view is not None and view.epoch > 4321
-            await mesh.until(lambda: mesh.view.epoch == view.epoch)
+            await until(lambda: mesh.view.epoch == view.epoch)
 
     run(scenario)
 
@@ -388,8 +413,8 @@ def test_without_room_for_a_replacement_the_survivors_share_the_work():
             mesh.starter.start_fails = ValueError("no node is left")
             mesh.shard(2).state = "dead"
             await mesh.report("shard-2")
-            await mesh.until(lambda: mesh.view.shard_ids == ("shard-0", "shard-1"))
-            await mesh.until(lambda: all(len(shards) == 2 for _, shards in mesh.view.placement))
+            await until(lambda: mesh.view.shard_ids == ("shard-0", "shard-1"))
+            await until(lambda: all(len(shards) == 2 for _, shards in mesh.view.placement))
             assert mesh.supervisor.is_complete()
             assert "no node is left" in (await mesh.supervisor.mesh())["trouble"]
 
@@ -399,7 +424,7 @@ def test_without_room_for_a_replacement_the_survivors_share_the_work():
 @pytest.mark.parametrize("num_spares", [0, 1])
 def test_a_hot_expert_is_copied_and_the_mesh_tells(num_spares):
     async def scenario() -> None:
-        policy = BalancePolicy(interval_s=0.2, min_tokens=10, redundant_slots=1, max_moves=4)
+        policy = BalancePolicy(min_tokens=10, redundant_slots=1, max_moves=4)
         plan = MeshPlan(moe_layers=(0,), num_experts=4, num_shards=2, num_spares=num_spares, balance=policy)
         async with Mesh(plan) as mesh:
             hot = next(e for (_, e), shards in mesh.view.placement if shards == ("shard-0",))
@@ -407,7 +432,8 @@ def test_a_hot_expert_is_copied_and_the_mesh_tells(num_spares):
             figures = {"tokens": {0: counts}, "activated": {0: counts}, "wait_s": 1.0, "time_s": 10.0}
             await mesh.supervisor.next_view("router-1", {"router_id": "router-1", "figures": figures}, 0, 10**6, 0.01)
             before = (await mesh.supervisor.mesh())["balancedness"]
-            await mesh.until(lambda: len(mesh.view.placement.holders[0][hot]) == 2)
+            mesh.clock.now += policy.interval_s
+            await until(lambda: len(mesh.view.placement.holders[0][hot]) == 2)
             await mesh.settled()
             seen = await mesh.supervisor.mesh()
             assert seen["balancedness"] > before
@@ -415,18 +441,19 @@ def test_a_hot_expert_is_copied_and_the_mesh_tells(num_spares):
             assert "rebalanced" in seen["reason"]
             assert mesh.view.placement.shards() == {"shard-0", "shard-1"}, "a spare is a spare"
             epoch = mesh.view.epoch
-            await asyncio.sleep(2.2)
-            assert mesh.view.epoch == epoch, "it moves experts for nothing"
+            await mesh.supervisor._rebalance()
+            assert mesh.supervisor.view.epoch == epoch, "it moves experts for nothing"
 
     run(scenario)
 
 
 def test_the_autoscaler_adds_a_shard_under_pressure():
     async def scenario() -> None:
-        policy = AutoscalePolicy(enabled=True, min_shards=3, max_shards=3, interval_s=0.1)
+        policy = AutoscalePolicy(enabled=True, min_shards=3, max_shards=3)
         plan = MeshPlan(moe_layers=(0,), num_experts=6, num_shards=2, autoscale=policy)
         async with Mesh(plan) as mesh:
-            await mesh.until(lambda: len(mesh.view.shard_ids) == 3)
+            mesh.clock.now += policy.interval_s
+            await until(lambda: len(mesh.view.shard_ids) == 3)
 
     run(scenario)
 

@@ -11,6 +11,7 @@ from actors.mesh_plan import MeshPlan
 from actors.supervisor import TRY_AGAIN_S, Supervisor
 from cluster.settings import Timeouts
 from tests.actors.test_supervisor import FakeStarter
+from tests.waiting import until
 
 PATIENT = Timeouts(ping_s=20.0, watch_ping_s=20.0, rejoin_s=20.0, patience_s=20.0)
 PLAN = MeshPlan(moe_layers=(0, 1), num_experts=6, num_shards=2)
@@ -26,12 +27,6 @@ async def running(starter: FakeStarter, clock: Callable[[], float] = time.monoto
     finally:
         for task in supervisor._tasks:
             task.cancel()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60.0):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
