@@ -52,6 +52,12 @@ def write_tiny_model(path: Path, seed: int = 0, **overrides: Any) -> Path:
     return path
 
 
+def prompt_of(seed: int, length: int) -> list[int]:
+    """Random token ids, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VALUES["vocab_size"], (length,), generator=generator).tolist()
+
+
 def load_oracle(path: Path) -> transformers.PreTrainedModel:
     return transformers.Qwen2MoeForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 

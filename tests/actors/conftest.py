@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,10 +22,18 @@ from cluster.placement import Placement, adopt, spread_evenly
 from cluster.settings import Timeouts
 from cluster.view import Member, MeshView
 from model.sampling_params import SamplingParams
-from tests.tiny import write_tiny_model
+from tests.tiny import prompt_of, write_tiny_model
+from tests.waiting import PATIENCE_S
 
 CPU = torch.device("cpu")
-QUICK = Timeouts(exchange_max_s=5.0, formation_s=3.0, recovery_s=8.0, heartbeat_s=0.5, idle_s=5.0)
+PATIENT = Timeouts(  # only what never comes meets one of these
+    exchange_min_s=PATIENCE_S,
+    exchange_max_s=PATIENCE_S,
+    formation_s=PATIENCE_S,
+    recovery_s=2 * PATIENCE_S,
+    heartbeat_s=0.5,
+    idle_s=PATIENCE_S,
+)
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +58,7 @@ class Outputs:
                     self.chunks[chunk.request_id].append(chunk)
             self._changed.notify_all()
 
-    def wait(self, request_id: str, timeout_s: float = 60.0) -> list[Chunk]:
+    def wait(self, request_id: str, timeout_s: float = 2 * PATIENCE_S) -> list[Chunk]:
         with self._changed:
             assert self._changed.wait_for(
                 lambda: self.chunks[request_id] and self.chunks[request_id][-1].finish_reason, timeout_s
@@ -61,10 +68,10 @@ class Outputs:
     def tokens(self, request_id: str) -> list[int]:
         return [token for chunk in self.wait(request_id) for token in chunk.token_ids]
 
-    def rows(self, request_id: str, timeout_s: float = 60.0) -> torch.Tensor:
+    def rows(self, request_id: str) -> torch.Tensor:
         """What an ingress makes of the pieces of a pool result."""
         rows: list[torch.Tensor] = []
-        for chunk in self.wait(request_id, timeout_s):
+        for chunk in self.wait(request_id):
             assert chunk.error is None and chunk.first_row <= len(rows)
             rows[chunk.first_row :] = [torch.tensor(row) for row in rows_from_wire(chunk.values or ())]
         return torch.stack(rows)
@@ -77,7 +84,7 @@ class ThreadMesh:
     model: Path
     dtype: str | None = None
     quantization: str | None = None
-    timeouts: Timeouts = QUICK
+    timeouts: Timeouts = PATIENT
     shards: dict[str, ExpertShard] = field(default_factory=dict)
     view: MeshView | None = None
     reports: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
@@ -134,7 +141,7 @@ class ThreadMesh:
 
         def wait() -> tuple[str, ...]:
             for thread in threads:
-                thread.join(QUICK.formation_s + 1)
+                thread.join(self.timeouts.formation_s + 1)
             return tuple(errors)
 
         return wait
@@ -152,7 +159,7 @@ def spec_for(model: Path, **overrides: Any) -> RouterSpec:
         "served_name": "tiny",
         "num_kv_blocks": 256,
         "limits": SchedulerLimits(max_num_seqs=32, max_num_batched_tokens=128, max_queue=64),
-        "timeouts": QUICK,
+        "timeouts": PATIENT,
         "token": "secret",
     }
     return RouterSpec(**{**values, **overrides})
@@ -195,13 +202,46 @@ def ask(
     engine.submit("test", request)
 
 
-def prompt_of(seed: int, length: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 320, (length,), generator=generator).tolist()
+def between_steps(engine: Engine, condition: Callable[[], bool], act: Callable[[], None]) -> None:
+    """Act on the engine's thread, after the first step that makes the condition true and before the next one."""
+
+    def look() -> None:
+        if condition():
+            act()
+        else:
+            engine.call(look)
+
+    engine.call(look)
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
-        time.sleep(0.01)
+def ask_six(engine: Engine) -> None:
+    """Six requests, greedy and seeded ones, that all arrive between the same two steps."""
+
+    def ask_all() -> None:
+        for i in range(6):
+            ask(engine, f"r{i}", prompt_of(i, 5 + 9 * i), 24, temperature=0.7 * (i % 2), seed=i)
+
+    engine.call(ask_all)
+
+
+def answers(outputs: Outputs) -> dict[str, list[int]]:
+    return {f"r{i}": outputs.tokens(f"r{i}") for i in range(6)}
+
+
+@pytest.fixture
+def expected(start_router: Callable[..., tuple[Router, Outputs]]) -> dict[str, list[int]]:
+    """The answers to `ask_six` with all experts in one process."""
+    router, outputs = start_router()
+    ask_six(router.engine)
+    return answers(outputs)
+
+
+def after_three_tokens(router: Router, outputs: Outputs, act: Callable[[], None]) -> None:
+    """Act in the middle of the answers to `ask_six`, between two steps."""
+    between_steps(router.engine, lambda: len(outputs.chunks["r5"]) > 2, act)
+
+
+def formed(router: Router, epoch: int) -> bool:
+    """Whether the router has a group for this epoch, which its next step will use."""
+    newest = router.membership.newest()
+    return newest is not None and newest.view.epoch == epoch

@@ -12,8 +12,9 @@ from actors.scheduler import Scheduler
 from actors.sequence import Sequence
 from actors.specs import SchedulerLimits
 from model.sampling_params import SamplingParams
-from tests.actors.conftest import ask, prompt_of, wait_until
-from tests.tiny import load_oracle, oracle_greedy, write_tiny_model
+from tests.actors.conftest import ask, between_steps
+from tests.tiny import load_oracle, oracle_greedy, prompt_of, write_tiny_model
+from tests.waiting import wait_until
 
 
 def test_greedy_tokens_equal_transformers_over_64_steps(start_router, tiny_model):
@@ -103,10 +104,16 @@ def test_whoever_waits_for_anothers_prefix_goes_on_alone_when_that_one_leaves(st
         ask(router.engine, "first", prompt, 5)
         ask(router.engine, "second", [*prompt[:90], 7], 5)
 
+    waited: list[str] = []
+
+    def leave_half_way() -> None:
+        waited.extend(s.request.request_id for s in router.engine.scheduler.waiting)
+        router.engine.abort("test", "first")
+
     router.engine.call(both)
-    wait_until(lambda: router.engine.stats.num_prompt_tokens >= 32)
-    router.engine.abort("test", "first")
+    between_steps(router.engine, lambda: router.engine.stats.num_prompt_tokens >= 32, leave_half_way)
     assert len(outputs.tokens("second")) == 5
+    assert waited == ["second"] and not outputs.chunks["first"]
     ask(router.engine, "again", [*prompt[:90], 7], 5)
     assert outputs.tokens("again") == outputs.tokens("second")
 
@@ -161,21 +168,19 @@ def test_prompts_too_long_bad_ids_and_full_queues_are_refused_with_numbers(start
     assert error["status"] == 400 and "128 tokens" in error["message"] and error["code"] == "context_length_exceeded"
     ask(router.engine, "bad", [5, 320])
     assert "token id 320" in outputs.wait("bad")[-1].error["message"]
-    for i in range(8):
-        ask(router.engine, f"r{i}", prompt_of(i, 20), 100)
-    reasons = [outputs.wait(f"r{i}")[-1] for i in range(8)]
-    refused = [chunk for chunk in reasons if chunk.finish_reason == "error"]
-    assert refused and all(chunk.error["status"] == 503 for chunk in refused)
-    assert sum(chunk.finish_reason == "length" for chunk in reasons) == 8 - len(refused)
+    router.engine.call(lambda: [ask(router.engine, f"r{i}", prompt_of(i, 20), 10) for i in range(5)])
+    ends = [outputs.wait(f"r{i}")[-1] for i in range(5)]
+    assert [end.finish_reason for end in ends] == ["length", "length", "error", "error", "error"]
+    assert all(end.error["status"] == 503 and end.error["code"] == "queue_full" for end in ends[2:])
 
 
 def test_an_abort_frees_the_blocks_and_nobody_else_notices(start_router):
     router, outputs = start_router()
     ask(router.engine, "keep", prompt_of(1, 30), 60)
     ask(router.engine, "drop", prompt_of(2, 30), 400)
-    wait_until(lambda: len(outputs.chunks["drop"]) > 3)
-    router.engine.abort("test", "drop")
+    between_steps(router.engine, lambda: len(outputs.chunks["drop"]) > 3, lambda: router.engine.abort("test", "drop"))
     kept = outputs.tokens("keep")
+    assert 3 < len(outputs.chunks["drop"]) < 6 and outputs.chunks["drop"][-1].finish_reason is None
     wait_until(lambda: not router.engine.scheduler.has_work)
     assert [pool.num_used for pool in router.engine.scheduler.blocks.pools] == [0, 0]
     ask(router.engine, "alone", prompt_of(1, 30), 60)
@@ -272,7 +277,7 @@ def test_a_pool_request_may_fill_the_whole_cache(start_router):
     router, outputs = start_router(num_kv_blocks=9, max_model_len=128)
     router.engine.submit("test", PoolRequest(request_id="p", prompt_ids=tuple(prompt_of(0, 128)), head=""))
     ask(router.engine, "behind", prompt_of(1, 10), 3)
-    assert len(outputs.rows("p", timeout_s=20)) == 1 and len(outputs.tokens("behind")) == 3
+    assert len(outputs.rows("p")) == 1 and len(outputs.tokens("behind")) == 3
 
 
 def test_what_an_owner_that_left_had_just_sent_is_not_computed(start_router):

@@ -14,9 +14,9 @@ from actors.request import PoolRequest
 from actors.router import Router
 from cluster.placement import spread_evenly
 from model.config import ModelConfig
-from tests.actors.conftest import Outputs, ThreadMesh, ask, prompt_of
+from tests.actors.conftest import Outputs, ThreadMesh, ask
 from tests.random_config import ARCHITECTURES, random_config
-from tests.tiny import VALUES, write_tiny_model
+from tests.tiny import VALUES, prompt_of, write_tiny_model
 
 PAD = 1
 

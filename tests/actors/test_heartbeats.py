@@ -14,7 +14,8 @@ from cluster.placement import spread_evenly
 from cluster.settings import Timeouts
 from cluster.view import MeshView
 from cluster.wire import Header, Opcode
-from tests.actors.conftest import QUICK, ThreadMesh, ask, placed, prompt_of
+from tests.actors.conftest import PATIENT, ThreadMesh, ask, placed
+from tests.tiny import prompt_of
 
 SHARDS = ("shard-0", "shard-1")
 
@@ -124,7 +125,7 @@ def test_heartbeats_between_all_steps_change_no_token(start_router, tiny_model, 
     mesh = ThreadMesh(tiny_model)
     mesh.publish(placed(mesh, 4))
     router, outputs = start_router(
-        mesh, transport=transport, two_batch_overlap=overlap, timeouts=replace(QUICK, heartbeat_s=0.0)
+        mesh, transport=transport, two_batch_overlap=overlap, timeouts=replace(PATIENT, heartbeat_s=0.0)
     )
     local, expected = start_router()
     for engine in (router.engine, local.engine):

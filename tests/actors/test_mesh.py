@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,36 +12,28 @@ from actors.remote_exchange import DeadlineEstimate, RemoteExchange
 from cluster.placement import Placement
 from cluster.settings import Timeouts
 from model.moe import LocalExchange
-from tests.actors.conftest import ThreadMesh, ask, placed, prompt_of, wait_until
-
-
-@pytest.fixture
-def expected(start_router):
-    """Answers with all experts in one process."""
-    router, outputs = start_router()
-    answers = {}
-    for i in range(6):
-        ask(router.engine, f"r{i}", prompt_of(i, 5 + 9 * i), 24, temperature=0.7 * (i % 2), seed=i)
-    for i in range(6):
-        answers[f"r{i}"] = outputs.tokens(f"r{i}")
-    return answers
-
-
-def ask_all(router):
-    for i in range(6):
-        ask(router.engine, f"r{i}", prompt_of(i, 5 + 9 * i), 24, temperature=0.7 * (i % 2), seed=i)
+from tests.actors.conftest import (
+    PATIENT,
+    ThreadMesh,
+    after_three_tokens,
+    answers,
+    ask,
+    ask_six,
+    between_steps,
+    formed,
+    placed,
+)
+from tests.waiting import wait_until
 
 
 @pytest.mark.parametrize("transport", ["host", "star", "all_to_all"])
-@pytest.mark.parametrize(("num_shards", "replicas"), [(1, 1), (2, 1), (3, 2), (4, 1)])
-def test_the_mesh_gives_the_same_tokens_as_local_experts(
-    start_router, tiny_model, expected, transport, num_shards, replicas
-):
+def test_a_mesh_with_replicas_gives_the_same_tokens_as_local_experts(start_router, tiny_model, expected, transport):
+    """One without: see test_same_bits."""
     mesh = ThreadMesh(tiny_model)
-    mesh.publish(placed(mesh, num_shards, replicas))
+    mesh.publish(placed(mesh, 3, replicas=2))
     router, outputs = start_router(mesh, transport=transport)
-    ask_all(router)
-    assert {name: outputs.tokens(name) for name in expected} == expected
+    ask_six(router.engine)
+    assert answers(outputs) == expected
     rows = [shard.info()["tokens"] for shard in mesh.shards.values()]
     assert all(count > 0 for count in rows)
 
@@ -75,14 +69,15 @@ def test_a_planned_epoch_change_loses_nothing(start_router, tiny_model, expected
     mesh = ThreadMesh(tiny_model)
     mesh.publish(placed(mesh, 2))
     router, outputs = start_router(mesh)
-    ask_all(router)
-    wait_until(lambda: len(outputs.chunks["r5"]) > 2)
-    mesh.publish(placed(mesh, 3))
-    assert {name: outputs.tokens(name) for name in expected} == expected
-    wait_until(lambda: router.exchange.epoch == 2)
-    ask(router.engine, "after", [3, 4, 5])
-    outputs.tokens("after")
-    assert mesh.reports == []
+
+    def change() -> None:
+        mesh.publish(placed(mesh, 3))
+        wait_until(lambda: formed(router, 2))
+
+    ask_six(router.engine)
+    after_three_tokens(router, outputs, change)
+    assert answers(outputs) == expected
+    assert router.exchange.epoch == 2 and mesh.shards["shard-2"].info()["tokens"] > 0 and mesh.reports == []
 
 
 def test_an_epoch_that_adds_nobody_needs_no_new_group_and_who_leaves_is_told(start_router, tiny_model, expected):
@@ -90,18 +85,25 @@ def test_an_epoch_that_adds_nobody_needs_no_new_group_and_who_leaves_is_told(sta
     wide = placed(mesh, 3)
     mesh.publish(wide)
     router, outputs = start_router(mesh)
-    ask_all(router)
-    wait_until(lambda: len(outputs.chunks["r5"]) > 2)
-    mesh.publish(Placement({i: (experts[1], experts[0], *experts[2:]) for i, experts in wide.holders.items()}))
-    wait_until(lambda: router.exchange.epoch == 2)
-    mesh.publish(placed(mesh, 2))
-    assert {name: outputs.tokens(name) for name in expected} == expected
+
+    def swap() -> None:
+        mesh.publish(Placement({i: (experts[1], experts[0], *experts[2:]) for i, experts in wide.holders.items()}))
+        wait_until(lambda: formed(router, 2))
+        between_steps(router.engine, lambda: router.exchange.epoch == 2, narrow)
+
+    def narrow() -> None:
+        mesh.publish(placed(mesh, 2))
+        wait_until(lambda: formed(router, 3))
+
+    ask_six(router.engine)
+    after_three_tokens(router, outputs, swap)
+    assert answers(outputs) == expected
     wait_until(lambda: router.exchange.epoch == 3 and mesh.shards["shard-2"].info()["num_groups"] == 0)
     assert all(shard.info()["epoch"] == 1 for shard in mesh.shards.values()) and mesh.reports == []
 
 
 def test_a_member_that_never_comes_holds_up_its_own_epoch_and_no_later_one(start_router, tiny_model):
-    patient = Timeouts(formation_s=120.0)
+    patient = replace(PATIENT, formation_s=120.0)  # longer than anything here waits
     mesh = ThreadMesh(tiny_model, timeouts=patient)
     both = placed(mesh, 2)
     mesh.shards["shard-1"].join = lambda **_: None  # as if it were stopped: it was asked, and says nothing
@@ -110,7 +112,7 @@ def test_a_member_that_never_comes_holds_up_its_own_epoch_and_no_later_one(start
     ask(router.engine, "r", [3, 4, 5], 4)
     wait_until(lambda: router.membership.num_store_keys() >= 2)  # both others wait for it
     mesh.publish(placed(mesh, 1))
-    wait_until(lambda: router.exchange.epoch == 2, 30.0)
+    wait_until(lambda: router.exchange.epoch == 2)
     assert len(outputs.tokens("r")) == 4
 
 
@@ -122,10 +124,9 @@ def test_a_lost_shard_costs_a_pause_and_no_token(start_router, tiny_model, expec
     mesh.on_report = lambda epoch, suspects: mesh.heal(placement, suspects)
     router, outputs = start_router(mesh, transport=transport)
     # In the middle of an answer, shard-1 forgets its experts: its next exchange fails and its group closes.
-    ask_all(router)
-    wait_until(lambda: len(outputs.chunks["r5"]) > 2)
-    mesh.shards["shard-1"].keep_only([])
-    assert {name: outputs.tokens(name) for name in expected} == expected
+    ask_six(router.engine)
+    after_three_tokens(router, outputs, lambda: mesh.shards["shard-1"].keep_only([]))
+    assert answers(outputs) == expected
     assert mesh.reports[0][0] == 1 and router.exchange.epoch == 2 and router.exchange.num_recoveries == 1
     assert mesh.shards["shard-0"].info()["epoch"] == formed, "the epoch of its newest group"
 
@@ -135,10 +136,9 @@ def test_where_replicas_hold_what_is_lost_nobody_is_waited_for(start_router, tin
     mesh = ThreadMesh(tiny_model)  # nobody heals it
     mesh.publish(placed(mesh, 3, replicas=2))
     router, outputs = start_router(mesh, transport=transport)
-    ask_all(router)
-    wait_until(lambda: len(outputs.chunks["r5"]) > 2)
-    mesh.shards["shard-1"].keep_only([])
-    assert {name: outputs.tokens(name) for name in expected} == expected
+    ask_six(router.engine)
+    after_three_tokens(router, outputs, lambda: mesh.shards["shard-1"].keep_only([]))
+    assert answers(outputs) == expected
     assert mesh.reports == [(1, ("shard-1",))] and router.is_ready
     assert router.exchange.epoch == 1 and router.exchange.num_recoveries == 1
     mesh.publish(placed(mesh, 2))
@@ -164,13 +164,13 @@ def test_an_epoch_whose_store_fails_is_reported_and_the_next_one_serves(
     mesh.on_report = lambda epoch, suspects: mesh.publish(placement)
     router, outputs = start_router(mesh)
     mesh.publish(placement)
-    ask_all(router)
-    assert [outputs.tokens(f"r{i}") for i in range(6)] == list(expected.values()) and mesh.reports[0] == (1, ())
+    ask_six(router.engine)
+    assert answers(outputs) == expected and mesh.reports[0] == (1, ())
 
 
 def test_without_any_mesh_requests_are_refused_by_name_and_served_once_it_is_there(start_router, tiny_model):
     mesh = ThreadMesh(tiny_model)
-    router, outputs = start_router(mesh, timeouts=Timeouts(recovery_s=0.5, formation_s=3.0))
+    router, outputs = start_router(mesh, timeouts=replace(PATIENT, recovery_s=0.5))
     ask(router.engine, "early", [3, 4, 5])
     assert outputs.wait("early")[-1].error["code"] == "mesh_unavailable"
     assert outputs.wait("early")[-1].error["status"] == 503
@@ -207,11 +207,14 @@ def test_aborts_and_deadlines_go_on_while_a_step_waits_for_the_mesh(start_router
     router, outputs = start_router(mesh)
     ask(router.engine, "held", [3, 4, 5], 400)
     ask(router.engine, "left", [3, 4, 6], 400)
-    wait_until(lambda: len(outputs.chunks["left"]) > 2)
-    for shard in mesh.shards.values():
-        shard.keep_only([])  # nobody heals this mesh
+
+    def lose_all() -> None:
+        for shard in mesh.shards.values():
+            shard.keep_only([])  # nobody heals this mesh
+
+    between_steps(router.engine, lambda: len(outputs.chunks["left"]) > 2, lose_all)
     wait_until(lambda: len(mesh.reports) > 0)
     router.engine.abort("test", "left")
-    wait_until(lambda: len(list(router.engine.scheduler)) == 1, 3.0)
+    wait_until(lambda: len(list(router.engine.scheduler)) == 1)
     mesh.publish(placed(mesh, 3))
     assert len(outputs.tokens("held")) == 400

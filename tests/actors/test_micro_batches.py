@@ -14,7 +14,9 @@ from actors.remote_exchange import RemoteExchange
 from actors.request import GenerateRequest
 from actors.scheduler import Scheduled
 from model.sampling_params import SamplingParams
-from tests.actors.conftest import ThreadMesh, ask, placed, prompt_of, wait_until
+from tests.actors.conftest import ThreadMesh, after_three_tokens, answers, ask_six, placed
+from tests.tiny import prompt_of
+from tests.waiting import wait_until
 
 
 def work_of(*chunks):
@@ -66,29 +68,13 @@ def test_never_and_a_single_token_stay_whole():
     assert len(MicroBatches("always", num_lanes=2).split(work_of((3, 4)))) == 1
 
 
-@pytest.fixture
-def expected(start_router):
-    router, outputs = start_router()
-    ask_all(router)
-    return answers(outputs)
-
-
-def ask_all(router):
-    for i in range(5):
-        ask(router.engine, f"r{i}", prompt_of(i, 5 + 9 * i), 24, temperature=0.7 * (i % 2), seed=i)
-
-
-def answers(outputs):
-    return {f"r{i}": outputs.tokens(f"r{i}") for i in range(5)}
-
-
 @pytest.mark.parametrize("transport", ["host", "star", "all_to_all"])
 @pytest.mark.parametrize("num_shards", [1, 3])
 def test_two_micro_batches_give_the_same_tokens(start_router, tiny_model, expected, transport, num_shards):
     mesh = ThreadMesh(tiny_model)
     mesh.publish(placed(mesh, num_shards))
     router, outputs = start_router(mesh, transport=transport, two_batch_overlap="always")
-    ask_all(router)
+    ask_six(router.engine)
     assert answers(outputs) == expected
     assert router.engine.stats.num_overlapped_steps >= router.engine.stats.num_steps - 2
 
@@ -102,9 +88,8 @@ def test_a_lost_shard_is_survived_by_both(start_router, tiny_model, expected, tr
     if replicas == 1 or transport == "all_to_all":
         mesh.on_report = lambda epoch, suspects: mesh.heal(placement, suspects)
     router, outputs = start_router(mesh, transport=transport, two_batch_overlap="always")
-    ask_all(router)
-    wait_until(lambda: len(outputs.chunks["r4"]) > 2)
-    mesh.shards["shard-1"].keep_only([])
+    ask_six(router.engine)
+    after_three_tokens(router, outputs, lambda: mesh.shards["shard-1"].keep_only([]))
     assert answers(outputs) == expected
     assert router.exchange.num_recoveries == 1 and len(mesh.reports) == 1
 
@@ -128,7 +113,7 @@ def test_a_step_broken_off_under_way_leaves_nothing_to_later_ones(start_router, 
 
     router.engine.call(break_off)
     wait_until(lambda: bool(done))
-    ask_all(router)
+    ask_six(router.engine)
     assert answers(outputs) == expected and exchange.epoch == 2
 
 

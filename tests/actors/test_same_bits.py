@@ -15,11 +15,11 @@ from torch import Tensor
 
 from actors.membership import RouterMembership
 from actors.remote_exchange import RemoteExchange
-from cluster.settings import Timeouts
 from model.kernels import REFERENCE_KERNELS, select_kernels
-from tests.actors.conftest import CPU, ThreadMesh, placed, prompt_of, wait_until
+from tests.actors.conftest import CPU, PATIENT, ThreadMesh, placed
 from tests.model.conftest import TinyEngine, TinySequence
-from tests.tiny import write_tiny_model
+from tests.tiny import prompt_of, write_tiny_model
+from tests.waiting import wait_until
 
 STORAGES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "float32": ({}, {}),
@@ -27,7 +27,6 @@ STORAGES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "bfloat16_activations": ({}, {"dtype": "bfloat16"}),
     "int8": ({}, {"quantization": "int8"}),
 }
-PATIENT = Timeouts(formation_s=30.0)
 PROMPTS = [prompt_of(seed, length) for seed, length in enumerate((1, 9, 33, 61, 90))]
 
 
@@ -115,7 +114,7 @@ def test_shards_transports_epochs_and_a_recovery_do_not_show(engine, alone, tran
                 if step == 4 and num_shards < 4:
                     placement = placed(mesh, num_shards + 1)
                     epoch = mesh.publish(placement).epoch
-                    wait_until(lambda: (c := membership.newest()) is not None and c.view.epoch == epoch, 60.0)
+                    wait_until(lambda: (c := membership.newest()) is not None and c.view.epoch == epoch)
                 elif step == 4:
                     mesh.shards["shard-1"].keep_only([])
                 exchange.begin_step()

@@ -9,7 +9,8 @@ import pytest
 
 from actors.shard import ExpertShard
 from model.experts import ExpertWeights
-from tests.actors.conftest import ThreadMesh, wait_until
+from tests.actors.conftest import ThreadMesh
+from tests.waiting import wait_until
 
 KEYS = [(layer_idx, expert_id) for layer_idx in range(3) for expert_id in range(8)]
 
