@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import httpx
@@ -12,7 +11,7 @@ import pytest
 from deploy.served_model import ServedModel
 from deploy.settings import Settings
 from tests.deploy.fakes import FakeRouter, RunningApi, running_api
-from tests.deploy.test_completions import post, scripts
+from tests.deploy.test_completions import post, post_and_leave, scripts, wait_for_aborts
 
 MESSAGES = "/v1/messages"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -161,16 +160,9 @@ def test_other_errors_too_also_in_streams(api: RunningApi, served: ServedModel) 
     with running_api(served, settings, FakeRouter(token_s=0.02, dies_after=5)) as keyed:
         assert ask(keyed).json()["error"]["type"] == "authentication_error"
         body = {"max_tokens": 99, "messages": HELLO, "stream": True}
-        late = httpx.post(keyed.url + MESSAGES, json=body, headers={"x-api-key": "k"}, timeout=20)
+        late = httpx.post(keyed.url + MESSAGES, json=body, headers={"x-api-key": "k"}, timeout=60)
         assert late.text.strip().split("\n\n")[-1].startswith('event: error\ndata: {"type":"error"')
 
 
 def test_a_client_that_leaves_aborts_its_message(api: RunningApi) -> None:
-    api.router.token_s = 0.05
-    before = len(api.router.aborted)
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(api.url + MESSAGES, json={"max_tokens": 100, "messages": HELLO}, timeout=httpx.Timeout(0.3))
-    deadline = time.monotonic() + 5
-    while len(api.router.aborted) == before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert len(api.router.aborted) == before + 1
+    wait_for_aborts(api, post_and_leave(api, {"max_tokens": 100, "messages": HELLO}, MESSAGES))

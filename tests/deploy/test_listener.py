@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import socket
+import http.client
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from starlette.routing import Route
 
 from deploy.launch import port_problem
 from deploy.listener import answering, open_port, shown
+from tests.ports import free_port
 
 IPV6_ADDRESSES = "".join(file.read_text() for file in Path("/proc/net").glob("if_inet6"))
 
@@ -27,29 +29,27 @@ def app(name: str) -> Starlette:
     return Starlette(routes=[Route("/", say)])
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_a_client_waits_while_one_ingress_follows_another():
     number = free_port()
 
     def ask() -> str:
-        return httpx.get(f"http://127.0.0.1:{number}/", timeout=20).text
+        return httpx.get(f"http://127.0.0.1:{number}/", timeout=60).text
+
+    def ask_before_anybody_answers() -> Callable[[], str]:
+        """Connected and sent; the function that is returned reads the answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", number, timeout=60)
+        connection.request("GET", "/", headers={"Connection": "close"})
+        return lambda: connection.getresponse().read().decode()
 
     async def one_after_the_other() -> list[str]:
         loop, answers = asyncio.get_running_loop(), []
         for name in ("first", "second"):
-            asked = loop.run_in_executor(pool, ask)
-            await asyncio.sleep(0.3)
-            assert not asked.done()  # nobody answers yet
+            read = ask_before_anybody_answers()
             async with answering(app(name), path):
-                answers += [await asked, await loop.run_in_executor(pool, ask)]
+                answers += [await loop.run_in_executor(pool, work) for work in (read, ask)]
         return answers
 
-    with ThreadPoolExecutor(2) as pool, open_port("127.0.0.1", number) as path:
+    with ThreadPoolExecutor(1) as pool, open_port("127.0.0.1", number) as path:
         assert asyncio.run(one_after_the_other()) == ["first: True"] * 2 + ["second: True"] * 2
     with pytest.raises(httpx.ConnectError):
         ask()

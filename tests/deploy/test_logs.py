@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -17,6 +16,7 @@ from deploy.log_tail import WithoutRay, followed
 from deploy.served_model import ServedModel
 from deploy.settings import Settings
 from tests.deploy.fakes import FakeRouter, running_api
+from tests.waiting import wait_until
 
 SECRET = "zebra"
 
@@ -94,7 +94,7 @@ def test_the_lines_of_all_parts_come_out_on_one_stream(tmp_path: Path, lines: io
     one.write_text('{"time": 1}\nnoise of a library\n{"time": 2')
     with followed(tmp_path, lines):
         two.write_text('{"time": 3}\n')
-        time.sleep(0.4)
+        wait_until(lambda: all(one in lines.getvalue() for one in ('{"time": 1}', '{"time": 3}')))
         with one.open("a") as file:
             file.write(', "x": 1}\n')
     assert sorted(lines.getvalue().splitlines()) == ['{"time": 1}', '{"time": 2, "x": 1}', '{"time": 3}']

@@ -19,6 +19,7 @@ from deploy.metrics import ServingMetrics, render
 from deploy.ray_metrics import RayMetrics
 from deploy.settings import LimitSettings
 from tests.deploy.fakes import RunningApi
+from tests.waiting import until
 
 
 class Clock:
@@ -195,6 +196,7 @@ class Shared:
     def __init__(self) -> None:
         self.ledger = Ledger(lambda: 0.0)
         self.is_up = True
+        self.num_released = 0
 
     async def share(self, ingress_id: str, totals: Totals) -> Totals:
         return self.ledger.share(ingress_id, totals)
@@ -206,6 +208,7 @@ class Shared:
 
     async def release(self, key: str, request_id: str) -> None:
         self.ledger.release(key, request_id)
+        self.num_released += 1
 
 
 def test_a_client_that_leaves_while_it_is_let_in_leaves_nothing_behind() -> None:
@@ -213,7 +216,7 @@ def test_a_client_that_leaves_while_it_is_let_in_leaves_nothing_behind() -> None
         async def admit(self, key: str, request_id: str, **limits: Any) -> tuple[str, float]:
             answer = await super().admit(key, request_id, **limits)
             counted.set()
-            await asyncio.sleep(0.5)
+            await may_answer.wait()
             return answer
 
     async def enter(limits: KeyLimits) -> None:
@@ -221,16 +224,18 @@ def test_a_client_that_leaves_while_it_is_let_in_leaves_nothing_behind() -> None
             pass
 
     async def scenario() -> None:
-        limits = KeyLimits(LimitSettings(max_requests_per_key=1), Slow())
+        shared = Slow()
+        limits = KeyLimits(LimitSettings(max_requests_per_key=1), shared)
         leaving = asyncio.create_task(enter(limits))
         await counted.wait()
         leaving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await leaving
-        await asyncio.sleep(0)
+        await until(lambda: shared.num_released == 1)
+        may_answer.set()
         await enter(limits)
 
-    counted = asyncio.Event()
+    counted, may_answer = asyncio.Event(), asyncio.Event()
     asyncio.run(scenario())
 
 
@@ -243,7 +248,7 @@ def test_limits_hold_across_ingresses_and_fall_back_to_each_alone() -> None:
             with pytest.raises(TooManyRequests, match="1 requests in flight"):
                 async with two.admitted("k"):
                     pass
-        await asyncio.sleep(0.01)
+        await until(lambda: shared.num_released == 1)
         async with two.admitted("k"):
             pass
         shared.is_up = False
@@ -264,7 +269,7 @@ def test_a_request_that_the_ledger_counted_too_late_does_not_stay_counted() -> N
     async def scenario() -> None:
         shared = Late()
         async with KeyLimits(LimitSettings(max_requests_per_key=1), shared).admitted("k"):
-            await asyncio.sleep(0.01)
+            await until(lambda: shared.num_released == 1)
             assert shared.ledger.admit("k", "next", per_minute=None, at_once=1, lease_s=1.0) == ("", 0.0)
 
     asyncio.run(scenario())

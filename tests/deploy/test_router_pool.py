@@ -17,6 +17,7 @@ from deploy.errors import DeadlineExceeded, EngineError, Unavailable
 from deploy.router_pool import GenerateRequest, PoolRequest, RouterPool
 from deploy.settings import LimitSettings, MeshSettings, Settings
 from tests.deploy.fakes import FakeRouter, num_in_flight, token_at
+from tests.waiting import until
 
 PROMPT = [10, 11, 12]
 
@@ -46,7 +47,7 @@ async def pool_of(*routers: FakeRouter, router_wait_s: float = 2.0, **mesh: Any)
             router.kill()
 
 
-def request(num: int = 20, *, timeout_s: float = 10.0, seed: int = 5) -> GenerateRequest:
+def request(num: int = 20, *, timeout_s: float = 60.0, seed: int = 5) -> GenerateRequest:
     deadline = asyncio.get_running_loop().time() + timeout_s
     return GenerateRequest(prompt_ids=PROMPT, sampling={"max_tokens": num, "seed": seed}, deadline=deadline)
 
@@ -56,8 +57,7 @@ async def tokens_of(pool: RouterPool, one: GenerateRequest) -> list[int]:
 
 
 async def linked(pool: RouterPool, num: int) -> None:
-    while len(pool.links) < num:
-        await asyncio.sleep(0.01)
+    await until(lambda: len(pool.links) == num)
 
 
 def test_a_request_gets_its_tokens() -> None:
@@ -76,9 +76,8 @@ def test_a_request_outlives_its_router_and_no_token_is_lost_changed_or_doubled(d
         async with pool_of(first) as pool:
             await linked(pool, 1)
             await second.start()
-            stream = pool.generate(request())
-            work = asyncio.ensure_future(_collect(stream))
-            await asyncio.sleep(0.05)
+            work = asyncio.ensure_future(tokens_of(pool, request()))
+            await until(lambda: bool(first.requests))
             pool.listed.append(second.entry)  # type: ignore[attr-defined]
             assert await work == expected(20)
             assert second.requests[0]["output_ids"] == expected(dies_after)
@@ -87,10 +86,6 @@ def test_a_request_outlives_its_router_and_no_token_is_lost_changed_or_doubled(d
             second.kill()
 
     asyncio.run(run())
-
-
-async def _collect(stream: Any) -> list[int]:
-    return [token async for chunk in stream for token in chunk.token_ids]
 
 
 def test_many_requests_outlive_several_routers() -> None:
@@ -138,9 +133,8 @@ def test_a_batch_that_has_begun_waits_where_all_routers_are_full() -> None:
         async with pool_of(small, router_wait_s=0.1) as pool:  # the first one's alone
             await linked(pool, 1)
             first = asyncio.ensure_future(tokens_of(pool, request()))
-            while not small.num_tokens:
-                await asyncio.sleep(0.001)
-            others = (tokens_of(pool, replace(request(timeout_s=60.0), is_further=True)) for _ in range(11))
+            await until(lambda: small.num_tokens > 0)
+            others = (tokens_of(pool, replace(request(), is_further=True)) for _ in range(11))
             assert await asyncio.gather(first, *others) == [expected(20)] * 12
             with pytest.raises(EngineError, match="full"):
                 await asyncio.gather(*(tokens_of(pool, request()) for _ in range(12)))
@@ -165,7 +159,10 @@ def test_a_stream_that_has_begun_waits_for_a_router_until_its_deadline() -> None
         async with pool_of(router, router_wait_s=0.1) as pool:
             await linked(pool, 1)
             work = asyncio.ensure_future(tokens_of(pool, request()))
-            await asyncio.sleep(0.6)
+            await until(lambda: router.num_tokens > 5 and not pool.links)
+            with pytest.raises(Unavailable, match="no router"):  # begins after the other has lost its router
+                await tokens_of(pool, request())
+            assert not work.done()
             reborn = await FakeRouter("reborn").start()
             pool.listed[:] = [reborn.entry]  # type: ignore[attr-defined]
             assert await work == expected(20)
@@ -186,25 +183,23 @@ def test_a_request_that_loses_router_after_router_without_a_token_is_given_up() 
 
 def test_the_deadline_ends_a_request_and_aborts_it() -> None:
     async def run() -> None:
-        router = FakeRouter(token_s=0.2)
+        router = FakeRouter(token_s=600.0)
         async with pool_of(router) as pool:
             await linked(pool, 1)
             one = request(timeout_s=0.3)
             with pytest.raises(DeadlineExceeded):
                 await tokens_of(pool, one)
-            await asyncio.sleep(0.1)
-            assert router.aborted == [one.request_id]
+            await until(lambda: router.aborted == [one.request_id])
 
     asyncio.run(run())
 
 
 def test_a_silent_router_is_left_for_another() -> None:
     async def run() -> None:
-        silent, good = FakeRouter("silent", token_s=60.0, is_silent=True), FakeRouter("good")
+        silent, good = FakeRouter("silent", token_s=600.0, is_silent=True), FakeRouter("good")
         async with pool_of(silent, router_silence_s=0.4) as pool:
             work = asyncio.ensure_future(tokens_of(pool, request()))
-            while not silent.requests:
-                await asyncio.sleep(0.01)
+            await until(lambda: bool(silent.requests))
             await good.start()
             pool.listed[:] = [good.entry]  # type: ignore[attr-defined]
             assert await work == expected(20)
@@ -230,7 +225,7 @@ def test_wrong_hellos_and_failing_discovery_are_survived() -> None:
         pool = RouterPool(discover, Settings(mesh=MeshSettings(discover_interval_s=0.05, connect_timeout_s=0.5)))
         await pool.start()
         assert await tokens_of(pool, request()) == expected(20)
-        await asyncio.sleep(0.3)
+        await until(lambda: min(len(mute.writers), len(locked.writers), calls - 2) > 1)  # each was tried and failed
         assert [link.address.router_id for link in pool.links] == ["good"]
         await pool.close()
         for router in (mute, locked, good):
@@ -243,7 +238,7 @@ def test_pool_requests_and_commands_are_answered() -> None:
     async def run() -> None:
         router = FakeRouter()
         async with pool_of(router) as pool:
-            deadline = asyncio.get_running_loop().time() + 5
+            deadline = asyncio.get_running_loop().time() + 60
             (row,) = await pool.pool(PoolRequest(head="cls", prompt_ids=[1], deadline=deadline))
             assert row.tolist() == [1.0, 2.0]
             assert await pool.command("reset_prefix_cache") == {"router-0": {"ok": True}}
@@ -306,9 +301,10 @@ def test_closing_the_iterator_early_aborts_at_once() -> None:
             one = request(1000)
             stream = pool.generate(one)
             await anext(stream)
+            router.token_s = 600.0
             await stream.aclose()
-            await asyncio.sleep(0.05)
-            assert router.aborted == [one.request_id] and num_in_flight(pool) == 0
+            assert num_in_flight(pool) == 0
+            await until(lambda: router.aborted == [one.request_id])
 
     asyncio.run(run())
 
