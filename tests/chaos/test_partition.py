@@ -23,7 +23,6 @@ from tests.chaos.faults import send, summary
 from tests.chaos.load import Load
 from tests.e2e import hosts as network
 
-REASON = network.missing()
 HOSTS = Configuration(
     name="hosts",
     words="",
@@ -116,11 +115,10 @@ def beginner(head: network.Host) -> Iterator[Callable[[network.Host], None]]:
 
 @pytest.mark.chaos
 @pytest.mark.timeout(1200)
-@pytest.mark.skipif(REASON is not None, reason=REASON or "")
-def test_hosts_that_are_cut_off_or_die_cost_a_pause():
+def test_hosts_that_are_cut_off_or_die_cost_a_pause(make_hosts):
     os.environ.setdefault("RAY_AUTH_TOKEN", "a-token-for-the-hosts")
     outcome, chance = Outcome(), random.Random(SEED)
-    with network.hosts(4) as everyone, network.ray_on(everyone), beginner(everyone[0]) as begin:
+    with make_hosts(4) as everyone, network.ray_on(everyone), beginner(everyone[0]) as begin:
         flags = {**HOSTS.mesh, "model.path": MODEL, "mesh.shard_resources": {"expert": 1}}
         url = patiently(lambda: network.deploy(everyone[0], **flags))
         wait_for(url, is_whole)

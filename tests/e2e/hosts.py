@@ -1,9 +1,10 @@
 """Hosts of our own: network namespaces on one bridge, each with an address, as on separate machines.
 
-    expertmesh-br 10.77.0.254 ── veth ── host 0: 10.77.0.1 (head)
-                              ├─ veth ── host 1: 10.77.0.2
-                              └─ veth ── host 2: 10.77.0.3
+    em7br 10.64.7.254 ── veth ── host 0: 10.64.7.1 (head)
+                      ├─ veth ── host 1: 10.64.7.2
+                      └─ veth ── host 2: 10.64.7.3
 
+Names and network are those of the process that makes them (here the pid is 7), so several runs don't meet.
 No default route, so nothing leaves the machine (and `ray start` need not wait for an answer from outside).
 Run as a script it serves a model across hosts and prints GET /mesh:
 
@@ -29,8 +30,9 @@ from typing import Any
 from actors.processes import descendants, end
 
 ROOT = Path(__file__).parent.parent.parent
-NETWORK = "10.77.0"
 PORT = 8000
+PREFIX = f"em{os.getpid()}"
+NETWORK = f"10.{64 + os.getpid() // 256 % 64}.{os.getpid() % 256}"
 
 
 def missing() -> str | None:
@@ -39,11 +41,10 @@ def missing() -> str | None:
         return "network namespaces need root"
     if shutil.which("ip") is None:
         return "iproute2 is not installed"
-    probe = subprocess.run(["ip", "netns", "add", "expertmesh-probe"], capture_output=True, text=True, check=False)
-    if probe.returncode != 0:
-        return f"network namespaces are not allowed here: {probe.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", "expertmesh-probe"], check=True)
-    return None
+    name = f"{PREFIX}probe"
+    probe = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+    return None if probe.returncode == 0 else f"network namespaces are not allowed here: {probe.stderr.strip()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +80,14 @@ def ip(*arguments: str) -> None:
 @contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
     """Make `count` hosts on a bridge; gone afterwards."""
-    prefix = f"em{os.getpid() % 10000}"
-    bridge = f"{prefix}br"
+    bridge = f"{PREFIX}br"
     made: list[Host] = []
     ip("link", "add", bridge, "type", "bridge")
     try:
         ip("addr", "add", f"{NETWORK}.254/24", "dev", bridge)
         ip("link", "set", bridge, "up")
         for i in range(count):
-            host = Host(f"{prefix}h{i}", f"{NETWORK}.{i + 1}", f"{prefix}v{i}")
+            host = Host(f"{PREFIX}h{i}", f"{NETWORK}.{i + 1}", f"{PREFIX}v{i}")
             ip("netns", "add", host.name)
             made.append(host)
             ip("link", "add", host.link, "type", "veth", "peer", "name", "eth0", "netns", host.name)
@@ -144,7 +144,10 @@ def _start(command: list[str], environment: dict[str, str], log: Path) -> subpro
     deadline = time.monotonic() + 60
     while "block forever" not in log.read_text(errors="replace"):
         if time.monotonic() > deadline or process.poll() is not None:
+            below = descendants(process.pid)
             process.kill()
+            process.wait()
+            end(below, grace_s=0.0)
             raise TimeoutError(f"ray start did not come up: {log.read_text(errors='replace')[-1000:]}")
         time.sleep(0.1)
     return process

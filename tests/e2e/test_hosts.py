@@ -5,19 +5,15 @@ from __future__ import annotations
 import os
 
 import httpx
-import pytest
 
 from tests.e2e import hosts as network
-from tests.e2e.conftest import wait_until
 from tests.tiny import load_oracle, oracle_greedy
+from tests.waiting import wait_until
 
-REASON = network.missing()
 
-
-@pytest.mark.skipif(REASON is not None, reason=REASON or "")
-def test_three_shards_on_three_hosts_answer_as_transformers_does(served_model):
+def test_three_shards_on_three_hosts_answer_as_transformers_does(served_model, make_hosts):
     assert os.environ["RAY_AUTH_TOKEN"]
-    with network.hosts(4) as everyone, network.ray_on(everyone):
+    with make_hosts(4) as everyone, network.ray_on(everyone):
         url = network.deploy(
             everyone[0],
             **{
@@ -34,5 +30,5 @@ def test_three_shards_on_three_hosts_answer_as_transformers_does(served_model):
         assert answer["choices"][0]["token_ids"] == oracle_greedy(load_oracle(served_model), prompt, 32)
         wait_until(lambda: httpx.get(f"{url}/mesh").json()["settled"], 90)
         mesh = httpx.get(f"{url}/mesh").json()
-        assert sorted(s["host"] for s in mesh["shards"]) == ["10.77.0.2", "10.77.0.3", "10.77.0.4"]
+        assert sorted(s["host"] for s in mesh["shards"]) == [host.address for host in everyone[1:]]
         assert all(shard["tokens"] > 0 and shard["epoch"] >= 1 for shard in mesh["shards"])
