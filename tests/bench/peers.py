@@ -26,6 +26,7 @@ from tests.bench import limits, service
 from tests.bench.checkpoints import checkpoint
 from tests.bench.peer_environment import VLLM, peer_python
 from tests.bench.run import PRECISIONS, RESULTS, SERVED, rounded
+from tests.ports import free_port
 
 TRANSFORMERS = str(Path(__file__).parent / "peer_transformers.py")
 
@@ -63,7 +64,7 @@ def _load(shape: str, url: str, model: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _vllm_serving(path: Path) -> Iterator[str]:
-    python, port = peer_python(), service.free_port()
+    python, port = peer_python(), free_port()
     environment = {
         **_plain_environment(),
         "VLLM_CPU_KVCACHE_SPACE": "2",

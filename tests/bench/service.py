@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 from deploy.bench import Outcome, Target, run
 from deploy.bench_load import Job
 from deploy.link import RouterAddress, RouterLink
+from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = "bench-token"
@@ -54,12 +54,6 @@ def serving(arguments: Sequence[str], environment: dict[str, str] | None = None)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(60)
             process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:

@@ -11,6 +11,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,14 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Chaos]]:
         return Chaos(service, load, random.Random(SEED), Outcome(model=model))
 
     yield start_chaos
-    for service in running:
-        service.stop()
-        assert [p for p in service.below if p.is_alive] == [], "processes were left over"
+    with ExitStack() as afterwards:
+        for service in running:
+            afterwards.callback(stop, service)
+
+
+def stop(service: Service) -> None:
+    service.stop()
+    assert [p for p in service.below if p.is_alive] == [], "processes were left over"
 
 
 def most_held(chaos: Chaos) -> dict[str, tuple[int, int]]:

@@ -23,8 +23,9 @@ from tests.chaos.configurations import MODEL, Outcome
 from tests.chaos.faults import send
 from tests.chaos.load import Load
 from tests.chaos.test_partition import wait_for
-from tests.e2e.conftest import ROOT, free_port
+from tests.e2e.conftest import ROOT
 from tests.e2e.hosts import DEPLOY
+from tests.ports import free_port
 
 REDIS = shutil.which("redis-server")
 NUM_HEADS = 3

@@ -19,6 +19,7 @@ from deploy import app, launch, specs
 from deploy.settings import load
 from tests.deploy.fakes import RunningApi
 from tests.deploy.kubernetes_files import Document, problems, render, with_defaults
+from tests.ports import free_port
 from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -175,41 +176,54 @@ def test_the_upgrade_variant_differs_in_its_strategy_alone() -> None:
 
 
 SERVE = """
-import json, sys, time, urllib.request, ray, yaml
+import json, os, signal, sys, time, urllib.request, ray, yaml
+from actors.processes import descendants, end
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 from ray.serve.context import _get_global_client
-config = yaml.safe_load(sys.stdin.read())
-ray.init(address="local", num_cpus=8, resources={"router_slot": 2, "expert_slot": 4, "ingress_slot": 4},
-         include_dashboard=False, log_to_driver=False, logging_level=50, _node_ip_address="127.0.0.1")
-serve.start(http_options=config["http_options"], proxy_location=config["proxy_location"])
-_get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
-for _ in range(600):
-    status = serve.status().applications["expertmesh"]
-    if status.status == "RUNNING":
-        break
-    assert status.status != "DEPLOY_FAILED", status
-    time.sleep(0.2)
-url = f"http://127.0.0.1:{config['http_options']['port']}"
-head = {"Authorization": "Bearer sk-k8s", "Content-Type": "application/json"}
-body = json.dumps({"prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}).encode()
-for _ in range(100):
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url + "/v1/completions", body, head), timeout=60) as answer:
-            print("ANSWER", answer.read().decode())
-        break
-    except OSError:
+
+def answer():
+    config = yaml.safe_load(sys.stdin.read())
+    ray.init(address="local", num_cpus=8, resources={"router_slot": 2, "expert_slot": 4, "ingress_slot": 4},
+             include_dashboard=False, log_to_driver=False, logging_level=50, _node_ip_address="127.0.0.1")
+    serve.start(http_options=config["http_options"], proxy_location=config["proxy_location"])
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
+    for _ in range(600):
+        status = serve.status().applications["expertmesh"]
+        if status.status == "RUNNING":
+            break
+        assert status.status != "DEPLOY_FAILED", status
         time.sleep(0.2)
-with urllib.request.urlopen(urllib.request.Request(url + "/mesh", headers=head), timeout=10) as answer:
-    print("SHARDS", len(json.load(answer)["shards"]))
-deployments = {n: d.replica_states for n, d in serve.status().applications["expertmesh"].deployments.items()}
-print("DEPLOYMENTS", sorted(deployments))
-sys.stdout.flush()
-from actors.processes import descendants, end
-import os
-below = descendants(os.getpid())
-ray.shutdown()
-end(below, 2.0)
+    url = f"http://127.0.0.1:{config['http_options']['port']}"
+    head = {"Authorization": "Bearer sk-k8s", "Content-Type": "application/json"}
+    body = json.dumps({"prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}).encode()
+    asked = urllib.request.Request(url + "/v1/completions", body, head)
+    for _ in range(100):
+        try:
+            with urllib.request.urlopen(asked, timeout=60) as said:
+                print("ANSWER", said.read().decode())
+            break
+        except OSError:
+            time.sleep(0.2)
+    with urllib.request.urlopen(urllib.request.Request(url + "/mesh", headers=head), timeout=10) as said:
+        print("SHARDS", len(json.load(said)["shards"]))
+    deployments = {n: d.replica_states for n, d in serve.status().applications["expertmesh"].deployments.items()}
+    print("DEPLOYMENTS", sorted(deployments))
+
+def too_late(*_):
+    sys.exit("no answer came in time")
+
+signal.signal(signal.SIGALRM, too_late)
+signal.alarm(240)
+try:
+    answer()
+finally:
+    signal.alarm(0)
+    below = descendants(os.getpid())
+    try:
+        ray.shutdown()
+    finally:
+        end(below, 2.0)
 """
 
 
@@ -219,13 +233,11 @@ def test_the_serve_config_answers_on_a_real_serve(tmp_path: Path) -> None:
     keys.write_text("sk-k8s\n")
     application_["args"]["model"]["path"] = str(write_tiny_model(tmp_path / "tiny"))  # no weights to fetch here
     application_["args"]["server"]["api_key_file"] = str(keys)
-    from tests.e2e.conftest import free_port
-
     config["http_options"] = {"host": "127.0.0.1", "port": free_port()}
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ab" * 32,
                    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", SERVE], input=yaml.dump(config), capture_output=True, text=True, timeout=240, cwd=ROOT,
+        [sys.executable, "-c", SERVE], input=yaml.dump(config), capture_output=True, text=True, timeout=290, cwd=ROOT,
         env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

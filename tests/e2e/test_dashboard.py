@@ -12,7 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import ROOT, Service, free_port, wait_until
+from tests.e2e.conftest import ROOT, Service
+from tests.ports import free_port
+from tests.waiting import wait_until
 
 QUIET = {"changes(expertmesh_epoch[1m]) > 0"}  # an annotation: nothing where nothing happened
 
@@ -28,9 +30,12 @@ def prometheus(service: Service, tmp_path: Path) -> Iterator[str]:
     paths = [f"--config.file={tmp_path}/prometheus.json", f"--storage.tsdb.path={tmp_path}/data"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([program, *paths, f"--web.listen-address={address}"], stdout=log, stderr=log)
-    yield f"http://{address}"
-    process.terminate()
-    process.wait(timeout=20)
+    try:
+        yield f"http://{address}"
+        process.terminate()
+        process.wait(timeout=20)
+    finally:
+        process.kill()
 
 
 def ask(prometheus: str, query: str) -> Any:
@@ -53,7 +58,7 @@ def test_every_query_of_the_dashboard_has_an_answer(service: Service, prometheus
         service.complete([5, 6, 7], 8)
         return has_scraped_twice(prometheus)
 
-    wait_until(worked, 30)
+    wait_until(worked)
     dashboard = json.loads((ROOT / "deploy/grafana/expertmesh.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     queries += [one["expr"] for one in dashboard["annotations"]["list"]]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -13,21 +13,23 @@ from ray.cluster_utils import Cluster
 
 from deploy.app import bind
 from deploy.settings import load
-from tests.e2e.conftest import free_port, wait_until
+from tests.ports import free_port
 from tests.tiny import load_oracle, oracle_greedy
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """The head has no room for shards; three further nodes have a slot for one each."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
-    for _ in range(3):
-        cluster.add_node(num_cpus=0, resources={"expert": 2})
-    ray.init(address=cluster.address, log_to_driver=False)
-    yield cluster
-    serve.shutdown()
-    ray.shutdown()
-    cluster.shutdown()
+    with ExitStack() as afterwards:
+        afterwards.callback(cluster.shutdown)
+        for _ in range(3):
+            cluster.add_node(num_cpus=0, resources={"expert": 2})
+        afterwards.callback(ray.shutdown)
+        ray.init(address=cluster.address, log_to_driver=False)
+        afterwards.callback(serve.shutdown)
+        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +49,8 @@ def url(cluster: Cluster, served_model) -> str:
     serve.start(proxy_location="HeadOnly", http_options={"port": port})
     serve.run(bind(settings), name="expertmesh", route_prefix="/")
     address = f"http://127.0.0.1:{port}"
-    wait_until(lambda: httpx.get(f"{address}/ready").status_code == 200, 60)
-    wait_until(lambda: httpx.get(f"{address}/mesh").json()["complete"], 60)
+    wait_until(lambda: httpx.get(f"{address}/ready").status_code == 200)
+    wait_until(lambda: httpx.get(f"{address}/mesh").json()["complete"])
     return address
 
 
@@ -78,12 +80,9 @@ def test_a_lost_node_is_survived_and_a_new_one_is_used(url, cluster, served_mode
     lost = cluster.list_all_nodes()[-1]
     cluster.remove_node(lost, allow_graceful=False)
     assert complete(url, prompt, 32) == expected
-    wait_until(lambda: lost.node_id not in serving_nodes(httpx.get(f"{url}/mesh").json()), 60)  # it dies in its time
+    wait_until(lambda: lost.node_id not in serving_nodes(httpx.get(f"{url}/mesh").json()))  # it dies in its time
     assert complete(url, prompt, 32) == expected
     assert httpx.get(f"{url}/mesh").json()["complete"]
     added = cluster.add_node(num_cpus=0, resources={"expert": 2})
-    end = time.monotonic() + 90
-    while added.node_id not in serving_nodes(httpx.get(f"{url}/mesh").json()):
-        assert time.monotonic() < end, httpx.get(f"{url}/mesh").json()
-        time.sleep(0.5)
+    wait_until(lambda: added.node_id in serving_nodes(httpx.get(f"{url}/mesh").json()), 120)
     assert complete(url, prompt, 32) == expected
