@@ -5,30 +5,26 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.processes import Process, descendants
+from actors.processes import Process, descendants, end
+from tests.ports import free_port
 from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
 START_S = 180.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+CONTEXT = 4096
+LONG = CONTEXT - 100  # tokens: whoever does something while they are drawn has many seconds for it
 
 
 @dataclass
@@ -59,14 +55,27 @@ class Service:
         return list(self.post("/v1/completions", {**body, **options})["choices"][0]["token_ids"])
 
     def stop(self) -> None:
-        """Ctrl-C, as at a terminal; remembers the processes so that a test can look for leftovers."""
+        """Ctrl-C, as at a terminal; remembers the processes so that a test can look for leftovers. Raises
+        TimeoutExpired where that takes too long, and then leaves none."""
         self.below = descendants(self.process.pid)
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(timeout=60)
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            kill_all(self.process)
+            raise
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """Also what it has started."""
+    below = descendants(process.pid)
+    process.kill()
+    process.wait()
+    end(below, grace_s=0.0)
 
 
 def start_service(arguments: list[str], log: Path) -> Service:
-    """Start and wait until it is ready. Raises AssertionError with its log when it is not."""
+    """Start and wait until it is ready. Raises AssertionError with its log when it is not, and leaves nothing."""
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -77,18 +86,20 @@ def start_service(arguments: list[str], log: Path) -> Service:
             env={**os.environ, "COLUMNS": "200"},
         )
     service = Service(process, f"http://127.0.0.1:{port}", log)
-    end = time.monotonic() + START_S
-    while time.monotonic() < end and process.poll() is None:
-        if f" at {service.url}  (" in log.read_text(errors="replace"):
-            return service
-        time.sleep(0.1)
-    process.kill()
-    raise AssertionError(f"the service did not start:\n{log.read_text(errors='replace')[-3000:]}")
+    deadline = time.monotonic() + START_S
+    try:
+        while f" at {service.url}  (" not in (said := log.read_text(errors="replace")):
+            assert process.poll() is None and time.monotonic() < deadline, f"it did not start:\n{said[-3000:]}"
+            time.sleep(0.1)
+    except BaseException:
+        kill_all(process)
+        raise
+    return service
 
 
 @pytest.fixture(scope="session")
 def served_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("served") / "tiny")
+    return write_tiny_model(tmp_path_factory.mktemp("served") / "tiny", max_position_embeddings=CONTEXT)
 
 
 @pytest.fixture(scope="session")
@@ -99,10 +110,3 @@ def service(served_model: Path) -> Iterator[Service]:
         yield running
         if running.process.poll() is None:
             running.stop()
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
-        time.sleep(0.05)

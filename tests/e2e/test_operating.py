@@ -24,8 +24,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from actors.processes import descendants
 from deploy.auth import OPEN_PATHS
 from tests.deploy.otlp import Receiver, attributes, receiver
-from tests.e2e.conftest import ROOT, Service, start_service, wait_until
+from tests.e2e.conftest import CONTEXT, LONG, ROOT, Service, start_service
 from tests.tiny import write_tiny_model
+from tests.waiting import wait_until
 
 KEY = "sk-operator"
 SECRET = "zebra"
@@ -41,7 +42,7 @@ def collector() -> Iterator[Receiver]:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, collector: Receiver) -> Iterator[Service]:
     directory = tmp_path_factory.mktemp("operating")
-    model = write_tiny_model(directory / "tiny")
+    model = write_tiny_model(directory / "tiny", max_position_embeddings=CONTEXT)
     keys = directory / "keys"
     keys.write_text(f"# ours\n{KEY}\n")
     watched = ["--log-format", "json", "--otlp-traces-endpoint", collector.url]
@@ -128,7 +129,7 @@ def test_rays_own_agent_tells_the_same_metrics(service: Service) -> None:
             f"expertmesh_{name}" for text in texts for name in re.findall(r"^ray_expertmesh_(\w+)", text, re.MULTILINE)
         }
 
-    wait_until(lambda: told() >= names, 60)
+    wait_until(lambda: told() >= names)
     assert told() == names
 
 
@@ -280,7 +281,7 @@ def test_the_commands_work_on_a_live_service(service: Service) -> None:
 
 
 def test_a_recovery_is_in_the_trace_of_the_request_that_it_held_up(service: Service, collector: Receiver) -> None:
-    body = json.dumps({"prompt": SECRET, "max_tokens": 400, "ignore_eos": True, "stream": True}).encode()
+    body = json.dumps({"prompt": SECRET, "max_tokens": LONG, "ignore_eos": True, "stream": True}).encode()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}", "X-Request-Id": "held-up"}
     victim = json.loads(ask(service, "/mesh")[1])["shards"][0]["pid"]
     request = urllib.request.Request(service.url + "/v1/completions", body, headers)
@@ -303,11 +304,15 @@ def test_a_recovery_is_in_the_trace_of_the_request_that_it_held_up(service: Serv
 
 
 def test_every_part_logs_json_and_nobody_logs_a_prompt(service: Service) -> None:
-    lines = [json.loads(line) for line in service.log.read_text().splitlines()]
+    def whole_lines() -> list[str]:
+        return service.log.read_text().rpartition("\n")[0].splitlines()
+
+    wait_until(lambda: any("expertmesh.access" in one and '"held-up"' in one for one in whole_lines()))
+    lines = [json.loads(line) for line in whole_lines()]
     parts = {line["part"].partition("-")[0] for line in lines}
     assert {"serve", "ingress", "router", "supervisor"} <= parts
     (access,) = [one for one in lines if one.get("request_id") == "held-up" and one["logger"] == "expertmesh.access"]
-    assert access["status"] == 200 and access["output_tokens"] == 400
+    assert access["status"] == 200 and access["output_tokens"] == LONG
     session = next(
         Path(part.decode().partition("session_dir=")[2])
         for process in descendants(service.process.pid)
@@ -370,7 +375,7 @@ def test_a_chat_streams_into_the_page_can_be_stopped_and_started_anew(browser: A
     browser.find_element("id", "reset").click()
     tokens = browser.find_element("id", "tokens")
     tokens.clear()
-    tokens.send_keys("300")
+    tokens.send_keys(str(LONG))
     browser.find_element("id", "text").send_keys("the sea\n")
     wait(browser, lambda: len(bubbles(browser)) == 2 and bubbles(browser)[1].text)
     assert "error" not in bubbles(browser)[1].get_attribute("class")

@@ -16,9 +16,10 @@ from deploy.served_model import ServedModel
 from deploy.settings import Settings
 from tests.deploy.fakes import num_in_flight, running_api
 from tests.deploy.real_routers import RealRouters
-from tests.e2e.conftest import Service, start_service, wait_until
+from tests.e2e.conftest import Service, start_service
 from tests.load.traffic import plan, send_all
 from tests.tiny import write_tiny_model
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
