@@ -65,22 +65,24 @@ def test_two_thousand_requests_against_the_service_leave_nothing_over(directory)
         try:
             drive(service.url, 500, 64, seed=1)  # allocators, connections and caches reach their size
             before = settled(service)
+            num_fds = sum(fds for _, fds, _ in before.values())
             started = time.monotonic()
             drive(service.url, 2000, 64, seed=2)
             print(f"\n2,000 requests in {time.monotonic() - started:.0f} s")
+            wait_until(lambda: sum(fds for _, fds, _ in settled(service).values()) <= num_fds + 4)
             after = settled(service)
         finally:
             service.stop()
     for pid, (name, fds, kib) in after.items():
         _, was_fds, was_kib = before.get(pid, (name, 0, 0))
         print(f"{pid:>8} {name:30} fds {was_fds:>5} -> {fds:>5}   resident {was_kib >> 10:>5} -> {kib >> 10:>5} MiB")
-    assert sum(fds for _, fds, _ in after.values()) <= sum(fds for _, fds, _ in before.values()) + 4
     resident, was_resident = (sum(kib for _, _, kib in one.values()) for one in (after, before))
     assert resident <= 1.05 * was_resident, f"{was_resident >> 10} MiB became {resident >> 10} MiB"
 
 
 def settled(service: Service) -> dict[int, tuple[str, int, int]]:
-    """By pid: name, open descriptors and KiB resident, once the routers are empty. AssertionError if they don't."""
+    """By pid: name, open descriptors and KiB resident, once the routers are empty and no client is connected.
+    AssertionError where that doesn't come."""
 
     def is_empty() -> bool:
         return all(
@@ -90,8 +92,15 @@ def settled(service: Service) -> dict[int, tuple[str, int, int]]:
 
     wait_until(is_empty)
     wait_until(lambda: service.get("/load")["server_load"] == 0)
-    time.sleep(6.0)  # keep-alive connections of the clients that have gone
+    wait_until(lambda: num_connections(int(service.url.rpartition(":")[2])) == 0)
     return {process.pid: figures(process.pid) for process in descendants(service.process.pid) if process.is_alive}
+
+
+def num_connections(port: int) -> int:
+    """Established or half closed ones that this machine's servers have at the port."""
+    states = ("01", "08")  # ESTABLISHED, CLOSE_WAIT; see the kernel's include/net/tcp_states.h
+    lines = [line.split() for t in ("tcp", "tcp6") for line in Path(f"/proc/net/{t}").read_text().splitlines()[1:]]
+    return sum(int(fields[1].rpartition(":")[2], 16) == port and fields[3] in states for fields in lines)
 
 
 def figures(pid: int) -> tuple[str, int, int]:
