@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 
 from deploy.served_model import ServedModel
 from tests.deploy.fakes import CHAT_TEMPLATE, CONFIG, RunningApi, byte_level_tokenizer, running_api
-from tests.deploy.openai_document import read_document
+from tests.deploy.openai_document import find_document
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +36,7 @@ def api(served: ServedModel) -> Iterator[RunningApi]:
 
 @pytest.fixture(scope="session")
 def openai_document() -> dict[str, Any]:
-    path = os.environ.get("EXPERTMESH_OPENAI_SPEC")
-    if not path:
+    document = find_document()
+    if document is None:
         pytest.skip("EXPERTMESH_OPENAI_SPEC names no copy of OpenAI's openapi.yaml")
-    return read_document(path)
+    return document

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jsonschema
 import yaml
 
 
-def read_document(path: str) -> dict[str, Any]:
+def find_document() -> dict[str, Any] | None:
+    """The copy that EXPERTMESH_OPENAI_SPEC names."""
+    path = os.environ.get("EXPERTMESH_OPENAI_SPEC")
+    if not path:
+        return None
     with open(path, encoding="utf-8") as file:
         document: dict[str, Any] = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return document

@@ -1,4 +1,5 @@
-"""What real routers' service answers, against the schemas of OpenAI's own document."""
+"""What real routers' service answers, against the types of OpenAI's Python client and, where it is there, OpenAI's own
+document."""
 
 from __future__ import annotations
 
@@ -8,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pydantic
 import pytest
+from openai import types
+from openai.pagination import SyncPage
 
 from deploy.served_model import ServedModel
 from deploy.settings import Settings
 from tests.deploy.fakes import RunningApi, running_api
-from tests.deploy.openai_document import validator_for
+from tests.deploy.openai_document import find_document, validator_for
 from tests.deploy.real_routers import RealRouters
 from tests.deploy.test_completions import events, post, scripts
 from tests.tiny import write_tiny_model
@@ -35,15 +39,32 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
         yield running
 
 
+# Their names in the document.
+TYPES: dict[str, type[pydantic.BaseModel]] = {
+    "CreateCompletionResponse": types.Completion,
+    "CreateChatCompletionResponse": types.chat.ChatCompletion,
+    "CreateChatCompletionStreamResponse": types.chat.ChatCompletionChunk,
+    "CreateEmbeddingResponse": types.CreateEmbeddingResponse,
+    "ListModelsResponse": SyncPage[types.Model],
+    "Model": types.Model,
+}
+
+
 @pytest.fixture(scope="module")
-def check(openai_document: dict[str, Any]) -> Check:
-    """check(schema's name, value) raises ValidationError."""
+def check() -> Check:
+    """check(schema's name, value) raises ValidationError, of pydantic or of jsonschema."""
     validators: dict[str, Any] = {}
+    document = find_document()
 
     def check(name: str, value: Any) -> None:
-        if name not in validators:
-            validators[name] = validator_for(openai_document, name)
-        validators[name].validate(value)
+        if name == "ErrorResponse":
+            types.ErrorObject.model_validate(value["error"], strict=True)
+        else:
+            TYPES[name].model_validate(value, strict=True)
+        if document is not None:
+            if name not in validators:
+                validators[name] = validator_for(document, name)
+            validators[name].validate(value)
 
     return check
 

@@ -100,11 +100,13 @@ def test_an_answer_is_the_gloss_of_the_word_asked_for(encoder: Encoder) -> None:
 
 
 def test_a_sentence_names_what_its_template_says() -> None:
-    example = tasks.entity_example(random.Random(3), NAMES, held_out=True)
-    assert example.entities is not None
-    for span in example.entities:
-        assert example.text[span.start : span.end]
-        assert span.label in ("PER", "LOC", "ORG")
+    for seed in range(50):
+        example = tasks.entity_example(random.Random(seed), NAMES, held_out=True)
+        form = example.text
+        for span in reversed(example.entities or ()):
+            assert span.label != "LOC" or form[span.start : span.end] == "Rome"
+            form = f"{form[: span.start]}{{{span.label}}}{form[span.end :]}"
+        assert form in entity_sentences.HELD_OUT_TEMPLATES
 
 
 def test_only_the_assistant_is_learnt_in_full(encoder: Encoder) -> None:
@@ -126,14 +128,23 @@ def test_documents_of_a_packed_row_do_not_overlap(encoder: Encoder) -> None:
         held_out_names=NAMES,
     )
     mixture = Mixture(corpus, encoder.tokenizer, seed=0)
-    batch = mixture.batch(num_tokens=1024)
-    assert batch.ids_BT.numel() == 1024
-    for row in batch.document_BT:
-        changes = row[1:] - row[:-1]
-        assert set(changes[row[1:] >= 0].tolist()) <= {0, 1}
-        assert (batch.lm_weights_BT[batch.document_BT < 0] == 0).all()
-    for begin, end, first, last in batch.answers:
-        assert begin <= first <= last < end
+    num_documents = num_answers = 0
+    for _ in range(8):
+        batch = mixture.batch(num_tokens=1024)
+        assert batch.ids_BT.numel() == 1024
+        for row, weights in zip(batch.document_BT, batch.lm_weights_BT, strict=True):
+            changes = row[1:] - row[:-1]
+            assert set(changes[row[1:] >= 0].tolist()) <= {0, 1}
+            assert not weights[:-1][changes != 0].any(), "a document's last token learns another's first"
+            assert not weights[row < 0].any()
+            num_documents += int(row.max()) + 1
+        ids, document = batch.ids_BT.flatten().tolist(), batch.document_BT.flatten().tolist()
+        for begin, end, first, last in batch.answers:
+            assert begin <= first <= last < end and len(set(document[begin:end])) == 1
+            answer = encoder.tokenizer.decode(ids[first : last + 1]).strip()
+            assert answer in (f"{DOG.gloss}.", f"{OAK.gloss}.")
+            num_answers += 1
+    assert num_documents > 50 and num_answers > 3
 
 
 def test_masks_keep_to_the_document_and_the_window() -> None:
