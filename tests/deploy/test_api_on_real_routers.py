@@ -111,7 +111,7 @@ def test_n_answers_to_one_prompt_are_drawn_on_one_router_which_computes_the_prom
 def test_a_stream_outlives_its_router_and_a_sampled_text_stays_the_same(
     real: RunningApi, client: openai.OpenAI
 ) -> None:
-    body: Any = {"model": "tiny", "prompt": "the sea and the storm", "max_tokens": 300, "seed": 11, "temperature": 1.0}
+    body: Any = {"model": "tiny", "prompt": "the sea and the storm", "max_tokens": 1500, "seed": 11, "temperature": 1.0}
     body["extra_body"] = {"ignore_eos": True}
     whole = client.completions.create(**body).choices[0].text
     text, stopped = "", False

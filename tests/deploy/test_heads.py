@@ -28,7 +28,7 @@ from deploy.served_model import ModelList
 from deploy.service import Service
 from deploy.settings import Settings
 from tests.deploy.fakes import RunningApi, running_api
-from tests.deploy.tiny_heads import TAGS, TOPICS, HeadRouter, TinyHeads, likelihood, write_tiny_heads
+from tests.deploy.tiny_heads import TAGS, TOPICS, TinyHeads, likelihood, write_tiny_heads
 
 TEXTS = [
     "the whale",
@@ -47,7 +47,7 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> TinyHeads:
 @pytest.fixture(scope="module")
 def api(heads: TinyHeads) -> Iterator[RunningApi]:
     settings = Settings.model_validate({"mesh": {"token": "t"}, "limits": {"max_prompts": 200}})
-    with running_api(heads.served, settings, HeadRouter(heads.directory)) as running:
+    with running_api(heads.served, settings, heads.router()) as running:
         yield running
 
 

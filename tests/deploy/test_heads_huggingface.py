@@ -19,7 +19,7 @@ from deploy import huggingface
 from deploy.huggingface_generation import TextGenerationParameters
 from deploy.settings import Settings
 from tests.deploy.fakes import RunningApi, running_api
-from tests.deploy.tiny_heads import HeadRouter, TinyHeads, likelihood, write_tiny_heads
+from tests.deploy.tiny_heads import TinyHeads, likelihood, write_tiny_heads
 
 PLAIN = [
     "the whale",
@@ -39,7 +39,7 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> TinyHeads:
 @pytest.fixture(scope="module")
 def api(heads: TinyHeads) -> Iterator[RunningApi]:
     settings = Settings.model_validate({"mesh": {"token": "t"}})
-    with running_api(heads.served, settings, HeadRouter(heads.directory)) as running:
+    with running_api(heads.served, settings, heads.router()) as running:
         yield running
 
 

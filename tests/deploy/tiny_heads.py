@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from actors.membership import MeshClient
-from actors.router import Router
-from actors.specs import RouterSpec, SchedulerLimits
+from actors.specs import SchedulerLimits
 from deploy.served_model import ServedModel
+from tests.deploy.real_routers import RealRouters
 from tests.tiny import VALUES, write_tiny_model
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC")
@@ -61,6 +59,12 @@ class TinyHeads:
                 for name in _HEADS
             ),
         ]
+
+    def router(self) -> RealRouters:
+        """One router with the backbone and all heads."""
+        limits = SchedulerLimits(max_num_seqs=16, max_num_batched_tokens=64, max_queue=256)
+        folders = {name: str(self.directory / name) for name in _HEADS}
+        return RealRouters(self.directory / "model", "a", heads=folders, limits=limits)
 
     def outputs(self, name: str, ids: list[int]) -> torch.Tensor:
         """The oracle's logits for one text: [L], [T, L] or, for spans, [T, 2]."""
@@ -151,33 +155,3 @@ def likelihood(heads: TinyHeads, ids: list[int], ending: str) -> float:
     with torch.no_grad():
         logits = heads.oracles["tiny"](torch.tensor([ids + tail])).logits[0].log_softmax(-1)
     return math.fsum(float(logits[len(ids) - 1 + i, token]) for i, token in enumerate(tail))
-
-
-class HeadRouter:
-    """One real router with all experts in it, behind the interface that `running_api` wants."""
-
-    def __init__(self, directory: Path) -> None:
-        class NoMesh(MeshClient):
-            def next_view(self, router_id: str, seen_epoch: int, live_epoch: int) -> None:
-                threading.Event().wait(0.5)
-
-        spec = RouterSpec(
-            model=str(directory / "model"),
-            served_name="tiny",
-            heads={name: str(directory / name) for name in _HEADS},
-            local=True,
-            token="t",
-            num_kv_blocks=256,
-            limits=SchedulerLimits(max_num_seqs=16, max_num_batched_tokens=64, max_queue=256),
-        )
-        self.router = Router("heads", spec, host="127.0.0.1", device=torch.device("cpu"), client=NoMesh())
-
-    async def start(self) -> None:
-        self.router.start()
-
-    @property
-    def entries(self) -> list[dict[str, Any]]:
-        return [{"router_id": self.router.router_id, "host": "127.0.0.1", "port": self.router.port}]
-
-    def kill(self) -> None:
-        self.router.stop()
