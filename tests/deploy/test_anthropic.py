@@ -11,7 +11,7 @@ import pytest
 from deploy.served_model import ServedModel
 from deploy.settings import Settings
 from tests.deploy.fakes import FakeRouter, RunningApi, running_api
-from tests.deploy.test_completions import post, post_and_leave, scripts, wait_for_aborts
+from tests.deploy.test_completions import post, post_and_leave, prompt_of, scripts, wait_for_aborts
 
 MESSAGES = "/v1/messages"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -36,10 +36,6 @@ def events(api: RunningApi, **body: Any) -> list[dict[str, Any]]:
         found.append(json.loads(data.removeprefix("data: ")))
         assert name == f"event: {found[-1]['type']}"
     return found
-
-
-def prompt_of(api: RunningApi, served: ServedModel) -> str:
-    return served.tokenizer.decode(api.router.requests[-1]["prompt_ids"])
 
 
 def test_a_message_has_anthropics_shape(api: RunningApi, served: ServedModel) -> None:

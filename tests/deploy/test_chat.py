@@ -19,7 +19,7 @@ from deploy.tools import read_tool_use
 from model.structured import GrammarCompiler
 from model.tokenizer import Tokenizer
 from tests.deploy.fakes import RunningApi, byte_level_tokenizer
-from tests.deploy.test_completions import events, post, scripts
+from tests.deploy.test_completions import events, post, prompt_of, scripts
 from tests.tiny import write_tokenizer
 
 CHAT = "/v1/chat/completions"
@@ -47,10 +47,6 @@ def client(api: RunningApi) -> openai.OpenAI:
 @pytest.fixture(autouse=True)
 def _fresh(api: RunningApi) -> None:
     api.router.script = lambda _: None
-
-
-def prompt_of(api: RunningApi, served: ServedModel) -> str:
-    return served.tokenizer.decode(api.router.requests[-1]["prompt_ids"])
 
 
 def test_a_chat_has_openai_shape(client: openai.OpenAI, api: RunningApi, served: ServedModel) -> None:

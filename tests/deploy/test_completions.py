@@ -60,6 +60,11 @@ def scripts(api: RunningApi, served: ServedModel, text: str, *, ends: bool = Tru
     api.router.script = lambda _: [*ids, 2] if ends else ids
 
 
+def prompt_of(api: RunningApi, served: ServedModel) -> str:
+    """The text of the last request's prompt."""
+    return served.tokenizer.decode(api.router.requests[-1]["prompt_ids"])
+
+
 @pytest.fixture(autouse=True)
 def _fresh(api: RunningApi) -> None:
     api.router.script = lambda _: None

@@ -18,6 +18,7 @@ from deploy.settings import LimitSettings, MeshSettings, Settings, load
 from model.tokenizer import Tokenizer
 from tests.deploy.fakes import FakeRouter
 from tests.deploy.tiny_heads import write_nfc_tokenizer
+from tests.waiting import until
 
 LISTED = """
 models:
@@ -72,7 +73,7 @@ def test_a_list_that_cannot_be_served_is_refused_in_one_line(tmp_path: Path, tex
 
 
 async def ask(pool: RouterPool, model: str) -> Any:
-    deadline = asyncio.get_running_loop().time() + 5
+    deadline = asyncio.get_running_loop().time() + 60
     return await pool.pool(PoolRequest(model=model, head="", prompt_ids=[1], deadline=deadline))
 
 
@@ -86,8 +87,7 @@ def test_a_request_goes_to_the_routers_of_its_model() -> None:
         settings = Settings(mesh=MeshSettings(discover_interval_s=0.05), limits=LimitSettings(router_wait_s=0.3))
         pool = RouterPool(discover, settings)
         await pool.start()
-        while len(pool.links) < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(pool.links) == 2)
         for model, times in (("one", 3), ("two", 2)):
             for _ in range(times):
                 await ask(pool, model)

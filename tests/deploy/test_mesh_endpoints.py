@@ -6,7 +6,6 @@ import random
 import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from deploy.errors import ApiError
 from deploy.settings import LimitSettings
 from deploy.sse import error_answer
 from deploy.supervisors import Supervisors
+from tests.waiting import wait_until
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
@@ -152,8 +152,7 @@ def site() -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(api_with(only=Supervisor()), host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    wait_until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     yield f"http://127.0.0.1:{port}"
     server.should_exit = True
