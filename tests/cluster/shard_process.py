@@ -1,14 +1,18 @@
-"""The shard's side of a transport under test: it doubles the rows it gets. Run in a thread or in a process."""
+"""The shard's side of a transport under test: it doubles the rows it gets. Run in a thread or in a process. And a
+process that is no shard."""
 
 from __future__ import annotations
+
+import os
+import socket
 
 import torch
 
 from cluster.errors import ExchangeError
-from cluster.host_transport import ANSWER_TAG, NAME_BYTES, NAME_TAG
+from cluster.host_transport import ANSWER_TAG, HELLO, NAME_BYTES, NAME_TAG, _address
 from cluster.process_group import MeshGroup, connect_store, form_group
 from cluster.transport import ShardTransport, StarShard, shard_transport
-from cluster.wire import Opcode
+from cluster.wire import LANES, Opcode
 
 
 def form(store, name, rank, world_size, formation_s=10.0, operation_s=20.0) -> MeshGroup:
@@ -40,6 +44,20 @@ def serve(transport, store_port, name, rank, world_size, *, is_far=False, format
     except ExchangeError as error:
         failure = type(error)(str(error))
     raise failure  # without the frames that would keep the group, and its sockets, open
+
+
+def ask_for_memory(name, pipe) -> None:
+    """As a process of another user that has learnt a router's name; tells how many files and bytes it was given."""
+    os.setuid(65534)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as router:
+        router.connect(_address(name))
+        router.send(HELLO.pack(1))
+        pipe.send("connected")
+        try:
+            data, fds, _, _ = socket.recv_fds(router, 1, LANES)
+        except ConnectionError:
+            data, fds = b"", []
+        pipe.send((len(fds), len(data)))
 
 
 def _answer(shard: ShardTransport) -> int:

@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster import host_transport
 from cluster.dispatch import plan_dispatch, routing_tables
 from cluster.errors import ExchangeError, FormationError, PeerLost, PeerSilent
 from cluster.host_transport import Channels
@@ -27,7 +28,7 @@ from cluster.placement import spread_evenly
 from cluster.process_group import connect_store, host_store
 from cluster.transport import choose_transport, router_transport, shard_transport
 from cluster.wire import Header, Opcode
-from tests.cluster.shard_process import decline, form, serve
+from tests.cluster.shard_process import ask_for_memory, decline, form, serve
 
 CPU = torch.device("cpu")
 HIDDEN = 8
@@ -176,6 +177,39 @@ def test_near_and_far_shards_serve_one_router_together():
         for step in range(5):
             exchange(router, [(step + i) % 3 for i in range(3)])
         exchange(router, [2, 3, 1], hidden_size=40_000)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
+def test_another_users_process_gets_no_memory_and_takes_nobodys_place(monkeypatch):
+    ask, (ours, theirs) = host_transport._ask, PROCESSES.Pipe()
+    strangers = []
+
+    def ask_second(group, name):  # the shards learn the name after the stranger has connected
+        strangers.append(PROCESSES.Process(target=ask_for_memory, args=(name, theirs)))
+        strangers[0].start()
+        assert ours.poll(30) and ours.recv() == "connected"
+        return ask(group, name)
+
+    monkeypatch.setattr(host_transport, "_ask", ask_second)
+    try:
+        with threads("host", 2) as router:
+            assert ours.poll(30) and ours.recv() == (0, 0)
+            exchange(router, [2, 1])
+    finally:
+        strangers[0].kill()
+        strangers[0].join()
+
+
+def test_a_shard_takes_no_memory_from_another_users_router(monkeypatch):
+    def shared_files():
+        with open("/proc/self/maps") as maps:
+            return {line.split()[4] for line in maps if "memfd:expertmesh" in line}
+
+    monkeypatch.setattr(host_transport, "_is_same_user", lambda peer: False)
+    before = shared_files()  # of other tests, whose last threads may not have ended
+    with threads("mixed", 2) as router:
+        exchange(router, [2, 1])
+        assert shared_files() <= before
 
 
 def test_a_forced_host_transport_names_the_shards_it_cannot_reach():

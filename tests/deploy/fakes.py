@@ -93,6 +93,7 @@ class FakeRouter:
     dies_after: int | None = None  # tokens in all; then the connection is cut in the middle of a line
     says_hello: bool = True
     is_silent: bool = False
+    is_ready: bool = True
     port: int = 0
     models: list[str] = field(default_factory=lambda: ["tiny"])
     token: str | None = None
@@ -159,7 +160,8 @@ class FakeRouter:
     async def _report(self, writer: asyncio.StreamWriter) -> None:
         while True:
             if not self.is_silent:
-                self._send(writer, {"op": "load", "running": len(self.running), "waiting": 0, "kv_usage": 0.0})
+                load = {"running": len(self.running), "waiting": 0, "kv_usage": 0.0, "ready": self.is_ready}
+                self._send(writer, {"op": "load", **load})
             await asyncio.sleep(0.05)
 
     def _pool(self, writer: asyncio.StreamWriter, request_id: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -106,6 +107,20 @@ def test_n_answers_to_one_prompt_are_drawn_on_one_router_which_computes_the_prom
     assert sum(engine.stats.num_prompt_tokens for engine in engines) - before == 98 + 2 * (98 - 96)
     alone = [client.completions.create(**body, seed=5 + i).choices[0].text for i in range(3)]
     assert [choice.text for choice in answer.choices] == alone
+
+
+def test_who_gives_another_cache_salt_gets_nothing_of_the_prefix_cache(directory: Path) -> None:
+    served = ServedModel.from_directory(directory, names=("tiny",))
+    settings = Settings.model_validate({"mesh": {"token": "t"}})
+    with running_api(served, settings, RealRouters(directory, "a")) as api:
+
+        def num_cached(salt: str | None) -> int:
+            body = {"prompt": [7, *range(3, 100)], "max_tokens": 1, "cache_salt": salt}
+            answer = httpx.post(api.url + "/v1/completions", json=body, timeout=60).json()
+            return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+        assert [num_cached(salt) for salt in ("one", "two", None)] == [0, 0, 0]
+        assert [num_cached(salt) for salt in ("one", "two", None)] == [96, 96, 96]
 
 
 def test_a_stream_outlives_its_router_and_a_sampled_text_stays_the_same(

@@ -110,6 +110,44 @@ def test_requests_go_to_the_least_loaded_router() -> None:
     asyncio.run(run())
 
 
+def test_requests_go_to_routers_whose_mesh_is_whole_and_to_others_only_where_there_is_none() -> None:
+    async def run() -> None:
+        healing, whole = FakeRouter("healing", is_ready=False), FakeRouter("whole")
+        async with pool_of(healing, whole) as pool:
+            await linked(pool, 2)
+            await until(lambda: sorted(link.load.ready for link in pool.links) == [False, True])
+            for _ in range(4):
+                await tokens_of(pool, request(1))
+            assert (len(healing.requests), len(whole.requests)) == (0, 4) and pool.serves("tiny")
+            whole.is_ready = False
+            await until(lambda: not pool.serves("tiny"))
+            for _ in range(4):
+                assert await tokens_of(pool, request(1)) == expected(1)
+            assert len(healing.requests) + len(whole.requests) == 8
+
+    asyncio.run(run())
+
+
+def test_requests_go_to_routers_that_are_listed_and_to_others_only_where_there_is_none() -> None:
+    async def run() -> None:
+        leaving, stays = FakeRouter("leaving"), FakeRouter("stays", is_ready=False)
+        async with pool_of(leaving, stays) as pool:
+            await linked(pool, 2)
+            await until(lambda: sorted(link.load.ready for link in pool.links) == [False, True])
+            pool.listed.remove(leaving.entry)  # type: ignore[attr-defined]
+            await until(lambda: sorted(link.is_listed for link in pool.links) == [False, True])
+            for _ in range(4):
+                await tokens_of(pool, request(1))
+            assert (len(leaving.requests), len(stays.requests)) == (0, 4), "also where that one's mesh heals"
+            pool.listed.clear()  # type: ignore[attr-defined]
+            await until(lambda: not any(link.is_listed for link in pool.links))
+            for _ in range(4):
+                assert await tokens_of(pool, request(1)) == expected(1)
+            assert (len(leaving.requests), len(stays.requests)) == (4, 4)
+
+    asyncio.run(run())
+
+
 def test_a_full_router_is_passed_over_and_only_full_ones_refuse() -> None:
     async def run() -> None:
         full, free = FakeRouter("full", max_running=0), FakeRouter("free")
