@@ -288,7 +288,9 @@ def test_killed_groups_leave_neither_descriptors_nor_memory_behind():
             router.clear()
         children.clear()
         before = before or traces()
-    assert traces() == before and before[1] == 0
+    num_open, num_mapped = traces()
+    assert num_open <= before[0], "fewer where what other tests left has gone meanwhile"
+    assert num_mapped == 0
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
