@@ -36,6 +36,8 @@ PRECISIONS: dict[str, list[str]] = {
     "int4": ["--quantization", "int4"],
 }
 OVER_SHARDS = ("bf16", "int8")  # the engine's figures have the others; all together stays within a quarter of an hour
+# What the mesh's price is of: on `mid` it stays up, and each int8 mesh is measured in turns with it.
+ALONE = Arrangement(quantization="int8", threads=2)
 ENGINES: dict[str, list[Arrangement]] = {
     "small": [
         Arrangement(),
@@ -44,16 +46,13 @@ ENGINES: dict[str, list[Arrangement]] = {
     ],
     "mid": [
         Arrangement(shards=2),
-        Arrangement(quantization="int8"),
-        Arrangement(quantization="int8", threads=2),
+        ALONE,
         *(Arrangement(quantization="int8", shards=shards) for shards in (1, 2, 3, 4, 6)),
         Arrangement(quantization="int8", shards=2, threads=2),
         Arrangement(quantization="int8", shards=2, routers=2),
         Arrangement(quantization="int4", shards=2),
     ],
 }
-# What the mesh's price is of: on `mid` it stays up, and each int8 mesh is measured in turns with it.
-ALONE = Arrangement(quantization="int8", threads=2)
 ORDER = tuple(PRECISIONS)
 KEYS = {"engine": ("shape", "precision", "shards", "routers", "threads"), "http": ("shape", "precision", "way")}
 SERVED = {"local": (["--local"], {"EXPERTMESH_ENGINE__THREADS": "2"}), "2 shards": (["--shards", "2"], {})}
@@ -102,8 +101,9 @@ def measure_engines(bench: Bench) -> None:
         with contextlib.ExitStack() as kept:
             alone = kept.enter_context(Mesh(path, ALONE)) if shape == "mid" else None
             for arrangement in ENGINES[shape]:
-                is_priced = alone is not None and arrangement.shards > 0 and arrangement.quantization == "int8"
-                with Mesh(path, arrangement) as mesh:
+                is_priced = arrangement.shards > 0 and arrangement.quantization == "int8"
+                with contextlib.ExitStack() as own:
+                    mesh = alone if alone and arrangement == ALONE else own.enter_context(Mesh(path, arrangement))
                     measured = limits.beside(partial(_engine_figures, mesh, arrangement, alone if is_priced else None))
                 found = {
                     "shape": shape,
