@@ -182,8 +182,8 @@ class Engine:
     def step(self) -> None:
         """One forward pass for everything scheduled."""
         started, recovery_s = self._clock(), self.exchange.recovery_s
+        self._work = []  # should what comes now fail, it isn't the last step's requests that it failed over
         self.exchange.begin_step()
-        self._work = []  # should this fail, it isn't the last step's requests that it failed over
         work = self._work = self.scheduler.schedule(self._pace.prefill_budget(*self.scheduler.rivals()))
         if not work:
             return

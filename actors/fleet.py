@@ -272,8 +272,9 @@ class Fleet:
                 if not state:
                     log.warning("%s answers again after %.1f s", shard_id, self._clock() - shard.silent_since)
                     shard.misses = 0
+                    if not self.shards:
+                        self._last_return = self._clock()
                     self.shards[shard_id] = self.silent.pop(shard_id)
-                    self._last_return = self._clock()
                     self._changed()
                 elif state == "dead" or self._is_given_up(shard):
                     del self.silent[shard_id]

@@ -29,7 +29,7 @@ from cluster.view import MeshView
 from cluster.wire import LANES, Header, Message, Opcode, sums_dtype
 
 log = logging.getLogger("expertmesh.exchange")
-HALF_LIFE_S = 60.0
+HALF_LIFE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,8 @@ class DeadlineEstimate:
         however many exchanges lie between. Its share of each row fades by 1 % an exchange, as it may be a wait that
         had nothing to do with rows. The first few (cold caches) say nothing."""
         self._num_seen += 1
+        if self._num_seen < 8:
+            return
         if self._num_seen == 8:
             self._slowest_s = self._slowest_row_s = 0.0
         now = self._clock()

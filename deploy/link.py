@@ -109,13 +109,19 @@ class RouterLink:
             queue.put_nowait(None)
             return queue
         self._queues[message["request_id"]] = queue
-        self._writer.write(_line(message))
+        self._send(message)
         return queue
 
     def release(self, request_id: str, *, abort: bool) -> None:
         """Forgets a request. With `abort` the router is told at once, so that it stops computing."""
         if self._queues.pop(request_id, None) is not None and abort and self.is_open:
-            self._writer.write(_line({"op": "abort", "request_id": request_id}))
+            self._send({"op": "abort", "request_id": request_id})
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        try:
+            self._writer.write(_line(message))
+        except RuntimeError:  # uvloop's, where the connection has ended and `_read` hasn't heard of it yet
+            self.drop()
 
     def drop(self) -> None:
         """Ends the link now. Open requests see `None`."""

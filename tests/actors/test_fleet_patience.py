@@ -74,8 +74,7 @@ def test_when_everybody_was_silent_and_one_is_back_the_others_have_their_time_fr
         shards.handles["shard-1"].is_silent = False
         assert await shards.ended_after(0.5) == []
         assert set(shards.fleet.shards) == {"shard-0", "shard-1"}
-        assert await shards.ended_after(4.5) == []
-        assert await shards.ended_after(1.0) == ["shard-2"]
+        assert await shards.ended_after(1.0) == ["shard-2"], "only the first return gives time"
 
     asyncio.run(scenario())
 

@@ -361,3 +361,25 @@ def test_a_stream_that_meets_only_refusals_after_a_loss_is_given_up_in_time() ->
             full.kill()
 
     asyncio.run(run())
+
+
+def test_a_link_whose_connection_has_ended_unheard_is_lost_and_its_request_goes_elsewhere() -> None:
+    class Ended:
+        """uvloop's transport, closed before the reader has run."""
+
+        def write(self, data: bytes) -> None:
+            raise RuntimeError
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(writer, name)
+
+    async def run() -> None:
+        nonlocal writer
+        async with pool_of(FakeRouter("a"), FakeRouter("b")) as pool:
+            await linked(pool, 2)
+            writer = pool.links[0]._writer
+            pool.links[0]._writer = Ended()  # type: ignore[assignment]
+            assert await asyncio.gather(*(tokens_of(pool, request()) for _ in range(4))) == [expected(20)] * 4
+
+    writer: Any = None
+    asyncio.run(run())
