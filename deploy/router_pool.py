@@ -194,7 +194,7 @@ class RouterPool:
                         num_losses = 0
                     if has_first and chunk.prompt_logprobs is not None:
                         chunk = replace(chunk, prompt_logprobs=None)  # a replay repeats it
-                    has_first = True
+                    has_first = has_first or bool(chunk.token_ids)
                     yield chunk
                     if finished:
                         return
