@@ -54,3 +54,9 @@ def root_cause(text: str) -> str:
         if name.rpartition(".")[2].endswith(("Error", "Exception")) and message:
             return message[:500]
     return (lines[-1] if lines else "unknown error")[:500]
+
+
+def timed_out(error: Exception) -> bool:
+    """Whether torch says that an operation met its deadline; it has no class for that."""
+    text = str(error).lower()
+    return "timed out" in text or "timeout" in text

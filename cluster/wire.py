@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 LANES = 2
+ROUTER_RANK = 0
+HEADER_TAG, MESSAGE_TAG, REPLY_TAG = 1, 2, 3
 
 
 class Opcode(IntEnum):
@@ -130,3 +132,7 @@ def sums_dtype(device: torch.device) -> torch.dtype:
 
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // 64) * 64
+
+
+def no_bytes(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=device)

@@ -62,7 +62,7 @@ def test_ray_and_torch_distributed_stay_in_a_few_files():
     }
     assert distributed_users == {
         "cluster/process_group.py",
-        "cluster/transport.py",
+        "cluster/router_transports.py",
         "actors/membership.py",
     }
 

@@ -11,7 +11,8 @@ import torch
 from cluster.errors import ExchangeError
 from cluster.host_transport import ANSWER_TAG, HELLO, NAME_BYTES, NAME_TAG, _address
 from cluster.process_group import MeshGroup, connect_store, form_group
-from cluster.transport import ShardTransport, StarShard, shard_transport
+from cluster.shard_transports import StarShard
+from cluster.transport import ShardTransport, shard_transport
 from cluster.wire import LANES, Opcode
 
 
