@@ -82,10 +82,14 @@ def granted_cores() -> int:
     return max(1, min(int(_this_node()["Resources"].get("CPU", 0)), len(os.sched_getaffinity(0))))
 
 
+def live_nodes() -> list[dict[str, Any]]:
+    """As Ray tells of them: "NodeID", "NodeManagerHostname", "Resources" and more."""
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
 def _this_node() -> dict[str, Any]:
     node_id = ray.get_runtime_context().get_node_id()
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    for node in nodes:
+    for node in live_nodes():
         if node["NodeID"] == node_id:
             return node
     raise RuntimeError(f"Ray does not list this node ({node_id})")
@@ -264,9 +268,9 @@ class RayShardStarter:
     def _own_node(self, shard_id: str, avoid: set[str]) -> NodeAffinitySchedulingStrategy:
         taken = avoid | set(self._claimed.values())
         needs = {"CPU": self._resources.num_cpus, "GPU": self._resources.num_gpus, **self._resources.resources}
-        for node in ray.nodes():  # type: ignore[no-untyped-call]
+        for node in live_nodes():
             has = node["Resources"]
-            if node["Alive"] and node["NodeID"] not in taken and all(has.get(k, 0) >= v for k, v in needs.items()):
+            if node["NodeID"] not in taken and all(has.get(k, 0) >= v for k, v in needs.items()):
                 self._claimed[shard_id] = node["NodeID"]
                 return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         raise ValueError(

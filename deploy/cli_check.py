@@ -153,6 +153,7 @@ def of_cluster(address: str, models: Sequence[Source], here: Mapping[str, Any]) 
     """A report from each node of a running Ray cluster, and whether each can be reached from here."""
     import ray
 
+    from actors.ray_shards import live_nodes
     from deploy.cluster_access import connect, run_on_each_node
 
     try:
@@ -160,11 +161,9 @@ def of_cluster(address: str, models: Sequence[Source], here: Mapping[str, Any]) 
     except ValueError as error:
         yield Finding("fail", "Ray", str(error))
         return
-    nodes: Sequence[Mapping[str, Any]] = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
-    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    yield Finding(
-        "ok", "Ray", f"{len(nodes)} nodes, {total.get('CPU', 0):.0f} CPUs, {total.get('GPU', 0):.0f} GPUs at {address}"
-    )
+    nodes = live_nodes()
+    cpus, gpus = (sum(node["Resources"].get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+    yield Finding("ok", "Ray", f"{len(nodes)} nodes, {cpus:.0f} CPUs, {gpus:.0f} GPUs at {address}")
     for name, outcome in run_on_each_node(nodes, models):
         if isinstance(outcome, str):
             yield Finding("fail", name, outcome)

@@ -45,13 +45,15 @@ class Writer:
 class Line(bytes):
     """As long as it says, without the memory."""
 
+    size: int
+
     def __new__(cls, size: int) -> Self:
         line = super().__new__(cls)
-        line.size = size  # type: ignore[attr-defined]
+        line.size = size
         return line
 
     def __len__(self) -> int:
-        return int(self.size)  # type: ignore[attr-defined]
+        return self.size
 
 
 def test_an_ingress_that_takes_nothing_of_a_large_backlog_is_cut_off_in_time() -> None:
