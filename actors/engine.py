@@ -1,7 +1,7 @@
 """The router's engine: one thread, one loop. A step is: schedule, run, sample, commit.
 
 Everything else meets it in two places. Requests and aborts come in through a locked inbox; what a step brought goes
-out in one call of `deliver`. So nobody waits for a step, and a step waits for nobody but the shards.
+out through `deliver`. So nobody waits for a step, and a step waits for nobody but the shards.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ Deliver = Callable[[Mapping[str, list[Chunk]]], None]
 
 
 class Engine:
-    """deliver(chunks by owner) is called from the engine's thread, once a step and on refusals."""
+    """deliver(chunks by owner) is called from the engine's thread, once a step, for refusals, and
+    for some rows of a pool result at a time."""
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ AT_ONCE_S = 0.03
 TELL_EVERY_S = 5.0  # how a long load goes
 FORGIVEN_S = 30.0
 FORGIVEN_TIMES = 2
+ALONE_FORGIVEN_TIMES = 10
 
 
 class ShardLost(MeshError):
@@ -233,8 +234,8 @@ class Fleet:
 
         A suspect that doesn't answer is; anybody else only when Ray says at once that it is dead (it may just be
         busy). A suspect that does answer is forgiven twice in half a minute, and always when others were suspected
-        with it, or when there are no others: then the machine or the router is slow, and nothing would be better
-        without them."""
+        with it: then the machine or the router is slow, and nothing would be better without them. The only member,
+        whose end stops everything, is forgiven until slowness can't be the reason: deadlines grow with each miss."""
         asks = {
             s: asyncio.ensure_future(self._state(self.shards[s].handle, self._timeouts.ping_s))
             for s in members
@@ -251,9 +252,9 @@ class Fleet:
             shard = self.shards.get(shard_id)
             if shard is None or shard_id in lost:
                 continue
-            if len(suspects) == 1 < len(members):
+            if len(suspects) == 1:
                 shard.blames = {e: at for e, at in shard.blames.items() if now - at < FORGIVEN_S} | {epoch: now}
-                if len(shard.blames) > FORGIVEN_TIMES:
+                if len(shard.blames) > (FORGIVEN_TIMES if len(members) > 1 else ALONE_FORGIVEN_TIMES):
                     lost[shard_id] = "unreliable"
         return lost
 

@@ -49,7 +49,7 @@ def locate_model(
 
 
 def cached_model(model: str, revision: str | None = None, download_dir: str | None = None) -> Path | None:
-    """As `locate_model`, without the network: None for a hub id of which this node has nothing yet."""
+    """As `locate_model`, without the network: None for a hub id of which this node has no weights yet."""
     path = Path(model).expanduser()
     if path.is_absolute() or path.is_dir():
         return path
@@ -57,9 +57,10 @@ def cached_model(model: str, revision: str | None = None, download_dir: str | No
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, cache_dir=download_dir, local_files_only=True))
+        found = Path(snapshot_download(model, revision=revision, cache_dir=download_dir, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
+    return found if any(found.glob("*.safetensors")) else None  # `plan` fetches a config alone
 
 
 def load_config(directory: Path, dtype: str | None) -> ModelConfig:

@@ -55,7 +55,7 @@ class Router:
         config = load_config(directory, spec.dtype)
         compiler = None
         tokenizer_directory = Path(spec.tokenizer or directory)
-        if (tokenizer_directory / "tokenizer.json").is_file():
+        if spec.tokenizer or (tokenizer_directory / "tokenizer.json").is_file():
             tokenizer = Tokenizer.without_template(tokenizer_directory)
             config = replace(config, eos_token_ids=tokenizer.end_ids(config.eos_token_ids))
             compiler = GrammarCompiler(tokenizer, config.vocab_size, config.eos_token_ids)

@@ -59,7 +59,7 @@ class Supervisor:
         self._watch = LoadWatch(plan, clock)
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_rebalances = 0
-        self._next_try = 0.0
+        self._next_tries: dict[str, float] = {}  # by router
         self._trouble = ""
 
     @property
@@ -118,7 +118,7 @@ class Supervisor:
         figures: RouterFigures | None = info.pop("figures", None)
         if figures is not None:
             self._watch.note_router(router_id, figures)
-        self._board.note_router(router_id, info, live_epoch)
+        self._board.note_router(router_id, info, live_epoch, seen_epoch)
         if seen_epoch > self.view.epoch and self.view.shards:
             await self._outrun(seen_epoch)
         try:
@@ -136,14 +136,15 @@ class Supervisor:
             if epoch == self.view.epoch:
                 lost = await self._fleet.find_lost(suspects, self.view.shard_ids, epoch)
                 if not suspects and not lost:
-                    if detected < self._next_try:
+                    if detected < self._next_tries.get(router_id, 0.0):
                         return
-                    self._next_try = detected + TRY_AGAIN_S
+                    self._next_tries[router_id] = detected + TRY_AGAIN_S
                 await self._lose(lost, f"{router_id}: {reason}"[:300], detected)
 
     def _forget_router(self, router_id: str) -> None:
         self._board.forget_router(router_id)
         self._watch.forget_router(router_id)
+        self._next_tries.pop(router_id, None)
 
     async def _outrun(self, seen_epoch: int) -> None:
         """A router knows a later epoch than we do (all shards that saw it are gone): go beyond it."""

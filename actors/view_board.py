@@ -22,7 +22,8 @@ FORGET_S = 60.0
 class _Router:
     info: dict[str, Any]
     seen: float
-    live_epoch: int = 0
+    live_epoch: int
+    told_epoch: int
 
 
 class ViewBoard:
@@ -69,9 +70,9 @@ class ViewBoard:
 
     # ---- routers -------------------------------------------------------------------------------------
 
-    def note_router(self, router_id: str, info: dict[str, Any], live_epoch: int) -> None:
-        """It asks for the next view."""
-        self._routers[router_id] = _Router(info, self._clock(), live_epoch)
+    def note_router(self, router_id: str, info: dict[str, Any], live_epoch: int, told_epoch: int) -> None:
+        """It asks for the next view after told_epoch, and computes with live_epoch, or with none (0)."""
+        self._routers[router_id] = _Router(info, self._clock(), live_epoch, told_epoch)
 
     def note_alive(self, router_id: str) -> None:
         """It has waited until now; nothing when it said goodbye meanwhile."""
@@ -95,8 +96,12 @@ class ViewBoard:
         return [router.info for router in self._heard()]
 
     def all_live(self, epoch: int) -> bool:
-        """Whether every router that was heard from lately computes with this epoch or a later one, or with none (0)."""
-        return all(router.live_epoch >= epoch or router.live_epoch == 0 for router in self._heard())
+        """Whether every router that was heard from lately computes with this epoch or a later one; or with none,
+        though it was told of this one, so that it won't use an earlier one any more."""
+        return all(
+            router.live_epoch >= epoch or (router.live_epoch == 0 and router.told_epoch >= epoch)
+            for router in self._heard()
+        )
 
     # ---- for people ----------------------------------------------------------------------------------
 

@@ -129,7 +129,7 @@ async def zero_shot_classification(service: Service, body: HuggingFaceBody, name
     prompts = [_ids(tokens) for tokens in await _read(service, [(text, None) for text in _texts(body)], model)]
     if parameters.multi_label:  # a line break is the shortest text that every tokenizer has tokens for
         prompts.append(model.tokenizer.encode("\n"))
-    rows = await label_log_likelihoods(service, model, prompts, labels, template)
+    rows = await label_log_likelihoods(service, model, prompts, labels, template, names=("inputs", "candidate_labels"))
     if parameters.multi_label:
         *rows, prior = rows
         scores = [activate([x - p for x, p in zip(row, prior, strict=True)], "sigmoid") for row in rows]

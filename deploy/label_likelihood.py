@@ -30,8 +30,11 @@ async def label_log_likelihoods(
     labels: Sequence[str],
     template: str,
     body: PoolingBody | None = None,
+    *,
+    names: tuple[str, str] = ("input", "labels"),
 ) -> list[list[float]]:
-    """For each prompt the natural log-likelihood of each label in its template. Raises InvalidRequest."""
+    """For each prompt the natural log-likelihood of each label in its template. names: what the body calls texts and
+    labels. Raises InvalidRequest."""
     if template.count("{}") != 1:
         raise InvalidRequest("the template of a label must have {} exactly once", param="label_template")
     if not labels or len(set(labels)) != len(labels) or not all(labels):
@@ -42,17 +45,17 @@ async def label_log_likelihoods(
     num_chars = sum(map(len, labels)) + len(labels) * len(template)
     if num_chars > (most := service.settings.limits.max_body_bytes):
         raise invalid("labels", f"in their template they have {num_chars} characters, more than this server's {most}")
-    longest = max(map(len, prompts))
 
     def read_one(label: str) -> list[int]:
         text = template.replace("{}", label)
-        # One token is drawn to end the request, so the context must have room for it.
-        check_length(model, longest + model.tokenizer.least_num_tokens(text) + 1, "labels", _REMEDY)
+        # Beside one token of a text, and the one that is drawn to end the request.
+        check_length(model, model.tokenizer.least_num_tokens(text) + 2, names[1], _REMEDY)
         ending = model.tokenizer.encode(text, add_special_tokens=False)
-        check_length(model, longest + len(ending) + 1, "labels", _REMEDY)
+        check_length(model, len(ending) + 2, names[1], _REMEDY)
         return ending
 
     endings = await service.run(lambda: [read_one(label) for label in labels], num_chars)
+    check_length(model, max(map(len, prompts)) + max(map(len, endings)) + 1, names[0])
     deadline, body = service.deadline(), body or PoolingBody()
 
     async def likelihood(numbered: tuple[int, tuple[list[int], list[int]]]) -> float:

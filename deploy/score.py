@@ -89,7 +89,8 @@ def _shortened(tokens: list[PlacedToken], keep: int) -> list[PlacedToken]:
     num_left = end - begin - (len(tokens) - keep)
     if num_left < 1:
         raise invalid(
-            "truncate_prompt_tokens", f"{keep} tokens leave nothing of text_2 beside text_1; raise it or shorten text_1"
+            "truncate_prompt_tokens",
+            f"{keep} tokens leave nothing of text_2 beside text_1; shorten text_1, or raise it if the model takes more",
         )
     return tokens[: begin + num_left] + tokens[end:]
 

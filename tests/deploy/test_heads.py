@@ -275,10 +275,14 @@ def test_labels_are_tokenized_beside_the_event_loop_until_one_cannot_fit(heads: 
         return await refused(100, "word " * 1000 + "{}"), await refused(1000, "word " * 1900 + "{}")
 
     too_long, too_many = asyncio.run(run())
-    service.close()
     assert isinstance(too_long, ContextTooLong) and too_long.param == "labels"
     assert len(threads) == 1 and threads[0].startswith("text")
     assert too_many.param == "labels" and "characters" in too_many.message
+    full = [[5] * model.max_model_len]
+    with pytest.raises(ContextTooLong) as text_too_long:
+        asyncio.run(label_log_likelihoods(service, model, full, ["a"], "{}", names=("inputs", "labels")))
+    assert text_too_long.value.param == "inputs"
+    service.close()
 
 
 def test_a_model_of_another_task_is_refused_with_where_to_go(api: RunningApi) -> None:
