@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("expertmesh.ray")
 
 NAMESPACE = "expertmesh"
+AGAIN_S = 0.2
 JOINS = "joins"  # threads of a shard's own: routers that wait there for a member hold up nothing else
 
 
@@ -182,6 +183,15 @@ async def _answer(call: Awaitable[Any]) -> Any:
         raise TimeoutError(str(error)) from None
 
 
+async def reach(handle: RayShardHandle) -> tuple[str, Process]:
+    """The node's id and the process, asked again after a connection broke; how long is the caller's to say."""
+    while True:
+        try:
+            return await handle.process()
+        except TimeoutError:
+            await asyncio.sleep(AGAIN_S)
+
+
 class RayShardStarter:
     """Implements actors.fleet.ShardStarter."""
 
@@ -216,7 +226,7 @@ class RayShardStarter:
         handle = RayShardHandle(actor)
         try:
             async with asyncio.timeout(self._start_s):
-                self._processes[shard_id] = await handle.process()
+                self._processes[shard_id] = await reach(handle)
         except TimeoutError:
             raise ValueError(
                 f"{shard_id} did not start within {self._start_s:.0f} s; is there room for "
@@ -237,7 +247,7 @@ class RayShardStarter:
                 self._actors[shard_id] = actor = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
                 handle = RayShardHandle(actor)
                 async with asyncio.timeout(2.0):
-                    self._processes[shard_id] = await handle.process()
+                    self._processes[shard_id] = await reach(handle)
             except Exception as error:
                 log.warning("%s is there but doesn't answer: %s", name, str(error)[:100])
                 await self.kill(shard_id)

@@ -47,7 +47,7 @@ async def plan_chat(service: Service, body: ChatCompletionRequest, answer_id: st
     messages = read_messages(body.messages)
     prompt = await render(service, model, body, messages, use)
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    prompt_ids = await service.run(lambda: read_prompt(prompt, body, model, max_tokens, "messages"), len(prompt))
+    prompt_ids = await service.read(lambda: read_prompt(prompt, body, model, max_tokens, "messages"), len(prompt))
     asked = Asked(
         max_tokens=max_tokens,
         max_tokens_name="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
@@ -69,10 +69,9 @@ async def plan_chat(service: Service, body: ChatCompletionRequest, answer_id: st
 def chat(plan: ChatPlan, deltas: list[Delta]) -> dict[str, Any]:
     """The whole answer."""
     usage = Usage(plan.requests)
-    choices = []
-    for index, delta in enumerate(deltas):
+    for delta in deltas:
         usage.count(delta)
-        choices.append(_Choice(plan, index).whole(delta))
+    choices = (_Choice(plan, index).whole(delta) for index, delta in enumerate(deltas))
     answer: dict[str, Any] = {**plan.head, "choices": choices, "usage": usage.to_dict()}
     if plan.body.prompt_logprobs is not None and deltas[0].prompt_logprobs is not None:
         answer["prompt_logprobs"] = prompt_logprobs(deltas[0].prompt_logprobs, plan.model.tokenizer)

@@ -56,7 +56,7 @@ async def render(
 
     num_chars = sum(len(message.get("content") or "") + 64 for message in messages) + 256 * len(tools)
     try:
-        return await service.run(work, num_chars)
+        return await service.read(work, num_chars)
     except ValueError as error:
         raise InvalidRequest(str(error), param="messages") from None
 

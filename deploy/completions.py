@@ -35,7 +35,7 @@ async def plan_completion(service: Service, body: CompletionRequest, answer_id: 
     """Tokenizes and checks everything. Raises ApiError."""
     model = service.models.find_generator(body.model)
     sent = one_or_many(body.prompt, "prompt")
-    prompts, texts = await service.run(lambda: _read_prompts(body, model, sent), sum(len(prompt) for prompt in sent))
+    prompts, texts = await service.read(lambda: _read_prompts(body, model, sent), sum(len(prompt) for prompt in sent))
     asked_prompt_logprobs = body.prompt_logprobs
     if body.echo and body.logprobs is not None:
         asked_prompt_logprobs = max(body.logprobs, body.prompt_logprobs or 0)
@@ -58,10 +58,9 @@ async def plan_completion(service: Service, body: CompletionRequest, answer_id: 
 def complete(plan: CompletionPlan, deltas: list[Delta]) -> dict[str, Any]:
     """The whole answer."""
     usage = Usage(plan.requests)
-    choices = []
-    for index, delta in enumerate(deltas):
+    for delta in deltas:
         usage.count(delta)
-        choices.append(_Choice(plan, index).render(delta, streaming=False))
+    choices = (_Choice(plan, index).render(delta, streaming=False) for index, delta in enumerate(deltas))
     return {**plan.head, "choices": choices, "usage": usage.to_dict()}
 
 

@@ -45,7 +45,7 @@ class TextEndpoint(Generic[StreamBody, Plan]):
 
     async def _whole(self, service: Service, plan: Plan) -> bytes:
         deltas = await gather_all(service.pool, plan)
-        return await service.run(lambda: to_json(self.answer(plan, deltas)), 4 * _num_logprobs(deltas))
+        return await service.write(lambda: to_json(self.answer(plan, deltas)), 4 * _num_logprobs(deltas))
 
 
 def _num_logprobs(deltas: Iterable[Delta]) -> int:

@@ -97,7 +97,7 @@ async def token_classification(service: Service, body: HuggingFaceBody, name: st
         whole = found[0] if len(found) == 1 else aggregation.longest_of_overlapping([*itertools.chain(*found)])
         return [aggregation.trimmed(text, entity) for entity in whole]
 
-    answers = await service.run(
+    answers = await service.read(
         lambda: [aggregate(*one) for one in zip(texts, batch, strict=True)], sum(len(text) for text in texts)
     )
     return _one_or_many(body, answers)
@@ -114,7 +114,7 @@ async def question_answering(service: Service, body: HuggingFaceBody, name: str 
     def find() -> list[list[dict[str, Any]]]:
         return [spans.answers(context, windows, parameters) for (_, context), windows in zip(pairs, batch, strict=True)]
 
-    found = await service.run(find, sum(len(context) for _, context in pairs))
+    found = await service.read(find, sum(len(context) for _, context in pairs))
     return _one_or_many(body, [one if parameters.top_k > 1 else one[0] for one in found])
 
 
@@ -220,7 +220,7 @@ async def _read(
         return tokens
 
     num_chars = sum(len(text) + len(pair or "") for text, pair in texts)
-    return await service.run(lambda: [read_one(*one) for one in texts], num_chars)
+    return await service.read(lambda: [read_one(*one) for one in texts], num_chars)
 
 
 def _best_first(labels: Sequence[str], scores: Sequence[float]) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ async def label_log_likelihoods(
         check_length(model, len(ending) + 2, names[1], _REMEDY)
         return ending
 
-    endings = await service.run(lambda: [read_one(label) for label in labels], num_chars)
+    endings = await service.read(lambda: [read_one(label) for label in labels], num_chars)
     check_length(model, max(map(len, prompts)) + max(map(len, endings)) + 1, names[0])
     deadline, body = service.deadline(), body or PoolingBody()
 

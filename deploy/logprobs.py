@@ -1,4 +1,7 @@
-"""Log-probabilities in the shapes of the three APIs: completions, chats, and vLLM's prompt_logprobs."""
+"""Log-probabilities in the shapes of the three APIs: completions, chats, and vLLM's prompt_logprobs.
+
+What grows with the alternatives is made while the JSON is written: other threads have their turns in between.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,19 @@ def completion_logprobs(
     """Parallel lists over the tokens. `top_logprobs` also has the token itself."""
     if not tokens:
         return None
-    top: list[dict[str, float] | None] = []
-    for token in tokens:
-        if token.alternatives is None:
-            top.append(None)
-        else:
-            shown = [*most_likely(token.alternatives, num_top), token.alternatives[0]]
-            by_name = {_name(tokenizer, one[0], as_ids): finite(one[1]) for one in reversed(shown)}
-            top.append(dict(sorted(by_name.items(), key=lambda item: -item[1])))
+
+    def top(alternatives: Alternatives) -> dict[str, float]:
+        shown = [*most_likely(alternatives, num_top), alternatives[0]]
+        by_name = {_name(tokenizer, one[0], as_ids): finite(one[1]) for one in reversed(shown)}
+        return dict(sorted(by_name.items(), key=lambda item: -item[1]))
+
     return {
         "text_offset": [token.text_offset for token in tokens],
         "token_logprobs": [
             None if token.alternatives is None else finite(token.alternatives[0][1]) for token in tokens
         ],
         "tokens": [_name(tokenizer, token.token_id, as_ids) for token in tokens],
-        "top_logprobs": top,
+        "top_logprobs": (None if token.alternatives is None else top(token.alternatives) for token in tokens),
     }
 
 
@@ -44,11 +45,11 @@ def chat_logprobs(
         text = f"token_id:{one[0]}" if as_ids else data.decode("utf-8", "replace")
         return {"token": text, "logprob": finite(one[1]), "bytes": list(data)}
 
-    content = [
+    content = (
         {**entry(chosen[0]), "top_logprobs": [entry(one) for one in most_likely(chosen, num_top)]}
         for chosen in (token.alternatives for token in tokens)
         if chosen
-    ]
+    )
     return {"content": content, "refusal": None}
 
 

@@ -115,7 +115,7 @@ async def _pool(
         )
         return to_json(list_answer(answer_id, body, model, data, prompts))
 
-    return await service.run(render, sum(len(rows) * len(rows[0]) for rows in batch))
+    return await service.write(render, sum(len(rows) * len(rows[0]) for rows in batch))
 
 
 def list_answer(
@@ -154,7 +154,7 @@ async def read_inputs(
         check_ids(model, ids, param)
         return ids
 
-    return await service.run(lambda: [read_one(one) for one in sent], sum(len(one) for one in sent))
+    return await service.read(lambda: [read_one(one) for one in sent], sum(len(one) for one in sent))
 
 
 def check_number(service: Service, num_texts: int, param: str) -> None:

@@ -113,4 +113,4 @@ async def _read_pairs(
     num_chars = sum(len(first) + len(second) for first, second in pairs)
     if num_chars > (most := service.settings.limits.max_body_bytes):
         raise invalid("text_2", f"the {len(pairs)} pairs have {num_chars} characters, more than this server's {most}")
-    return await service.run(lambda: [read_one(*pair) for pair in pairs], num_chars)
+    return await service.read(lambda: [read_one(*pair) for pair in pairs], num_chars)

@@ -27,7 +27,8 @@ class Service:
         self.models = models
         self.pool = pool
         self.num_active = 0
-        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="text")
+        self._readers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="read")
+        self._writers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="write")
         identity = f"{VERSION} {[model.names for model in models.models]} {settings.engine.model_dump_json()}"
         self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
 
@@ -47,18 +48,27 @@ class Service:
         finally:
             self.num_active -= 1
 
-    async def run(self, function: Callable[[], T], num_chars: int) -> T:
-        """Runs text work: here when it is short, in a thread when it is long."""
+    async def read(self, function: Callable[[], T], num_chars: int) -> T:
+        """Runs what reads a request's text: here when it is short, in a thread when it is long."""
+        return await self._run(function, num_chars, self._readers, "the text took too long to read; send a shorter one")
+
+    async def write(self, function: Callable[[], T], num_chars: int) -> T:
+        """Runs what writes an answer, as `read` does; in threads of its own, so large answers hold up no request."""
+        too_long = "the answer took too long to write; ask for less in one request"
+        return await self._run(function, num_chars, self._writers, too_long)
+
+    async def _run(self, function: Callable[[], T], num_chars: int, threads: ThreadPoolExecutor, too_long: str) -> T:
         if num_chars <= LONG_TEXT_CHARS:
             return function()
         try:
             async with asyncio.timeout(self.settings.limits.request_timeout_s):
-                return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+                return await asyncio.get_running_loop().run_in_executor(threads, function)
         except TimeoutError:
-            raise DeadlineExceeded("the text took too long to read; send a shorter one") from None
+            raise DeadlineExceeded(too_long) from None
 
     async def encode(self, model: ServedModel, text: str, *, add_special_tokens: bool) -> list[int]:
-        return await self.run(lambda: model.tokenizer.encode(text, add_special_tokens=add_special_tokens), len(text))
+        return await self.read(lambda: model.tokenizer.encode(text, add_special_tokens=add_special_tokens), len(text))
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._readers, self._writers):
+            threads.shutdown(wait=False, cancel_futures=True)

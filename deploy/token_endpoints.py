@@ -55,7 +55,7 @@ async def tokenize(service: Service, body: TokenizeRequest) -> bytes:
         known = {"count": len(token_ids), "max_model_len": model.max_model_len}
         return to_json({**known, "tokens": token_ids, "token_strs": texts})
 
-    return await service.run(work, len(text))
+    return await service.read(work, len(text))
 
 
 async def detokenize(service: Service, body: DetokenizeRequest) -> bytes:
@@ -67,4 +67,4 @@ async def detokenize(service: Service, body: DetokenizeRequest) -> bytes:
             check_prompt(body.tokens, model, "tokens")
         return to_json({"prompt": model.tokenizer.decode(body.tokens)})
 
-    return await service.run(work, 4 * len(body.tokens))
+    return await service.read(work, 4 * len(body.tokens))

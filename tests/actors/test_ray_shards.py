@@ -10,7 +10,8 @@ import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from actors.fleet import Fleet
-from actors.ray_shards import RayShardHandle
+from actors.processes import Process
+from actors.ray_shards import RayShardHandle, reach
 from cluster.settings import Timeouts
 
 
@@ -38,3 +39,20 @@ def test_every_call_to_an_unavailable_actor_times_out() -> None:
             asyncio.run(call())
     with pytest.raises(TimeoutError):
         asyncio.run(handle.remember({}))
+
+
+def test_a_shard_is_found_although_its_connection_broke_at_first() -> None:
+    answers = [ActorUnavailableError("connection reset", None), None]
+
+    async def remote() -> dict[str, Any]:
+        if (now := answers.pop(0)) is not None:
+            raise now
+        return {"node_id": "n", "pid": 7, "process_started": 8}
+
+    handle = RayShardHandle(SimpleNamespace(info=SimpleNamespace(remote=remote)))
+    assert asyncio.run(reach(handle)) == ("n", Process(7, 8)) and not answers
+
+
+def test_a_dead_shard_is_not_asked_again() -> None:
+    with pytest.raises(ActorDiedError):
+        asyncio.run(reach(RayShardHandle(actor_that_raises(ActorDiedError()))))

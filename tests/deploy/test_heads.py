@@ -276,7 +276,7 @@ def test_labels_are_tokenized_beside_the_event_loop_until_one_cannot_fit(heads: 
 
     too_long, too_many = asyncio.run(run())
     assert isinstance(too_long, ContextTooLong) and too_long.param == "labels"
-    assert len(threads) == 1 and threads[0].startswith("text")
+    assert len(threads) == 1 and threads[0].startswith("read")
     assert too_many.param == "labels" and "characters" in too_many.message
     full = [[5] * model.max_model_len]
     with pytest.raises(ContextTooLong) as text_too_long:

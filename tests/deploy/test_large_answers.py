@@ -119,7 +119,7 @@ def test_texts_of_tokens(served: ServedModel) -> None:
     body = parse({"prompt": "word " * 2000, "return_token_strs": True}, TokenizeRequest)
     _, answer = turns_of_the_loop(replace(served, tokenizer=tokenizer), lambda service: tokenize(service, body))
     assert json.loads(answer)["count"] == len(json.loads(answer)["token_strs"]) > 2000
-    assert len(backend.threads) == 1 and backend.threads.pop().startswith("text")
+    assert len(backend.threads) == 1 and backend.threads.pop().startswith("read")
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/v1/messages/count_tokens"])
@@ -163,3 +163,19 @@ def test_rows_of_all_tokens(served: ServedModel, is_raw: bool) -> None:
     if is_raw:
         assert rows[7] == ROW.tolist(), "float32 as JSON writes them"
     assert turns > 5, "one that holds up the loop leaves it one or two turns"
+
+
+def test_large_answers_hold_up_no_text_that_is_read(served: ServedModel) -> None:
+    may_end = threading.Event()
+
+    async def run() -> str:
+        service = Service(Settings(), ModelList([served]), NoRouter())
+        writing = [asyncio.ensure_future(service.write(lambda: may_end.wait(60), 1 << 20)) for _ in range(16)]
+        try:
+            return await asyncio.wait_for(service.read(lambda: threading.current_thread().name, 1 << 20), 30)
+        finally:
+            may_end.set()
+            await asyncio.gather(*writing)
+            service.close()
+
+    assert asyncio.run(run()).startswith("read")
