@@ -62,4 +62,4 @@ bench-peers: install
 	$(BIN)/python -m tests.bench.peers
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist bench-out model/native/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -105,6 +105,11 @@ class Device:
     host_cores: int | None = None
     host_bandwidth: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("memory_bytes", "bandwidth", "flops", "network", "efficiency"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} of {self.name} is {getattr(self, name):g}; it must be above 0")
+
     def work_s(self, num_bytes: float, num_flops: float, num_busy: int = 1) -> float:
         """Seconds to read and to compute so much while num_busy processes of the host do the like."""
         bandwidth = self.bandwidth
@@ -134,6 +139,10 @@ class Targets:
     users: int
     context: int
     tpot_s: float
+
+    def __post_init__(self) -> None:
+        if not self.tpot_s > 0:
+            raise ValueError(f"tpot_s is {self.tpot_s:g}; it must be above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,9 @@ def bench(
     from deploy.bench import Target, run, summarize
 
     client = Client(url=base_url, api_key=api_key)
-    percents = [float(part) for part in metric_percentiles.split(",")]
+    percents = _percents(metric_percentiles)
+    if result_filename is not None and result_filename.endswith(".png"):
+        fail(f"--result-filename is {result_filename}, which the plot would overwrite; end it in .json")
     workload = Workload(
         num_prompts=num_prompts,
         rate=None if request_rate == float("inf") else request_rate,
@@ -96,6 +98,16 @@ def bench(
             typer.echo(f"wrote {path.with_suffix('.png')}")
     if summary["failed"]:
         fail(f"{summary['failed']} requests failed: {summary['errors'][0]}")
+
+
+def _percents(text: str) -> list[float]:
+    try:
+        percents = [float(part) for part in text.split(",")]
+    except ValueError:
+        percents = [-1.0]
+    if not all(0 <= percent <= 100 for percent in percents):
+        fail(f"--metric-percentiles is {text!r}; it must be numbers from 0 to 100, with commas between them")
+    return percents
 
 
 def show(summary: dict[str, Any], percents: Sequence[float]) -> None:

@@ -23,8 +23,12 @@ def down(
 ) -> None:
     """End the services that this user runs here, or with --address the one on a Ray cluster (Ray itself stays)."""
     if address is not None:
+        if port is not None:
+            fail("--port is for services here; with --address leave it away")
         _down_on_cluster(address, name)
         return
+    if name is not None:
+        fail("--name is for a mesh on a Ray cluster; say which with --address (auto: the one of this machine)")
     from deploy.service_record import services
 
     found = [s for s in services() if port is None or s.url.endswith(f":{port}")]

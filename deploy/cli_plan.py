@@ -24,7 +24,7 @@ def plan(
     flops: Annotated[float | None, typer.Option(help="Device: TFLOP/s.")] = None,
     network: Annotated[float | None, typer.Option(help="Device: GB/s to the others.")] = None,
     efficiency: Annotated[float | None, typer.Option(help="Share of these that kernels reach.")] = None,
-    skew: Annotated[float, typer.Option(help="Simulation: how uneven experts are (Zipf), 0 is even.")] = 0.5,
+    skew: Annotated[float, typer.Option(min=0, help="Simulation: how uneven experts are (Zipf), 0 is even.")] = 0.5,
     mtbf: Annotated[float | None, typer.Option(help="Hours between failures of one shard.")] = None,
 ) -> None:
     """From a model, a device and targets: layouts, throughput, what bounds it, and a simulation of the best."""
@@ -33,7 +33,10 @@ def plan(
 
     from cluster.mesh_simulation import recovery_s, simulate
     from cluster.planner import DEVICES, Targets, most_users, plans
+    from deploy.specs import DEMO
 
+    if mtbf is not None and not mtbf > 0:
+        fail(f"--mtbf is {mtbf:g}; it must be above 0")
     if device not in DEVICES:
         fail(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)} and change it with --memory and so on")
     hardware = DEVICES[device]
@@ -46,7 +49,7 @@ def plan(
     )
     if efficiency is not None:
         hardware = replace(hardware, efficiency=efficiency)
-    shape = model_shape(model, quantization)
+    shape = model_shape(str(DEMO / "model") if model == "demo" else model, quantization)
     targets = Targets(users=users, context=context, tpot_s=tpot / 1e3)
     found = plans(shape, hardware, targets, devices)
     screen = Console(highlight=False)

@@ -35,7 +35,7 @@ WORDS = {
 }
 PLACES = {c.name: c.words for c in CONFIGURATIONS} | {
     "hosts": "3 shards on 3 hosts, 2 replicas",
-    "head": "2 shards, 1 router",
+    "head": "2 shards, 1 router, head with Redis",
 }
 
 

@@ -132,6 +132,11 @@ def test_bench_reports_failures_and_refuses_what_cannot_be(api: RunningApi, tmp_
     assert code == 2 and "sharegpt" in text and "random" in text
     assert "no room" in run(*base, "--random-prefix-len", "99999")[1]
     assert "above 0" in run(*base, "--request-rate", "0")[1]
+    for percents in ("50,101", "a", "", "nan"):
+        code, text = run(*base, "--metric-percentiles", percents)
+        assert code == 1 and "from 0 to 100" in text
+    assert "overwrite" in run(*base, "--result-filename", "x.png")[1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_arrivals_follow_their_rate_and_their_seed() -> None:
@@ -231,6 +236,18 @@ def test_a_plan_fetches_nothing_but_the_config(tmp_path: Path, monkeypatch: pyte
     assert model_shape("owner/tiny", None).num_experts == 8
 
 
+@pytest.mark.parametrize("flag", ["efficiency", "memory", "bandwidth", "flops", "network", "tpot", "mtbf"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan"])
+def test_a_plan_needs_devices_and_targets_above_zero(flag: str, value: str) -> None:
+    code, text = run("plan", "demo", f"--{flag}", value)
+    assert code == 1 and "must be above 0" in text
+
+
+def test_the_demo_can_be_planned_for() -> None:
+    code, text = run("plan", "demo", "--devices", "2")
+    assert code == 0 and "Computed, not measured" in text
+
+
 def test_a_checkpoint_is_whole_or_named_what_it_lacks(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "tiny")
     assert check_checkpoint(model)["experts"] > 0
@@ -289,6 +306,19 @@ def test_down_finds_only_services_that_run(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "temporary").mkdir()
     with recorded("http://127.0.0.1:3", 3):
         assert [s.url for s in services()] == ["http://127.0.0.1:3"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"), [(("--name", "one"), "--address"), (("--address", "auto", "--port", "8000"), "--port")]
+)
+def test_down_ends_nothing_where_its_flags_contradict(
+    flags: tuple[str, ...], word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("a service was ended"))
+    with recorded("http://127.0.0.1:1", 1):
+        code, text = run("down", *flags)
+    assert code == 1 and word in text
 
 
 def test_options_that_are_not_given_leave_the_settings_file_alone(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent.parent
 KUBERAY = ROOT / "deploy" / "kuberay"
 OVERLAYS = sorted(path.name for path in (KUBERAY / "overlays").iterdir())
 CRDS = Path(os.environ.get("EXPERTMESH_KUBERAY_CRDS") or ROOT.parent / "shared" / "kuberay")
+RAY_DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 CORE = {"Service", "StatefulSet", "NetworkPolicy", "PersistentVolumeClaim"}
 
 
@@ -143,7 +144,12 @@ def test_the_manifests_agree_with_the_code(overlay: str, api: RunningApi) -> Non
 
     assert httpx.get(api.url + probe["path"], timeout=10).status_code == 200
     drain = max(d["graceful_shutdown_timeout_s"] for d in application_["deployments"])
-    assert router["terminationGracePeriodSeconds"] > drain + 10
+    for worker in workers.values():
+        pod = worker["template"]["spec"]
+        environment = {v["name"]: v.get("value") for v in pod["containers"][0]["env"]}
+        ray_waits = float(environment[RAY_DRAIN])
+        assert pod["terminationGracePeriodSeconds"] > 10 + ray_waits, "preStop, then the drain"
+        assert worker["groupName"] != "router" or ray_waits > drain, "Ray ends what still runs then"
 
     secrets = {d["metadata"]["name"]: set(d["stringData"])
                for d in yaml.safe_load_all((KUBERAY / "base" / "secrets.example.yaml").read_text())}  # fmt: skip
@@ -164,7 +170,8 @@ def test_the_manifests_agree_with_the_code(overlay: str, api: RunningApi) -> Non
         policy["spec"]["podSelector"]["matchLabels"].items()
         <= workers["router"]["template"]["metadata"]["labels"].items()
     )
-    scrape = next(d for d in documents if d["kind"] == "ScrapeConfig")["spec"]
+    monitoring = list(yaml.safe_load_all((KUBERAY / "monitoring.yaml").read_text()))
+    scrape = next(d for d in monitoring if d["kind"] == "ScrapeConfig")["spec"]
     assert httpx.get(api.url + scrape["metricsPath"], timeout=10).status_code == 200
 
 
