@@ -298,7 +298,7 @@ class Engine:
         return round(scheduled - arrived, 6), round(self._clock() - scheduled, 6)
 
     def _is_known(self, sequence: Sequence) -> bool:
-        return (sequence.owner, sequence.request.request_id) in self._by_id
+        return self._by_id.get((sequence.owner, sequence.request.request_id)) is sequence
 
     # ---- requests in and out -------------------------------------------------------------------------
 
@@ -315,7 +315,10 @@ class Engine:
         for key in aborts:
             self._drop(key)
         for call in calls:  # after the arrivals: an owner that is gone leaves none of them behind
-            call()
+            try:
+                call()
+            except Exception:  # of no request: none may fail for it, nor the loop end
+                log.exception("a call between steps failed")
         now = self._clock()
         if now >= self._next_sweep:
             self._next_sweep = now + 0.1

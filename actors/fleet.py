@@ -8,6 +8,7 @@ start ──> answering ──(no answer)──> silent ──(rejoin_s)──> 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
@@ -300,16 +301,21 @@ class Fleet:
         else:
             self._spawn(self._starter.kill(shard_id))
 
-    async def end(self, shard_ids: Iterable[str]) -> None:
-        """End shards that nobody needs."""
+    def end(self, shard_ids: Iterable[str]) -> None:
+        """End shards that nobody needs, in the background."""
         for shard_id in shard_ids:
             if self.shards.pop(shard_id, None) is not None:
-                await self._starter.kill(shard_id)
+                self._spawn(self._starter.kill(shard_id))
 
     async def end_all(self) -> None:
-        for task in [*self.starting, *self._tasks]:
+        """Also those that are starting, and those of an earlier supervisor that weren't enrolled."""
+        tasks = [*self.starting, *self._tasks]
+        for task in tasks:
             task.cancel()
-        everybody = [*self.shards, *self.silent]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        everybody = {*self.shards, *self.silent}
+        with contextlib.suppress(Exception):  # Ray's head may be away
+            everybody |= {*await self._starter.find_all()}
         await asyncio.gather(*(self._starter.kill(s) for s in everybody), return_exceptions=True)
 
     async def _state(self, handle: ShardHandle, timeout_s: float) -> str:

@@ -153,7 +153,7 @@ class RouterMembership:
                 if self._reuse(view):
                     return
             connection = self._form(view)
-        except (RuntimeError, ValueError) as error:  # also torch's own, of the store
+        except Exception as error:  # torch's own too, of the store, and Ray's: a thread that ends here tells nobody
             suspects = error.suspects if isinstance(error, FormationError) else ()
             if not isinstance(error, FormationError):  # nothing that another try would mend: no hurry to fail again
                 log.error("epoch %d can't be formed: %s", view.epoch, error)

@@ -71,6 +71,9 @@ class SupervisorActor:
         return await self._supervisor.scale(num_shards)
 
     async def shutdown(self) -> None:
+        if self._start is not None:
+            self._start.cancel()
+            await asyncio.gather(self._start, return_exceptions=True)
         await self._supervisor.shutdown()
 
     async def share(self, ingress_id: str, totals: Totals) -> Totals:
@@ -147,8 +150,8 @@ class RayMeshClient:
             except Exception as error:
                 log.warning("%s can't be asked to join: %s", member.shard_id, str(error)[:200])
                 unreachable.append(member.shard_id)
-        known = {m.shard_id for m in view.shards} | {"supervisor"}
-        self._actors = {part: actor for part, actor in self._actors.items() if part in known}
+        for part in {*self._actors} - {m.shard_id for m in view.shards} - {"supervisor"}:
+            self._actors.pop(part, None)
 
         def failed() -> tuple[str, ...]:
             """As soon as one is known to have failed; those that never answered only at the end."""
@@ -163,8 +166,10 @@ class RayMeshClient:
                         ray.get(call)
                     except ray.exceptions.RayTaskError:
                         continue  # it was there, and saw the formation fail
-                    except Exception:  # the actor is gone, or can't be asked: either way it didn't join
+                    except Exception as error:  # the actor is gone, or can't be asked: either way it didn't join
                         names.append(shard_id)
+                        if not isinstance(error, ray.exceptions.ActorUnavailableError):
+                            self._actors.pop(shard_id, None)  # another may have its name after a total loss
                 if not ready:
                     names += pending.values()
             return tuple(names)

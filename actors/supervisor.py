@@ -304,7 +304,7 @@ class Supervisor:
                 return
             placement = self.view.placement
             idle = sorted((s for s in self._fleet.shards if s not in placement.shards()), key=shard_order)
-            await self._fleet.end(idle[max(0, self._plan.total_shards - len(placement.shards())) :])
+            self._fleet.end(idle[max(0, self._plan.total_shards - len(placement.shards())) :])
             await self._fleet.keep_only({s: placement.held_by(s) for s in placement.shards()})
 
     def _target_placement(self) -> Placement:
@@ -361,14 +361,20 @@ class Supervisor:
         """Notice who is gone also while nobody sends it anything."""
         while True:
             await asyncio.sleep(SWEEP_EVERY_S)
-            lost = await self._fleet.sweep()
-            if lost:
-                async with self._change:  # which may have taken minutes: are they still?
-                    still = await self._fleet.find_lost(lost, lost, self.view.epoch)
-                    if still:
-                        await self._lose(still, "no answer to pings", self._clock())
-            for router_id in self._board.long_silent():
-                self._forget_router(router_id)
+            try:
+                await self._sweep()
+            except Exception:  # the next round may go well
+                log.exception("looking for lost shards failed")
+
+    async def _sweep(self) -> None:
+        lost = await self._fleet.sweep()
+        if lost:
+            async with self._change:  # which may have taken minutes: are they still?
+                still = await self._fleet.find_lost(lost, lost, self.view.epoch)
+                if still:
+                    await self._lose(still, "no answer to pings", self._clock())
+        for router_id in self._board.long_silent():
+            self._forget_router(router_id)
 
     async def _publish(self, placement: Placement, reason: str, detected: float | None = None) -> None:
         """Make the next view known. Called with the change lock held."""

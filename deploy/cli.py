@@ -75,7 +75,7 @@ def serve(
         bool | None, typer.Option("--local", help="All in one process per router, no shards: for one GPU or CPU.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Threads of a router; with --local all cores unless told, else one.")
+        int | None, typer.Option(help="Threads of a router; its part of the cores that shards leave, unless told.")
     ] = None,
     served_model_name: Annotated[list[str] | None, typer.Option(help="Name in the API; may be repeated.")] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="Key that clients must show; may be repeated.")] = None,

@@ -84,12 +84,20 @@ def end_service(app: str, mesh: str | None) -> list[str]:
         if mesh is None and app in serve.status().applications:
             serve.delete(app)
             ended.append(f"application {app}")
-    there = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if one["namespace"] == NAMESPACE]
+
+    def names() -> list[str]:
+        return [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if one["namespace"] == NAMESPACE]
+
     suffix = "/supervisor" if mesh is None else actor_name(mesh, "supervisor")
-    for name in (name for name in there if name.endswith(suffix)):
+    for name in (name for name in names() if name.endswith(suffix)):
         supervisor = ray.get_actor(name, NAMESPACE)
         with contextlib.suppress(Exception):
             ray.get(supervisor.shutdown.remote(), timeout=30)
         ray.kill(supervisor, no_restart=True)
         ended.append(f"mesh {name.split('/')[1]}")
+    shards = "/shard-" if mesh is None else actor_name(mesh, "shard-")
+    for name in (name for name in names() if shards in name):  # left by a supervisor that couldn't end them
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
+            ended.append(name.rpartition("/")[2])
     return ended

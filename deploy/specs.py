@@ -99,8 +99,9 @@ def shard_resources(settings: Settings) -> ShardResources:
 def router_spec(settings: Settings, num_cores: int = 1) -> RouterSpec:
     """num_cores: of the router's node. Raises ValueError where the limits contradict each other."""
     engine, mesh = settings.engine, settings.mesh
-    # Beside shards more threads would take the cores that those compute on; with all experts here they are the speed.
-    threads = max(1, num_cores // mesh.routers) if mesh.local else 1
+    # Shards take a core each, but they wait while a router attends: two threads are worth it even where that is all.
+    cores = num_cores if mesh.local else max(min(2, num_cores), num_cores - mesh.shards)
+    threads = max(1, cores // mesh.routers)
     return RouterSpec(
         model=model_path(settings),
         served_name=served_names(settings)[0],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -386,3 +388,15 @@ def test_a_schedule_that_fails_is_told_to_everybody_not_to_the_step_before(start
         assert outputs.wait(name)[-1].error["code"] == "internal_error"
     ask(router.engine, "later", [3, 4, 5])
     assert len(outputs.tokens("later")) == 24
+
+
+def test_a_call_that_fails_ends_neither_the_loop_nor_the_calls_behind_it(start_router):
+    router, _ = start_router()
+    called = threading.Event()
+
+    def fail() -> None:
+        raise RuntimeError("the store is gone")
+
+    router.engine.call(fail)
+    router.engine.call(called.set)
+    assert called.wait(60)

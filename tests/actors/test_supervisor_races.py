@@ -134,3 +134,65 @@ def test_reports_that_suspect_nobody_make_an_epoch_now_and_then_and_others_at_on
             assert await epochs_made() > 3
 
     run(scenario)
+
+
+def test_a_shutdown_ends_also_the_shards_that_are_starting_and_those_of_a_predecessor() -> None:
+    async def scenario() -> None:
+        starter = FakeStarter()
+        left = await starter.start("shard-7", ())
+        supervisor = Supervisor(PLAN, starter, PATIENT)
+        await supervisor.shutdown()  # it never began
+        assert left.state == "dead"
+
+        starter.has_room.clear()
+        starter.shards.clear()
+        supervisor = Supervisor(PLAN, starter, PATIENT)
+        start = asyncio.ensure_future(supervisor.start())
+        await until(lambda: supervisor._fleet._next_number == 2)
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        await supervisor.shutdown()
+        assert {"shard-0", "shard-1"} <= set(starter.ended)
+
+    run(scenario)
+
+
+def test_slow_ends_of_surplus_shards_hold_nothing_up() -> None:
+    async def scenario() -> None:
+        starter, may_end = FakeStarter(), asyncio.Event()
+        async with running(starter) as supervisor:
+            await supervisor.scale(3)
+            await until(lambda: len(supervisor.view.placement.shards()) == 3)
+            await until(supervisor.is_settled)
+            kill = starter.kill
+
+            async def kill_late(shard_id: str) -> None:
+                await may_end.wait()
+                await kill(shard_id)
+
+            starter.kill = kill_late  # type: ignore[method-assign]
+            await supervisor.scale(2)
+            await until(lambda: len(supervisor.view.placement.shards()) == 2 and len(supervisor._fleet.shards) == 2)
+            starter.shards["shard-1"].state = "dead"
+            await until(lambda: supervisor.view.placement.shards().isdisjoint({"shard-1"}))
+            may_end.set()
+
+    run(scenario)
+
+
+def test_an_error_in_one_sweep_is_not_the_end_of_all() -> None:
+    async def scenario() -> None:
+        async with running(FakeStarter()) as supervisor:
+            sweep, calls = supervisor._fleet.sweep, 0
+
+            async def fails_once() -> dict[str, str]:
+                nonlocal calls
+                calls += 1
+                if calls == 1:
+                    raise KeyError("shard-9")
+                return await sweep()
+
+            supervisor._fleet.sweep = fails_once  # type: ignore[method-assign]
+            await until(lambda: calls > 2)
+
+    run(scenario)

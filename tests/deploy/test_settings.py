@@ -100,11 +100,14 @@ def test_every_flag_of_serve_is_a_setting_and_is_shown_with_its_source() -> None
     assert ["engine.seed", "5", "flag"] in rows and ["server.api_keys", "'********'", "flag"] in rows
 
 
-def test_a_router_computes_on_one_core_beside_shards_and_on_its_part_of_all_without_them() -> None:
-    def threads(**flags: object) -> int:
-        return specs.router_spec(load(flags=flags).settings, num_cores=8).num_threads
+def test_a_router_computes_on_its_part_of_the_cores_that_shards_leave_but_of_two_at_least() -> None:
+    def threads(num_cores: int = 8, **flags: object) -> int:
+        return specs.router_spec(load(flags=flags).settings, num_cores=num_cores).num_threads
 
-    assert threads() == 1
+    assert threads(**{"mesh.shards": 3}) == 5
+    assert threads(**{"mesh.shards": 3, "mesh.routers": 2}) == 2
+    assert threads(**{"mesh.shards": 8}) == threads(num_cores=2, **{"mesh.shards": 2}) == 2
+    assert threads(num_cores=1, **{"mesh.shards": 2}) == threads(**{"mesh.shards": 8, "mesh.routers": 3}) == 1
     assert threads(**{"mesh.local": True}) == 8
     assert threads(**{"mesh.local": True, "mesh.routers": 3}) == 2
     assert threads(**{"mesh.local": True, "mesh.routers": 9}) == 1
