@@ -58,7 +58,7 @@ def _breakdown(engines: list[dict[str, Any]], path: Path) -> None:
         one
         for one in engines
         if one["shape"] == "mid" and one["precision"] == "int8" and one["routers"] == 1
-        if (one["shards"], one["threads"]) in ((0, 2), (2, 1))
+        if (one["shards"], one["threads"]) in ((0, 2), (2, 2))
     ]
     figure, axes = pyplot.subplots(figsize=(9, 3.4), layout="constrained")
     names, bottoms = [], [0.0] * (len(chosen) * len(BATCHES))
@@ -95,6 +95,6 @@ def _shards(engines: list[dict[str, Any]], path: Path) -> None:
         )
     axes.plot([], [], "s", color="grey", fillstyle="none", label="2 routers, batch each")
     axes.plot([], [], ":", color="grey", label="local")
-    axes.set(title="mid int8, one router", xlabel="shards", ylabel="tokens/s", ylim=(0, None))
+    axes.set(title="mid int8, one router with one thread", xlabel="shards", ylabel="tokens/s", ylim=(0, None))
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     _save(figure, path)

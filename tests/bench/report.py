@@ -188,7 +188,7 @@ def _engine(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _served(results: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any] | None:
-    way = {(2, 1): "2 shards", (0, 2): "local"}.get((engine["shards"], engine["threads"]), "")
+    way = {(2, 2): "2 shards", (0, 2): "local"}.get((engine["shards"], engine["threads"]), "")
     for one in results.get("http", ()):
         if (one["shape"], one["precision"], one["way"]) == (engine["shape"], engine["precision"], way):
             return dict(one)
