@@ -23,6 +23,7 @@ from cluster.view import Member
 log = logging.getLogger("expertmesh.fleet")
 T = TypeVar("T")
 AT_ONCE_S = 0.03
+FIND_S = 5.0  # for shards that nobody has enrolled, at the end
 TELL_EVERY_S = 5.0  # how a long load goes
 FORGIVEN_S = 30.0
 FORGIVEN_TIMES = 2
@@ -315,7 +316,8 @@ class Fleet:
         await asyncio.gather(*tasks, return_exceptions=True)
         everybody = {*self.shards, *self.silent}
         with contextlib.suppress(Exception):  # Ray's head may be away
-            everybody |= {*await self._starter.find_all()}
+            async with asyncio.timeout(FIND_S):
+                everybody |= {*await self._starter.find_all()}
         await asyncio.gather(*(self._starter.kill(s) for s in everybody), return_exceptions=True)
 
     async def _state(self, handle: ShardHandle, timeout_s: float) -> str:

@@ -106,9 +106,7 @@ class EngineSettings(Section):
     max_num_batched_tokens: int = Field(default=2048, ge=1)
     max_waiting: int = Field(default=512, ge=1)  # requests in a router's queue; more are answered with queue_full
     prefix_cache: bool = True
-    threads: int | None = Field(
-        default=None, ge=1
-    )  # of a router; None: its part of the cores that shards leave, of two at least
+    threads: int | None = Field(default=None, ge=1)  # of a router; None: its part of what shards leave, of two at least
     seed: int | None = Field(default=None, ge=0, lt=2**63)  # of requests without one; None: another for each
 
 
