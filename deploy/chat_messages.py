@@ -15,7 +15,8 @@ from deploy.tool_parser import read_arguments
 from deploy.tools import ToolUse
 
 _FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "refusal", "reasoning_content", "audio"})
-_IGNORED = frozenset({"function_call", "annotations", "reasoning", "cache_control"})  # clients send back what they got
+# Clients send back what they got.
+_IGNORED = frozenset({"function_call", "annotations", "parsed", "reasoning", "cache_control"})
 _TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
 
 

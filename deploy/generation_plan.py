@@ -161,7 +161,11 @@ def structured_spec(body: GenerationBody) -> StructuredSpec | None:
             "response_format.type", f"{str(kind)[:80]!r} is not supported; use text, json_object or json_schema"
         )
     if kind == "json_object":
-        found.append(StructuredSpec("json_object"))
+        asked = body.response_format or {}
+        name = "value" if "value" in asked else "schema"  # the first is what Hugging Face's client sends
+        schema = asked.get(name)
+        whole = StructuredSpec("json_object")
+        found.append(whole if schema is None else _schema_spec(schema, f"response_format.{name}"))
     elif kind == "json_schema":
         given = (body.response_format or {}).get("json_schema")
         if not isinstance(given, dict) or not isinstance(given.get("name"), str):

@@ -43,7 +43,7 @@ class TokenClassificationParameters(RequestBody):
     """`stride`: a text too long for the model is read in windows that share so many tokens."""
 
     aggregation_strategy: aggregation.Strategy = "simple"
-    ignore_labels: ListOf[str] = Field(default=["O"])
+    ignore_labels: ListOf[str] = Field(default=["O"], max_length=1000)
     stride: int | None = Field(default=None, ge=0)
 
 

@@ -176,6 +176,9 @@ def test_parsed_models_work_with_the_client(client: openai.OpenAI, api: RunningA
     assert answer.choices[0].message.parsed == Point(x=4)
     structured = api.router.requests[-1]["sampling"]["structured"]
     assert json.loads(structured["payload"])["properties"]["x"]["type"] == "integer"
+    scripts(api, served, "and back")
+    again = [*HELLO, answer.choices[0].message, *HELLO]
+    assert client.chat.completions.create(model="tiny", messages=again).choices  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
