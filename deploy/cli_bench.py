@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -101,11 +102,10 @@ def bench(
 
 
 def _percents(text: str) -> list[float]:
-    try:
+    percents: list[float] = []
+    with contextlib.suppress(ValueError):
         percents = [float(part) for part in text.split(",")]
-    except ValueError:
-        percents = [-1.0]
-    if not all(0 <= percent <= 100 for percent in percents):
+    if not percents or not all(0 <= percent <= 100 for percent in percents):
         fail(f"--metric-percentiles is {text!r}; it must be numbers from 0 to 100, with commas between them")
     return percents
 

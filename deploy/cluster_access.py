@@ -40,8 +40,10 @@ def run_on_each_node(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    from actors.ray_shards import node_host
+
     # A port of ours too, so that each node tries the way back.
-    with socket.create_server((str(ray.util.get_node_ip_address()), 0)) as server:  # type: ignore[no-untyped-call]
+    with socket.create_server((node_host(), 0)) as server:
         others = [(str(node["NodeManagerAddress"]), int(node["NodeManagerPort"])) for node in nodes]
         home = server.getsockname()[:2]
         probe = ray.remote(num_cpus=0, max_retries=0)(_inspect)

@@ -162,10 +162,10 @@ def structured_spec(body: GenerationBody) -> StructuredSpec | None:
         )
     if kind == "json_object":
         asked = body.response_format or {}
-        name = "value" if "value" in asked else "schema"  # the first is what Hugging Face's client sends
+        name = "schema" if asked.get("value") is None else "value"  # as Hugging Face's client sends it
         schema = asked.get(name)
-        whole = StructuredSpec("json_object")
-        found.append(whole if schema is None else _schema_spec(schema, f"response_format.{name}"))
+        anything = StructuredSpec("json_object")
+        found.append(anything if schema is None else _schema_spec(schema, f"response_format.{name}"))
     elif kind == "json_schema":
         given = (body.response_format or {}).get("json_schema")
         if not isinstance(given, dict) or not isinstance(given.get("name"), str):

@@ -13,6 +13,7 @@ from actors.fleet import Fleet
 from actors.processes import Process
 from actors.ray_shards import RayShardHandle, reach
 from cluster.settings import Timeouts
+from tests.actors.test_supervisor import FakeStarter
 
 
 def actor_that_raises(error: Exception) -> Any:
@@ -28,7 +29,7 @@ def actor_that_raises(error: Exception) -> Any:
 )
 def test_an_actor_that_is_unavailable_for_a_while_is_silent_and_not_dead(error: Exception, state: str) -> None:
     handle = RayShardHandle(actor_that_raises(error))
-    fleet = Fleet(None, Timeouts(), clock=lambda: 0.0, changed=lambda: None, progress=lambda line: None)  # type: ignore[arg-type]
+    fleet = Fleet(FakeStarter(), Timeouts(), clock=lambda: 0.0, changed=lambda: None, progress=lambda line: None)
     assert asyncio.run(fleet._state(handle, 60.0)) == state
 
 

@@ -7,7 +7,12 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import pytest
+
+from actors import ray_mesh
 from actors.mesh_plan import MeshPlan
+from actors.ray_shards import ShardResources
+from actors.specs import ShardSpec
 from actors.supervisor import TRY_AGAIN_S, Supervisor
 from cluster.settings import Timeouts
 from tests.actors.test_supervisor import FakeStarter
@@ -136,7 +141,11 @@ def test_reports_that_suspect_nobody_make_an_epoch_now_and_then_and_others_at_on
     run(scenario)
 
 
-def test_a_shutdown_ends_also_the_shards_that_are_starting_and_those_of_a_predecessor() -> None:
+def test_a_shutdown_ends_also_the_shards_that_are_starting_and_those_of_a_predecessor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray_mesh, "start_logging", lambda *_: None)  # the tests' own stays
+
     async def scenario() -> None:
         starter = FakeStarter()
         left = await starter.start("shard-7", ())
@@ -146,13 +155,16 @@ def test_a_shutdown_ends_also_the_shards_that_are_starting_and_those_of_a_predec
 
         starter.has_room.clear()
         starter.shards.clear()
-        supervisor = Supervisor(PLAN, starter, PATIENT)
-        start = asyncio.ensure_future(supervisor.start())
+        actor = ray_mesh.SupervisorActor("mesh", PLAN, ShardSpec(model="none"), ShardResources(), PATIENT)
+        actor._supervisor = supervisor = Supervisor(PLAN, starter, PATIENT)
+        started = asyncio.ensure_future(actor.started())
         await until(lambda: supervisor._fleet._next_number == 2)
-        start.cancel()
-        await asyncio.gather(start, return_exceptions=True)
-        await supervisor.shutdown()
+        await actor.shutdown()
         assert {"shard-0", "shard-1"} <= set(starter.ended)
+        assert (await asyncio.gather(started, return_exceptions=True))[0] is not None
+        starter.has_room.set()
+        await asyncio.sleep(0)
+        assert not starter.shards, "nobody begins again"
 
     run(scenario)
 
@@ -173,8 +185,10 @@ def test_slow_ends_of_surplus_shards_hold_nothing_up() -> None:
             starter.kill = kill_late  # type: ignore[method-assign]
             await supervisor.scale(2)
             await until(lambda: len(supervisor.view.placement.shards()) == 2 and len(supervisor._fleet.shards) == 2)
-            starter.shards["shard-1"].state = "dead"
-            await until(lambda: supervisor.view.placement.shards().isdisjoint({"shard-1"}))
+            dead = min(supervisor.view.placement.shards())
+            starter.shards[dead].state = "dead"
+            await until(lambda: dead not in supervisor.view.placement.shards())
+            assert not starter.ended
             may_end.set()
 
     run(scenario)

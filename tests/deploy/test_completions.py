@@ -335,7 +335,7 @@ def test_the_same_prompt_twice_has_two_seeds_unless_one_is_given(api: RunningApi
         ({"structured_outputs": {"grammar": 'start: "a"'}}, "grammar"),
         ({"response_format": {"type": "json_object"}}, "json_object"),
         ({"response_format": {"type": "json_object", "value": {"type": "object"}}}, "json_schema"),
-        ({"response_format": {"type": "json_object", "schema": {"type": "object"}}}, "json_schema"),
+        ({"response_format": {"type": "json_object", "schema": {"type": "object"}, "value": None}}, "json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}}, "json_schema"),
     ],
 )
